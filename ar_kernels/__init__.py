@@ -1,0 +1,32 @@
+"""ar_kernels: the gated attention of "Attend and Rectify" at next to no cost. README.md starts here."""
+
+from .functional import (
+    IMPLEMENTATIONS,
+    AttentionOutput,
+    Attended,
+    Explanation,
+    ImplementationUnavailable,
+    attend,
+    attention_module,
+    explain,
+    rectify,
+    use_implementation,
+)
+from .modules import AttentionModule, GlobalGates
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Attended",
+    "AttentionModule",
+    "AttentionOutput",
+    "Explanation",
+    "GlobalGates",
+    "ImplementationUnavailable",
+    "attend",
+    "attention_module",
+    "explain",
+    "rectify",
+    "use_implementation",
+]

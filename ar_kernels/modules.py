@@ -1,0 +1,147 @@
+"""torch.nn modules over ar_kernels.functional: AttentionModule, GlobalGates, and AttendRectify for any backbone."""
+
+import torch
+from torch import Tensor, nn
+
+from .functional import AttentionOutput, attend, attention_module
+
+
+def _check_positive(name: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+def _head_shape(heads: int, channels: int, kernel_size: int) -> tuple[int, ...]:
+    if kernel_size not in (1, 3):
+        raise ValueError(f"kernel_size must be 1 or 3, got {kernel_size!r}")
+    return (heads, channels) if kernel_size == 1 else (heads, channels, 3, 3)
+
+
+class AttentionModule(nn.Module):
+    """One attended layer: K heads look at a feature map, make class hypotheses, and gates mix them (functional form:
+    ar_kernels.attention_module, which has the formulas).
+
+    in_channels: C of the map. num_classes: L labels. heads: K, the attention width.
+    gated: False counts every head alike (g_k = 1/K) instead of softmax over heads of tanh(t).
+    kernel_size: 1, or 3 for heads that see each position's neighbours (the official code's).
+    bias: adds b_O [K, L] and b_G [K]. The masks need none: it would cancel in their softmax.
+
+    Parameters: mask_weight [K, C], gate_weight [K, C] (3×3: [K, C, 3, 3]), output_weight [L, K·C] (3×3: [L, K·C·9]).
+    Weights start from a normal distribution of variance 2/fan-in, biases from 0.
+    Raises TypeError and ValueError naming the argument.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        heads: int = 4,
+        *,
+        gated: bool = True,
+        kernel_size: int = 1,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_channels = _check_positive("in_channels", in_channels)
+        self.num_classes = _check_positive("num_classes", num_classes)
+        self.heads = _check_positive("heads", heads)
+        self.gated, self.kernel_size = gated, kernel_size
+        shape = _head_shape(heads, in_channels, kernel_size)
+        options = {"device": device, "dtype": dtype}
+        self.mask_weight = nn.Parameter(torch.empty(shape, **options))
+        self.output_weight = nn.Parameter(torch.empty((num_classes, self.mask_weight.numel()), **options))
+        self.gate_weight = nn.Parameter(torch.empty(shape, **options)) if gated else None
+        self.output_bias = nn.Parameter(torch.empty((heads, num_classes), **options)) if bias else None
+        self.gate_bias = nn.Parameter(torch.empty(heads, **options)) if bias and gated else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew."""
+        std = (2.0 / (self.in_channels * self.kernel_size**2)) ** 0.5
+        for weight in (self.mask_weight, self.output_weight, self.gate_weight):
+            if weight is not None:
+                nn.init.normal_(weight, std=std)
+        for bias in (self.output_bias, self.gate_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def forward(
+        self,
+        feature_map: Tensor,
+        *,
+        global_gates: "GlobalGates | None" = None,
+        masks: bool = False,
+        mean: bool = False,
+        tap: bool = False,
+    ) -> AttentionOutput:
+        """feature_map: [N, C, H, W] or [N, C, S], any strides. global_gates: lets its heads look at the map in the
+        same pass; their scores come back. masks, mean, tap: as ar_kernels.attend takes them. The hypothesis is a row
+        of class scores: it goes with CrossEntropyLoss when used alone.
+        """
+        return attention_module(
+            feature_map,
+            self.mask_weight,
+            self.output_weight,
+            self.gate_weight,
+            output_bias=self.output_bias,
+            gate_bias=self.gate_bias,
+            global_mask_weight=None if global_gates is None else global_gates.mask_weight,
+            global_gate_weight=None if global_gates is None else global_gates.gate_weight,
+            masks=masks,
+            mean=mean,
+            tap=tap,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.num_classes}, heads={self.heads}, gated={self.gated}, "
+            f"kernel_size={self.kernel_size}"
+        )
+
+
+class GlobalGates(nn.Module):
+    """The gates over a network's D+1 hypotheses, from an attention head of D+1 masks on its last attended map.
+
+    t_i = W_γ[i]·(Σ_s A'_is Z_s); forward returns tanh(t) [N, D+1], which ar_kernels.rectify takes as scores.
+    in_channels: C of that map. hypotheses: D+1, the attended layers and the network's own output. kernel_size: 1 or 3.
+
+    Parameters: mask_weight and gate_weight, [D+1, C] (3×3: [D+1, C, 3, 3]), drawn as AttentionModule draws its own.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hypotheses: int,
+        *,
+        kernel_size: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_channels = _check_positive("in_channels", in_channels)
+        self.hypotheses = _check_positive("hypotheses", hypotheses)
+        self.kernel_size = kernel_size
+        shape = _head_shape(hypotheses, in_channels, kernel_size)
+        self.mask_weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.gate_weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew."""
+        std = (2.0 / (self.in_channels * self.kernel_size**2)) ** 0.5
+        nn.init.normal_(self.mask_weight, std=std)
+        nn.init.normal_(self.gate_weight, std=std)
+
+    def forward(self, feature_map: Tensor) -> Tensor:
+        """feature_map: [N, C, H, W] or [N, C, S] → tanh(t) [N, D+1], float32 for half maps."""
+        pooled = attend(feature_map, self.mask_weight).pooled
+        weight = self.gate_weight.to(pooled.dtype).reshape(pooled.shape[1:])
+        return torch.tanh((pooled * weight).flatten(2).sum(dim=2))
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, hypotheses={self.hypotheses}, kernel_size={self.kernel_size}"
