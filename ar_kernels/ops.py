@@ -1,13 +1,483 @@
-from typing import NamedTuple
-from torch import Tensor
-class GatedAttended(NamedTuple):
-    """What gated_attend returns; fields that were not asked for may be None."""
+"""torch.library operators around the Triton kernels, and the autograd.Functions in front of them.
 
-    pooled: Tensor
-    lse: Tensor
-    logits: Tensor | None
-    scores: Tensor
-    gates: Tensor
-    features: Tensor
-    mean: Tensor | None
-    feature_map: Tensor | None
+The operators are opaque and functional: schemas, fakes, no autograd of their own. The Functions carry the
+derivatives; a backward is a Function too, whose own backward differentiates the eager formulas, so double backward
+works. The kernels are imported when an operator first runs, so importing this file needs no Triton.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import eager
+from .reference import accumulator_dtype
+
+_library = torch.library.Library("ar_kernels", "DEF")
+
+
+def _define(schema: str, implementation: Callable, fake: Callable) -> None:
+    """One operator. Its kernels read any strides, so Inductor need not copy inputs into the layout it traced."""
+    name = schema.split("(")[0]
+    _library.define(schema, tags=(torch.Tag.flexible_layout,))
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ar_kernels::{name}", fake, lib=_library)
+
+
+# ---------------------------------------------------------------------------------------------- gated_attend
+
+
+class GatedAttended(NamedTuple):
+    """What gated_attend returns. Fields that were not asked for are empty or None."""
+
+    pooled: Tensor  # [N, K, C], accumulator's dtype, as all but features and feature_map
+    lse: Tensor  # [N, K]
+    logits: Tensor | None  # [N, K, S]
+    scores: Tensor  # [N, K]
+    gates: Tensor  # [N, K'], of the first K' = gated_heads heads
+    features: Tensor  # [N, K', C], g ⊙ P in the map's dtype
+    mean: Tensor | None  # [N, C]
+    feature_map: Tensor | None  # the tapped map
+
+
+def _allocate(
+    z: Tensor, w: Tensor, gated_heads: int, wants_logits: bool, wants_mean: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    images, channels = z.shape[:2]
+    heads = w.shape[0]
+    positions = z.shape[2] if z.dim() == 3 else z.shape[2] * z.shape[3]
+    dtype = accumulator_dtype(z.dtype)
+
+    def make(wanted: bool, *shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return z.new_empty(shape if wanted else (0,), dtype=dtype)
+
+    gated = gated_heads > 0
+    return (
+        make(True, images, heads, channels),
+        make(True, images, heads),
+        make(wants_logits, images, heads, positions),
+        make(gated, images, heads),
+        make(gated, images, gated_heads),
+        make(gated, images, gated_heads, channels, dtype=z.dtype),
+        make(wants_mean, images, channels),
+    )
+
+
+def _gated_attend(
+    z: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    score_w: Tensor | None,
+    score_b: Tensor | None,
+    gated_heads: int,
+    wants_logits: bool,
+    wants_mean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from .kernels.attend_forward import attend_forward
+
+    outputs = _allocate(z, w, gated_heads, wants_logits, wants_mean)
+    if z.shape[0] > 0:
+        pooled, lse, logits, scores, gates, features, mean = outputs
+        gated = gated_heads > 0
+        with torch.cuda.device_of(z):
+            attend_forward(
+                z,
+                w.contiguous(),
+                _contiguous(b),
+                _contiguous(score_w),
+                _contiguous(score_b),
+                pooled,
+                lse,
+                logits if wants_logits else None,
+                mean if wants_mean else None,
+                scores if gated else None,
+                gates if gated else None,
+                features if gated else None,
+            )
+    return outputs
+
+
+def _gated_attend_fake(z, w, b, score_w, score_b, gated_heads, wants_logits, wants_mean):
+    return _allocate(z, w, gated_heads, wants_logits, wants_mean)
+
+
+_define(
+    "gated_attend(Tensor z, Tensor w, Tensor? b, Tensor? score_w, Tensor? score_b, SymInt gated_heads, "
+    "bool wants_logits, bool wants_mean) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _gated_attend,
+    _gated_attend_fake,
+)
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _is_channels_last(z: Tensor) -> bool:
+    return z.stride(1) < z.stride(-1)
+
+
+def _allocate_gradients(
+    z: Tensor, w: Tensor, score_w: Tensor | None, needs_z: bool, needs_w: bool, needs_score: bool, channels_last: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    images, channels = z.shape[:2]
+    positions = z.shape[2] if z.dim() == 3 else z.shape[2] * z.shape[3]
+    strides = [channels * positions, 1 if channels_last else positions]
+    step = channels if channels_last else 1
+    strides += [step] if z.dim() == 3 else [step * z.shape[3], step]
+    scored = needs_score and score_w is not None
+    return (
+        z.new_empty_strided(z.shape, strides) if needs_z else z.new_empty(0),
+        w.new_empty(w.shape) if needs_w else w.new_empty(0),
+        w.new_empty(score_w.shape, dtype=score_w.dtype) if scored else w.new_empty(0),
+        w.new_empty(score_w.shape[0], dtype=score_w.dtype) if scored else w.new_empty(0),
+    )
+
+
+def _gated_attend_backward(
+    z: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    score_w: Tensor | None,
+    pooled: Tensor,
+    lse: Tensor,
+    scores: Tensor,
+    gates: Tensor,
+    grad_pooled: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_logits: Tensor | None,
+    grad_scores: Tensor | None,
+    grad_gates: Tensor | None,
+    grad_features: Tensor | None,
+    grad_mean: Tensor | None,
+    upstream: Tensor | None,
+    needs_z: bool,
+    needs_w: bool,
+    needs_score: bool,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from .kernels.attend_backward import attend_backward, pooled_gradient, weighted_sum
+
+    gradients = _allocate_gradients(z, w, score_w, needs_z, needs_w, needs_score, channels_last)
+    dz, dw, dscore_w, dscore_b = gradients
+    if z.shape[0] == 0:
+        for gradient in gradients:
+            gradient.zero_()
+        return gradients
+    gated = gates.numel() > 0
+    with torch.cuda.device_of(z):
+        grad_logits = _contiguous(grad_logits)
+        dp, delta, dt, unscale = pooled_gradient(
+            z,
+            _contiguous(score_w),
+            pooled,
+            scores if gated else None,
+            gates if gated else None,
+            _contiguous(grad_features),
+            _contiguous(grad_gates),
+            _contiguous(grad_scores),
+            _contiguous(grad_pooled),
+            _contiguous(grad_lse),
+            _contiguous(grad_mean),
+            grad_logits,
+        )
+        if needs_score and dt is not None:
+            weighted_sum(pooled, dt, dscore_w)
+            torch.sum(dt, dim=0, out=dscore_b) if dscore_b.dtype == dt.dtype else dscore_b.copy_(dt.sum(dim=0))
+        if needs_z or needs_w:
+            attend_backward(
+                z,
+                w.contiguous(),
+                _contiguous(b),
+                lse,
+                dp,
+                delta,
+                unscale,
+                grad_logits,
+                upstream,
+                dz if needs_z else None,
+                dw if needs_w else None,
+            )
+    return gradients
+
+
+def _gated_attend_backward_fake(z, w, b, score_w, *arguments):
+    return _allocate_gradients(z, w, score_w, *arguments[-4:])
+
+
+_define(
+    "gated_attend_backward(Tensor z, Tensor w, Tensor? b, Tensor? score_w, Tensor pooled, Tensor lse, Tensor scores, "
+    "Tensor gates, Tensor? grad_pooled, Tensor? grad_lse, Tensor? grad_logits, Tensor? grad_scores, "
+    "Tensor? grad_gates, Tensor? grad_features, Tensor? grad_mean, Tensor? upstream, bool needs_z, bool needs_w, "
+    "bool needs_score, bool channels_last) -> (Tensor, Tensor, Tensor, Tensor)",
+    _gated_attend_backward,
+    _gated_attend_backward_fake,
+)
+
+
+class _GatedAttend(torch.autograd.Function):
+    @staticmethod
+    def forward(z, w, b, score_w, score_b, gated_heads, wants_logits, wants_mean, tap):
+        outputs = torch.ops.ar_kernels.gated_attend(
+            z, w, b, score_w, score_b, gated_heads, wants_logits, wants_mean
+        )
+        return (*outputs, z.view_as(z) if tap else z.new_empty(0))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        z, w, b, score_w, score_b, ctx.gated_heads, _, ctx.wants_mean, ctx.tap = inputs
+        pooled, lse, _, scores, gates = output[:5]
+        ctx.save_for_backward(z, w, b, score_w, score_b, pooled, lse, scores, gates)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        z, w, b, score_w, score_b, pooled, lse, scores, gates = ctx.saved_tensors
+        *grads, upstream = grads
+        needs = ctx.needs_input_grad[:5]
+        if all(grad is None for grad in grads):  # nothing but the tap was used
+            return upstream, *[None] * 8
+        dz, dw, dscore_w, dscore_b = _GatedAttendBackward.apply(
+            z, w, b, score_w, score_b, pooled, lse, scores, gates, *grads, upstream,
+            ctx.gated_heads, ctx.wants_mean, needs[0], needs[1], needs[3] or needs[4], _is_channels_last(z),
+        )  # fmt: skip
+        db = None
+        if needs[2]:  # the bias cancels in the masks: only lse and the logits know it
+            _, grad_lse, grad_logits = grads[:3]
+            db = torch.zeros_like(lse[:0].sum(dim=0))
+            if grad_lse is not None:
+                db = db + grad_lse.sum(dim=0)
+            if grad_logits is not None:
+                db = db + grad_logits.sum(dim=(0, 2))
+            db = db.to(b.dtype)
+        return (
+            dz if needs[0] else None,
+            dw if needs[1] else None,
+            db,
+            dscore_w if needs[3] else None,
+            dscore_b.to(score_b.dtype) if needs[4] else None,
+            *[None] * 4,
+        )
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _map_samples(_GatedAttend, info, in_dims, arguments)
+
+
+class _GatedAttendBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        z, w, b, score_w, score_b, pooled, lse, scores, gates,
+        grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean, upstream,
+        gated_heads, wants_mean, needs_z, needs_w, needs_score, channels_last,
+    ):  # fmt: skip
+        return torch.ops.ar_kernels.gated_attend_backward(
+            z, w, b, score_w, pooled, lse, scores, gates,
+            grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean, upstream,
+            needs_z, needs_w, needs_score, channels_last,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:5], *inputs[9:17])
+        ctx.gated_heads, ctx.wants_mean = inputs[17:19]
+        ctx.wanted = (inputs[19], inputs[20], inputs[21], inputs[21])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *second):
+        tensors = ctx.saved_tensors
+        inputs, grads, upstream = tensors[:5], tensors[5:12], tensors[12]
+
+        def forward(z, w, b, score_w, score_b):
+            outputs = eager.gated_attend(z, w, b, score_w, score_b, ctx.gated_heads, ctx.wants_mean)
+            return (*outputs, z)
+
+        received = _double_backward(forward, inputs, (0, 1, 3, 4), (*grads, upstream), second)
+        return *received[:5], None, None, None, None, *received[5:], *[None] * 6
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _map_samples(_GatedAttendBackward, info, in_dims, arguments)
+
+
+def gated_attend(
+    z: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    score_w: Tensor | None,
+    score_b: Tensor | None,
+    gated_heads: int,
+    wants_logits: bool,
+    wants_mean: bool,
+    tap: bool,
+) -> GatedAttended:
+    """One fused pass: K heads w [K, C] attend to z, the first gated_heads of them are gated. Arguments as in
+    eager.gated_attend; fields that were not asked for come back empty or None."""
+    outputs = _GatedAttend.apply(z, w, b, score_w, score_b, gated_heads, wants_logits, wants_mean, tap)
+    pooled, lse, logits, scores, gates, features, mean, tapped = outputs
+    return GatedAttended(
+        pooled,
+        lse,
+        logits if wants_logits else None,
+        scores,
+        gates,
+        features,
+        mean if wants_mean else None,
+        tapped if tap else None,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- rectify
+
+
+def _rectify(hypotheses: Tensor, scores: Tensor, mix: str, gating: str | None) -> tuple[Tensor, Tensor]:
+    from .kernels.rectify import rectify_forward
+
+    outputs = _rectify_fake(hypotheses, scores, mix, gating)
+    if hypotheses.shape[0] > 0:
+        with torch.cuda.device_of(hypotheses):
+            rectify_forward(hypotheses.contiguous(), scores.contiguous(), mix, gating, *outputs)
+    return outputs
+
+
+def _rectify_fake(hypotheses, scores, mix, gating):
+    images, count, labels = hypotheses.shape
+    dtype = accumulator_dtype(hypotheses.dtype)
+    lse = hypotheses.new_empty((0,) if mix == "logit" else (images, count), dtype=dtype)
+    return hypotheses.new_empty((images, labels), dtype=dtype), lse
+
+
+def _rectify_backward(
+    grad: Tensor, hypotheses: Tensor, scores: Tensor, output: Tensor, lse: Tensor, mix: str, gating: str | None
+) -> tuple[Tensor, Tensor]:
+    from .kernels.rectify import rectify_backward
+
+    gradients = _rectify_backward_fake(grad, hypotheses, scores, output, lse, mix, gating)
+    if hypotheses.shape[0] > 0:
+        with torch.cuda.device_of(hypotheses):
+            rectify_backward(
+                grad.contiguous(), hypotheses.contiguous(), scores.contiguous(), output, lse, mix, gating, *gradients
+            )
+    return gradients
+
+
+def _rectify_backward_fake(grad, hypotheses, scores, output, lse, mix, gating):
+    return hypotheses.new_empty(hypotheses.shape), scores.new_empty(scores.shape)
+
+
+_define(
+    "rectify(Tensor hypotheses, Tensor scores, str mix, str? gating) -> (Tensor, Tensor)", _rectify, _rectify_fake
+)
+_define(
+    "rectify_backward(Tensor grad, Tensor hypotheses, Tensor scores, Tensor output, Tensor lse, str mix, str? gating) "
+    "-> (Tensor, Tensor)",
+    _rectify_backward,
+    _rectify_backward_fake,
+)
+
+
+class _Rectify(torch.autograd.Function):
+    @staticmethod
+    def forward(hypotheses, scores, mix, gating):
+        return torch.ops.ar_kernels.rectify(hypotheses, scores, mix, gating)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        hypotheses, scores, ctx.mix, ctx.gating = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(hypotheses, scores, *output)
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        dh, ds = _RectifyBackward.apply(grad, *ctx.saved_tensors, ctx.mix, ctx.gating)
+        return dh, ds, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _map_samples(_Rectify, info, in_dims, arguments)
+
+
+class _RectifyBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(grad, hypotheses, scores, output, lse, mix, gating):
+        return torch.ops.ar_kernels.rectify_backward(grad, hypotheses, scores, output, lse, mix, gating)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:3])
+        ctx.mix, ctx.gating = inputs[5:]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *second):
+        grad, hypotheses, scores = ctx.saved_tensors
+
+        def forward(hypotheses, scores):
+            return (eager.rectify(hypotheses, scores, ctx.mix, ctx.gating),)
+
+        dh, ds, dgrad = _double_backward(forward, (hypotheses, scores), (0, 1), (grad,), second)
+        return dgrad, dh, ds, None, None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _map_samples(_RectifyBackward, info, in_dims, arguments)
+
+
+def rectify(hypotheses: Tensor, scores: Tensor, mix: str, gating: str | None) -> Tensor:
+    """The fused rectified output [N, L]; arguments as in eager.rectify."""
+    return _Rectify.apply(hypotheses, scores, mix, gating)[0]
+
+
+# ---------------------------------------------------------------------------------------------- shared by the Functions
+
+
+def _double_backward(
+    forward: Callable,
+    inputs: tuple[Tensor | None, ...],
+    differentiated: tuple[int, ...],
+    grads: tuple[Tensor | None, ...],
+    second: tuple[Tensor | None, ...],
+) -> list[Tensor | None]:
+    """Gradients of a backward: its outputs were the vector-Jacobian products of `forward` (eager formulas) with grads.
+
+    differentiated: which inputs the backward's outputs belong to, in order; second: the gradients of those outputs.
+    Returns the gradients of inputs, then of grads; None where an argument is None. Made of torch.func.vjp alone, so
+    it can be differentiated again.
+    """
+    given = [i for i, value in enumerate(inputs) if value is not None]
+    used = [i for i, grad in enumerate(grads) if grad is not None]
+
+    def first_order(*values: Tensor) -> tuple[Tensor, ...]:
+        present, cotangents = values[: len(given)], values[len(given) :]
+
+        def outputs(*present: Tensor) -> tuple[Tensor, ...]:
+            arguments: list[Any] = [None] * len(inputs)
+            for i, value in zip(given, present):
+                arguments[i] = value
+            results = forward(*arguments)
+            return tuple(results[i] for i in used)
+
+        products = dict(zip(given, torch.func.vjp(outputs, *present)[1](cotangents)))
+        return tuple(products[i] for i, grad in zip(differentiated, second) if grad is not None and i in products)
+
+    cotangents = tuple(g for i, g in zip(differentiated, second) if g is not None and i in given)
+    values = [inputs[i] for i in given] + [grads[i] for i in used]
+    results = torch.func.vjp(first_order, *values)[1](cotangents)
+    received: list[Tensor | None] = [None] * (len(inputs) + len(grads))
+    for i, result in zip(given + [len(inputs) + i for i in used], results):
+        received[i] = result
+    return received
+
+
+def _map_samples(function: type[torch.autograd.Function], info: Any, in_dims: tuple, arguments: tuple) -> tuple:
+    """The vmap rule of every Function: one call for each sample, results stacked."""
+    samples = []
+    for index in range(info.batch_size):
+        sample = [
+            argument if dim is None else argument.select(dim, index) for argument, dim in zip(arguments, in_dims)
+        ]
+        samples.append(function.apply(*sample))
+    outputs = tuple(torch.stack(values) for values in zip(*samples))
+    return outputs, (0,) * len(outputs)

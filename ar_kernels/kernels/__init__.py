@@ -1,0 +1,1 @@
+"""Triton kernels, a launcher each. Imported only when one of them is about to run."""

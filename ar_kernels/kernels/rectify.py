@@ -1,0 +1,161 @@
+"""Rectification: D+1 hypotheses [N, D+1, L] mixed by global gates, without a log-softmax in memory.
+
+    γ = softmax(s), σ(s) / (1e-6 + Σ σ(s)) or 1/(D+1);  log p_i = h_i − lse_i
+    logit: y = Σ γ_i h_i          dγ_i = Σ_l dy h_i                    dh_i = γ_i dy
+    log:   y = Σ γ_i log p_i      dγ_i = Σ_l dy log p_i                dh_i = γ_i (dy − p_i Σ_l dy)
+    prob:  y = log Σ γ_i p_i      dγ_i = Σ_l dy p_i / e^y              dh_i = γ_i (dy p_i / e^y − p_i Σ_l dy p_i / e^y)
+    softmax: ds = γ ⊙ (dγ − Σ γ dγ);  sigmoid: ds = σ (1 − σ) (dγ − Σ γ dγ) / (1e-6 + Σ σ)
+
+Bytes: hypotheses read once (twice for log and prob, the second time from cache) and their gradient written once.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .heuristics import next_power_of_2
+from .tiles import accumulator
+
+
+@triton.jit
+def _global_gates(scores, n, i, D: tl.constexpr, GATING: tl.constexpr, ACC: tl.constexpr):
+    """γ, σ(s) and 1e-6 + Σ σ(s) of one image, [D_tile]; the last two only for sigmoid gates."""
+    s = tl.load(scores + n * D + i, mask=i < D, other=0.0).to(ACC)
+    if GATING == "softmax":
+        s = tl.where(i < D, s, float("-inf"))
+        e = tl.exp(s - tl.max(s, axis=0))
+        total = tl.sum(e, axis=0)
+    elif GATING == "sigmoid":
+        e = tl.where(i < D, 1.0 / (1.0 + tl.exp(-s)), 0.0)
+        total = 1e-6 + tl.sum(e, axis=0)
+    else:
+        e = tl.where(i < D, 1.0, 0.0) + 0.0 * s
+        total = tl.sum(e, axis=0)
+    return e / total, e, total
+
+
+@triton.jit
+def _hypotheses(h, n, i, l, D: tl.constexpr, L: tl.constexpr, ACC: tl.constexpr):  # [D_tile, L_tile]
+    real = (i < D)[:, None] & (l < L)[None, :]
+    tile = tl.load(h + n * (D * L) + i[:, None] * L + l[None, :], mask=real, other=float("-inf")).to(ACC)
+    return tile, real
+
+
+@triton.jit
+def rectify_forward_kernel(
+    h, scores, y, lse,
+    D: tl.constexpr, L: tl.constexpr, D_TILE: tl.constexpr, L_TILE: tl.constexpr,
+    MIX: tl.constexpr, GATING: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One program: one image."""
+    n = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, D_TILE)
+    gates, _, _ = _global_gates(scores, n, i, D, GATING, ACC)
+    shift = tl.zeros([D_TILE], ACC)
+    if MIX != "logit":
+        m = tl.full([D_TILE], float("-inf"), ACC)
+        d = tl.zeros([D_TILE], ACC)
+        for first in range(0, L, L_TILE):
+            tile, real = _hypotheses(h, n, i, first + tl.arange(0, L_TILE), D, L, ACC)
+            tile = tl.where((i < D)[:, None], tile, 0.0)  # rows beyond D stay finite
+            m_new = tl.maximum(m, tl.max(tile, axis=1))
+            d = d * tl.exp(m - m_new) + tl.sum(tl.exp(tile - m_new[:, None]), axis=1)
+            m = m_new
+        shift += m + tl.log(d)
+        tl.store(lse + n * D + i, shift, mask=i < D)
+    for first in range(0, L, L_TILE):
+        l = first + tl.arange(0, L_TILE)
+        tile, real = _hypotheses(h, n, i, l, D, L, ACC)
+        if MIX == "prob":
+            tile = tl.where(real, tile - shift[:, None] + tl.log(tl.where(i < D, gates, 1.0))[:, None], tile)
+            top = tl.max(tl.where((l < L)[None, :], tile, 0.0), axis=0)
+            mixed = top + tl.log(tl.sum(tl.exp(tile - top[None, :]), axis=0))
+        else:
+            mixed = tl.sum(tl.where(real, gates[:, None] * (tile - shift[:, None]), 0.0), axis=0)
+        tl.store(y + n * L + l, mixed, mask=l < L)
+
+
+@triton.jit
+def rectify_backward_kernel(
+    grad, h, scores, y, lse, dh, dscores,
+    D: tl.constexpr, L: tl.constexpr, D_TILE: tl.constexpr, L_TILE: tl.constexpr,
+    MIX: tl.constexpr, GATING: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One program: one image."""
+    n = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, D_TILE)
+    gates, sigma, total = _global_gates(scores, n, i, D, GATING, ACC)
+    shift = tl.zeros([D_TILE], ACC)
+    if MIX != "logit":
+        shift += tl.load(lse + n * D + i, mask=i < D, other=0.0)
+    dgates = tl.zeros([D_TILE], ACC)
+    dy_sum = 0.0
+    for first in range(0, L, L_TILE):
+        l = first + tl.arange(0, L_TILE)
+        tile, real = _hypotheses(h, n, i, l, D, L, ACC)
+        dy = tl.load(grad + n * L + l, mask=l < L, other=0.0)
+        if MIX == "prob":
+            mixed = tl.load(y + n * L + l, mask=l < L, other=0.0)
+            dgates += tl.sum(tl.where(real, dy[None, :] * tl.exp(tile - shift[:, None] - mixed[None, :]), 0.0), axis=1)
+        else:
+            dgates += tl.sum(tl.where(real, dy[None, :] * (tile - shift[:, None]), 0.0), axis=1)
+            dy_sum += tl.sum(dy, axis=0)
+    for first in range(0, L, L_TILE):
+        l = first + tl.arange(0, L_TILE)
+        tile, real = _hypotheses(h, n, i, l, D, L, ACC)
+        dy = tl.load(grad + n * L + l, mask=l < L, other=0.0)
+        if MIX == "logit":
+            slope = dy[None, :]
+        elif MIX == "log":
+            slope = dy[None, :] - tl.exp(tile - shift[:, None]) * dy_sum
+        else:
+            mixed = tl.load(y + n * L + l, mask=l < L, other=0.0)
+            log_p = tile - shift[:, None]
+            slope = dy[None, :] * tl.exp(log_p - mixed[None, :]) - tl.exp(log_p) * dgates[:, None]
+        tl.store(
+            dh + n * (D * L) + i[:, None] * L + l[None, :], (gates[:, None] * slope).to(dh.dtype.element_ty), mask=real
+        )
+    ds = dgates - tl.sum(tl.where(i < D, gates * dgates, 0.0), axis=0)
+    if GATING == "softmax":
+        ds = gates * ds
+    elif GATING == "sigmoid":
+        ds = sigma * (1.0 - sigma) * ds / total
+    else:
+        ds = 0.0 * ds
+    tl.store(dscores + n * D + i, ds.to(dscores.dtype.element_ty), mask=i < D)
+
+
+def _sizes(hypotheses: Tensor, mix: str, gating: str | None) -> dict:
+    _, count, labels = hypotheses.shape
+    rows = next_power_of_2(count)
+    return {
+        "D": count,
+        "L": labels,
+        "D_TILE": rows,
+        "L_TILE": max(1, min(next_power_of_2(labels), 4096 // rows)),
+        "MIX": mix,
+        "GATING": gating or "none",
+        "ACC": accumulator(hypotheses.dtype),
+    }
+
+
+def rectify_forward(hypotheses: Tensor, scores: Tensor, mix: str, gating: str | None, y: Tensor, lse: Tensor) -> None:
+    """Launches into y [N, L] and lse [N, D+1] (left unwritten for the logit mix)."""
+    rectify_forward_kernel[(hypotheses.shape[0],)](hypotheses, scores, y, lse, **_sizes(hypotheses, mix, gating))
+
+
+def rectify_backward(
+    grad: Tensor,
+    hypotheses: Tensor,
+    scores: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    mix: str,
+    gating: str | None,
+    dh: Tensor,
+    dscores: Tensor,
+) -> None:
+    """Launches into dh [N, D+1, L] and dscores [N, D+1]."""
+    rectify_backward_kernel[(hypotheses.shape[0],)](
+        grad, hypotheses, scores, y, lse, dh, dscores, **_sizes(hypotheses, mix, gating)
+    )
