@@ -7,7 +7,7 @@ import importlib.util
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -170,6 +170,12 @@ def _choose(implementation: str | None, data: Tensor, mask_weight: Tensor | None
     return name
 
 
+def _autocast_off(data: Tensor) -> AbstractContextManager:
+    """The computation runs in its input's dtype; outside autocast there is nothing to switch, and no time to lose."""
+    kind = data.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
 # ---------------------------------------------------------------------------------------------- attend
 
 
@@ -211,7 +217,7 @@ def attend(
     _check_weight("mask_bias", mask_bias, feature_map, (heads,))
     name = _choose(implementation, feature_map, mask_weight)
     wants_logits = logits or masks
-    with torch.autocast(feature_map.device.type, enabled=False):
+    with _autocast_off(feature_map):
         if name == "triton":
             fused = ops.gated_attend(feature_map, mask_weight, mask_bias, None, None, 0, wants_logits, mean, tap)
             pooled, lse, maps, average, tapped = fused.pooled, fused.lse, fused.logits, fused.mean, fused.feature_map
@@ -289,7 +295,7 @@ def attention_module(
         _check_weight("global_mask_weight", global_mask_weight, feature_map, tuple(shape))
         _check_weight("global_gate_weight", global_gate_weight, feature_map, tuple(shape))
     name = _choose(implementation, feature_map, mask_weight)
-    with torch.autocast(feature_map.device.type, enabled=False):
+    with _autocast_off(feature_map):
         if name == "reference":
             hypothesis, gates, logits = reference.attention_module(
                 feature_map, mask_weight, output_weight, gate_weight, mask_bias, output_bias, gate_bias
@@ -375,7 +381,7 @@ def rectify(
     if gating not in _GATINGS:
         raise ValueError(f"gating must be 'softmax', 'sigmoid' or None, got {gating!r}")
     name = _choose(implementation, hypotheses, None)
-    with torch.autocast(hypotheses.device.type, enabled=False):
+    with _autocast_off(hypotheses):
         if name == "triton":
             return ops.rectify(hypotheses, scores, mix, gating)
         return (eager if name == "eager" else reference).rectify(hypotheses, scores, mix, gating)

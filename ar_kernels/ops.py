@@ -111,7 +111,8 @@ _define(
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+    """None for what is absent or empty: under torch.compile absent gradients arrive as zeros of their output's size."""
+    return None if tensor is None or tensor.numel() == 0 else tensor.contiguous()
 
 
 def _is_channels_last(z: Tensor) -> bool:
@@ -195,7 +196,7 @@ def _gated_attend_backward(
                 delta,
                 unscale,
                 grad_logits,
-                upstream,
+                None if upstream is None or upstream.numel() == 0 else upstream,
                 dz if needs_z else None,
                 dw if needs_w else None,
             )
@@ -446,6 +447,8 @@ def _double_backward(
     Returns the gradients of inputs, then of grads; None where an argument is None. Made of torch.func.vjp alone, so
     it can be differentiated again.
     """
+    if all(grad is None for grad in second):
+        return [None] * (len(inputs) + len(grads))
     given = [i for i, value in enumerate(inputs) if value is not None]
     used = [i for i, grad in enumerate(grads) if grad is not None]
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .heuristics import multiprocessors, sweep_config
+from .heuristics import multiprocessors, next_power_of_2, sweep_config
 from .tiles import accumulator, map_strides, matmul_precision, position_count, row_width, tile_offsets
 
 
@@ -264,7 +264,8 @@ def attend_forward(
         PRECISION=matmul_precision(z.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if merge:
+        sizes["C_TILE"] = min(next_power_of_2(channels), max(16, 2048 // config.head_tile))
         merge_kernel[(images,)](
             score_w, score_b, pooled, lse, mean, scores, gates, features, part_m, part_d, part_p, config.splits,
-            **sizes, num_warps=config.num_warps,
+            **sizes, num_warps=4,
         )  # fmt: skip

@@ -42,11 +42,13 @@ def sweep_config(
     if held:
         elements = (8192 if backward else 16384) // (1 if itemsize == 2 else itemsize // 2)
         position_tile = max(16, min(128, elements // channel_tile))
-        num_warps = 8 if channel_tile >= 512 else 4
+        num_warps = 8 if channel_tile >= 512 or itemsize > 2 else 4
+        if backward and itemsize > 2:  # products without matrix units keep four accumulators in registers
+            num_warps = 16
     else:
         channel_tile = min(channel_tile, max(32, (128 if itemsize == 2 else 64) * 16 // head_tile))
         position_tile = 64 if itemsize == 2 else 32
-        num_warps = 4
+        num_warps = 8
     position_tile = min(position_tile, max(16, next_power_of_2(positions)))
     tiles = -(-positions // position_tile)
     # Enough programs to fill the chip about twice; a split forward costs a merge, so not for the last few percent.

@@ -1,0 +1,67 @@
+"""One option, --device: the same tests run in Triton's interpreter on a CPU (default) and compiled on a GPU."""
+
+import importlib.util
+import os
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="cpu (Triton in its interpreter) or cuda")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped, saying so, without --device cuda")
+    if config.getoption("--device") == "cpu" and importlib.util.find_spec("triton"):
+        os.environ["TRITON_INTERPRET"] = "1"  # before @triton.jit runs
+        import interpreter_fixes  # noqa: F401  (repairs bf16 in the interpreter)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--device") == "cpu":
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device: run with --device cuda"))
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest):
+    import torch
+
+    name = request.config.getoption("--device")
+    if name != "cpu" and not torch.cuda.is_available():
+        pytest.fail("--device cuda was given and torch sees no CUDA device")
+    return torch.device(name)
+
+
+@pytest.fixture(autouse=True)
+def same_float32_products():
+    """cuDNN's convolutions take TF32 by default and matrix products do not: here neither does, unless a test says."""
+    import torch
+
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture
+def poisoned_memory():
+    """torch.empty and its kin return NaN: whatever the package allocates and does not write shows."""
+    import torch
+
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.ones(1).new_empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+@pytest.fixture(params=["eager", "triton"])
+def implementation(request: pytest.FixtureRequest) -> str:
+    """Every implementation that is checked against the reference."""
+    if request.param == "triton" and not importlib.util.find_spec("triton"):
+        pytest.skip("the triton package is not installed")
+    return request.param

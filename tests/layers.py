@@ -1,0 +1,120 @@
+"""Random layers and the error budget: what the tests of attend, attention_module and the modules share."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+import ar_kernels
+
+EPS = {torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float32: 2**-23, torch.float64: 2**-52}
+
+
+@dataclass
+class Layer:
+    """One attended layer: sizes, what is asked of it, and its tensors in float64 rounded to `dtype`'s values."""
+
+    n: int = 3
+    c: int = 5
+    h: int = 3
+    w: int = 4
+    k: int = 2
+    labels: int = 7
+    globals: int = 0
+    bias: bool = True
+    gated: bool = True
+    mean: bool = True
+    tap: bool = True
+    kernel_size: int = 1
+    dtype: torch.dtype = torch.float64
+    weight_dtype: torch.dtype | None = None
+    device: torch.device = torch.device("cpu")
+    seed: int = 0
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        taps = (self.kernel_size,) * 2 if self.kernel_size > 1 else ()
+        fan_in = self.c * self.kernel_size**2
+
+        def draw(*shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
+            values = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+            return values.to(self.dtype if dtype is None else dtype).to(self.device)
+
+        weight = self.weight_dtype or self.dtype
+        t = self.tensors
+        t["feature_map"] = draw(self.n, self.c, self.h, self.w)
+        t["mask_weight"] = draw(self.k, self.c, *taps, scale=(2 / fan_in) ** 0.5, dtype=weight)
+        t["output_weight"] = draw(self.labels, self.k * fan_in, scale=fan_in**-0.5, dtype=weight)
+        if self.gated:
+            t["gate_weight"] = draw(self.k, self.c, *taps, scale=(2 / fan_in) ** 0.5, dtype=weight)
+        if self.bias:
+            t["mask_bias"] = draw(self.k, dtype=weight)
+            t["output_bias"] = draw(self.k, self.labels, dtype=weight)
+            if self.gated:
+                t["gate_bias"] = draw(self.k, dtype=weight)
+        if self.globals:
+            t["global_mask_weight"] = draw(self.globals, self.c, *taps, scale=(2 / fan_in) ** 0.5, dtype=weight)
+            t["global_gate_weight"] = draw(self.globals, self.c, *taps, scale=(2 / fan_in) ** 0.5, dtype=weight)
+
+    def run(self, implementation: str, exact: bool = False, layout=None, masks: bool = True) -> dict[str, torch.Tensor]:
+        """Outputs and gradients by name; exact computes in float64. layout: a function applied to the feature map."""
+        tensors = {name: value.double() if exact else value for name, value in self.tensors.items()}
+        if layout is not None:
+            tensors["feature_map"] = layout(tensors["feature_map"])
+        tensors = {name: value.detach().requires_grad_() for name, value in tensors.items()}
+        output = ar_kernels.attention_module(
+            **tensors, masks=masks, mean=self.mean, tap=self.tap, implementation=implementation
+        )
+        asked = ("feature_map", "mask_weight", "mask_bias")
+        pooled = ar_kernels.attend(
+            *(tensors.get(name) for name in asked),
+            logits=masks, mean=self.mean, tap=self.tap, implementation=implementation,
+        )  # fmt: skip
+        results = {}
+        for prefix, outputs in (("module", output._asdict()), ("attend", pooled._asdict())):
+            outputs = {name: value for name, value in outputs.items() if value is not None}
+            generator = torch.Generator().manual_seed(self.seed + 1)
+            loss = 0.0
+            for value in outputs.values():
+                grad = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.device)
+                loss = loss + (value.double() * grad).sum()
+            names = [n for n in tensors if prefix == "module" or n in asked]
+            grads = torch.autograd.grad(loss, [tensors[name] for name in names], allow_unused=True)
+            results |= {f"{prefix}.{name}": value.detach() for name, value in outputs.items()}
+            results |= {f"{prefix}.d_{name}": g for name, g in zip(names, grads) if g is not None}
+        return results
+
+
+def assert_within_budget(
+    got: dict[str, torch.Tensor], eager: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], dtype: torch.dtype
+) -> None:
+    """|got − exact| ≤ 2 (max|eager − exact| + eps·max|exact|) pointwise, and the same of the relative RMS error."""
+    assert got.keys() == exact.keys() == eager.keys()
+    for name, truth in exact.items():
+        if name == "module.d_mask_bias":
+            continue  # exactly 0: it cancels in the masks, and rounding errors have nothing to be relative to
+        value, yardstick = got[name].double(), eager[name].double()
+        assert value.shape == truth.shape, name
+        error, allowed = (value - truth).abs().max(), (yardstick - truth).abs().max()
+        budget = 2 * (allowed + EPS[dtype] * truth.abs().max())
+        assert error <= budget, f"{name}: pointwise error {error:.3e} over its budget {budget:.3e}"
+        norm = truth.norm() + 1e-300
+        error, allowed = (value - truth).norm() / norm, (yardstick - truth).norm() / norm
+        assert error <= 2 * (allowed + EPS[dtype]), f"{name}: relative RMS error {error:.3e}, eager's {allowed:.3e}"
+
+
+def channels_last(feature_map: torch.Tensor) -> torch.Tensor:
+    return feature_map.contiguous(memory_format=torch.channels_last)
+
+
+def batch_last(feature_map: torch.Tensor) -> torch.Tensor:
+    """Strides in no usual order: [C, W, N, H] in memory."""
+    return feature_map.permute(1, 3, 0, 2).contiguous().permute(2, 0, 3, 1)
+
+
+def slice_of_cat(feature_map: torch.Tensor) -> torch.Tensor:
+    """Rows and channels with gaps between them, an offset into the storage."""
+    wide = torch.cat([feature_map, feature_map, feature_map], dim=1)
+    wide = torch.cat([wide, wide], dim=3)
+    c, w = feature_map.shape[1], feature_map.shape[3]
+    return wide[:, c : 2 * c, :, w : 2 * w]

@@ -1,0 +1,143 @@
+"""Compiles for GPUs that are not here exactly what the launchers would launch, and reads registers, spills and
+shared memory from the result. Run as a process of its own, without TRITON_INTERPRET."""
+
+import contextlib
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ar_kernels import ops
+from ar_kernels.kernels import attend_backward, attend_forward, rectify
+
+# Shared memory that one block may ask for, in bytes, by compute capability.
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64"}
+
+
+class Recorder:
+    """Stands in for a jitted kernel and keeps what it would have been launched with."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+
+
+@contextlib.contextmanager
+def recording():
+    """Every launch inside the block is recorded instead of run, as if on a GPU of 132 multiprocessors."""
+    launches = []
+    with contextlib.ExitStack() as stack:
+        for module in (attend_forward, attend_backward, rectify):
+            for name, value in list(vars(module).items()):
+                if name.endswith("_kernel") and isinstance(value, triton.JITFunction):
+                    stack.enter_context(mock.patch.object(module, name, Recorder(value, launches)))
+            if hasattr(module, "multiprocessors"):
+                stack.enter_context(mock.patch.object(module, "multiprocessors", lambda index: 132))
+        yield launches
+
+
+def compile_launch(kernel, args, kwargs, capability):
+    """Compiles one recorded launch for sm_<capability>; returns its registers, spills and shared memory."""
+    options = {k: v for k, v in kwargs.items() if k in ("num_warps", "num_stages")}
+    values = dict(zip(kernel.arg_names, args)) | {k: v for k, v in kwargs.items() if k not in options}
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]  # as PyTorch allocates
+        elif isinstance(value, int) and not isinstance(value, bool) and not parameter.is_constexpr:
+            if value == 1 and not parameter.do_not_specialize:
+                signature[parameter.name], constants[parameter.name] = "constexpr", 1
+                continue
+            signature[parameter.name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    return {
+        "registers": registers,
+        "stack": stack,
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "shared": compiled.metadata.shared,
+        "warps": compiled.metadata.num_warps,
+        "mma": len(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA|UTCQMMA)\b", sass)),
+    }
+
+
+def record_layer(dtype, channels, side, heads, channels_last, mean=False):
+    """The launches of a whole layer, forward and backward, of one shape."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    z = torch.empty(128, channels, side, side, dtype=dtype, device="cpu").to(memory_format=layout)
+    w = torch.empty(heads, channels, dtype=dtype)
+    with recording() as launches:
+        outputs = ops._gated_attend(z, w, None, w, None, heads, False, mean)
+        pooled, lse, _, scores, gates, features, average = outputs
+        ops._gated_attend_backward(
+            z, w, None, w, pooled, lse, scores, gates, None, None, None, None, None, features,
+            average if mean else None, None, True, True, True, channels_last,
+        )  # fmt: skip
+    return launches
+
+
+def record_rectify(dtype, labels, mix, gating):
+    hypotheses, scores = torch.empty(128, 4, labels, dtype=dtype), torch.empty(128, 4)
+    with recording() as launches:
+        y, lse = ops._rectify(hypotheses, scores, mix, gating)
+        ops._rectify_backward(y, hypotheses, scores, y, lse, mix, gating)
+    return launches
+
+
+CASES = [
+    # channels, side, heads, channels_last, mean
+    (160, 32, 4, True, False),
+    (256, 56, 4, True, False),
+    (512, 14, 4, False, True),
+    (640, 8, 4, True, True),
+    (2048, 7, 4, False, False),
+    (320, 16, 16, True, False),
+    (256, 14, 64, True, False),
+]
+
+
+def main(capabilities):
+    failures = 0
+    for dtype, case in itertools.product((torch.bfloat16, torch.float16, torch.float32), CASES):
+        for kernel, args, kwargs in record_layer(dtype, *case):
+            for capability in capabilities:
+                name = f"sm_{capability} {str(dtype)[6:]} {case} {kernel.__name__}"
+                figures = compile_launch(kernel, args, kwargs, capability)
+                bad = figures["spills"] > 0 or figures["shared"] > SHARED_LIMIT[capability]
+                failures += bad
+                print("FAIL" if bad else "ok", name, figures, flush=True)
+    for mix in ("logit", "log", "prob"):
+        for kernel, args, kwargs in record_rectify(torch.bfloat16, 1000, mix, "softmax"):
+            for capability in capabilities:
+                figures = compile_launch(kernel, args, kwargs, capability)
+                bad = figures["spills"] > 0
+                failures += bad
+                print("FAIL" if bad else "ok", f"sm_{capability} {mix} {kernel.__name__}", figures, flush=True)
+    return failures
+
+
+if __name__ == "__main__":
+    sys.exit(1 if main([int(name.removeprefix("sm_")) for name in sys.argv[1:]] or [80, 90, 100]) else 0)

@@ -1,0 +1,300 @@
+"""Forward and backward of every implementation against the reference: dtypes, layouts, odd sizes, error budgets."""
+
+import pytest
+import torch
+from layers import Layer, assert_within_budget, batch_last, channels_last, slice_of_cat
+
+import ar_kernels
+from ar_kernels import eager, ops
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+SHAPES = {
+    "small": {},
+    "one position": {"n": 2, "c": 16, "h": 1, "w": 1, "k": 1},
+    "one channel, one head": {"n": 2, "c": 1, "h": 3, "w": 2, "k": 1},
+    "global heads": {"n": 4, "c": 20, "h": 5, "w": 7, "k": 4, "globals": 3},
+    "split over positions": {"n": 1, "c": 40, "h": 17, "w": 19, "k": 3},
+    "more images than programs": {"n": 10, "c": 8, "h": 3, "w": 3, "k": 2},
+    "channels in chunks": {"n": 2, "c": 600, "h": 5, "w": 9, "k": 3, "globals": 2},
+    "64 heads": {"n": 2, "c": 70, "h": 4, "w": 5, "k": 64},
+    "one row": {"n": 2, "c": 6, "h": 1, "w": 37, "k": 2, "mean": False, "tap": False},
+    "ungated, no biases": {"n": 2, "c": 12, "h": 4, "w": 4, "gated": False, "bias": False},
+    "ungated beside global heads": {"n": 2, "c": 12, "h": 4, "w": 4, "gated": False, "globals": 2},
+}
+LAYOUTS = {"contiguous": None, "channels_last": channels_last, "batch_last": batch_last, "slice": slice_of_cat}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float64_equals_the_reference(shape, implementation, device):
+    layer = Layer(**SHAPES[shape], device=device)
+    got, exact = layer.run(implementation), layer.run("reference")
+    assert got.keys() == exact.keys()
+    for name, truth in exact.items():
+        scale = 1e-12 * max(1.0, truth.abs().max().item())
+        assert (got[name] - truth).abs().max().item() <= scale, name
+
+
+@pytest.mark.parametrize("shape", ["small", "one position", "split over positions"])
+def test_3x3_heads_equal_the_reference(shape, device):
+    layer = Layer(**SHAPES[shape], kernel_size=3, device=device)
+    got, exact = layer.run("eager"), layer.run("reference")
+    for name, truth in exact.items():
+        assert (got[name] - truth).abs().max().item() <= 1e-12 * max(1.0, truth.abs().max().item()), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", ["global heads", "split over positions", "channels in chunks"])
+def test_error_budget(shape, layout, dtype, device):
+    layer = Layer(**SHAPES[shape], dtype=dtype, device=device)
+    exact = layer.run("reference", exact=True)
+    eager_results = layer.run("eager", layout=LAYOUTS[layout])
+    assert_within_budget(layer.run("triton", layout=LAYOUTS[layout]), eager_results, exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_float32_weights_beside_half_maps(dtype, device):
+    """As under autocast: weights are rounded inside, their gradients come back in float32 and unrounded."""
+    layer = Layer(n=4, c=40, h=6, w=7, k=4, dtype=dtype, weight_dtype=torch.float32, device=device)
+    exact = layer.run("reference", exact=True)
+    with torch.autocast(device.type, dtype=dtype):
+        got = layer.run("triton")
+    assert got["module.hypothesis"].dtype == dtype
+    assert got["attend.pooled"].dtype == got["module.gates"].dtype == torch.float32
+    assert got["module.d_mask_weight"].dtype == got["module.d_gate_weight"].dtype == torch.float32
+    assert not torch.equal(got["module.d_mask_weight"], got["module.d_mask_weight"].to(dtype).float())
+    assert_within_budget(got, layer.run("eager"), exact, dtype)
+
+
+def test_float16_gradients_of_a_mean_loss_do_not_underflow(device):
+    """Upstream gradients of 1e-7, as a mean over a large batch sends them, keep their relative accuracy in dW."""
+    layer = Layer(n=3, c=40, h=12, w=12, k=4, bias=False, dtype=torch.float16, device=device)
+    z, w = (layer.tensors[name] for name in ("feature_map", "mask_weight"))
+    grad = 1e-7 * torch.randn(3, 4, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(device)
+    w64 = w.double().requires_grad_()
+    exact = torch.autograd.grad(ar_kernels.attend(z.double(), w64, implementation="reference").pooled, w64, grad)[0]
+    w32 = w.float().requires_grad_()
+    pooled = ar_kernels.attend(z, w32, implementation="triton").pooled
+    got = torch.autograd.grad(pooled, w32, grad.float())[0]
+    assert (got.double() - exact).norm() <= 2e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_layout_follows_the_map(layout, device):
+    layer = Layer(n=2, c=6, h=4, w=5, device=device)
+    z = layer.tensors["feature_map"] if LAYOUTS[layout] is None else LAYOUTS[layout](layer.tensors["feature_map"])
+    z = z.detach().requires_grad_()
+    grad = torch.autograd.grad(ar_kernels.attend(z, layer.tensors["mask_weight"], implementation="triton").lse.sum(), z)
+    last = layout == "channels_last" or layout == "batch_last" and z.stride(1) < z.stride(3)
+    assert grad[0].is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def test_gradients_of_any_strides(device):
+    """The stride-0 gradient of a sum, a slice of a cat, a permuted tensor: for P, lse, logits and the tap."""
+    layer = Layer(n=2, c=6, h=3, w=4, k=3, device=device)
+    grads = {}
+    for name in ("reference", "triton"):
+        z = layer.tensors["feature_map"].detach().requires_grad_()
+        out = ar_kernels.attend(
+            z, layer.tensors["mask_weight"], logits=True, mean=True, tap=True, implementation=name
+        )
+        generator = torch.Generator().manual_seed(5)
+        loss = out.pooled.sum() + torch.cat([out.lse, out.lse], dim=1)[:, 1:4].sum() + out.mean.t().sum()
+        weight = torch.randn(3, 4, 3, 2, generator=generator, dtype=torch.float64).to(device)
+        loss = loss + (out.logits.permute(1, 3, 2, 0) * weight).sum()
+        weight = torch.randn(4, 6, 2, 3, generator=generator, dtype=torch.float64).to(device)
+        loss = loss + (out.feature_map.permute(3, 1, 0, 2) * weight).sum()
+        (grads[name],) = torch.autograd.grad(loss, z)
+    torch.testing.assert_close(grads["triton"], grads["reference"], rtol=1e-12, atol=1e-12)
+
+
+def test_flat_maps_and_expanded_maps(implementation, device):
+    z = torch.randn(2, 6, 20, dtype=torch.float64, device=device)
+    w = torch.randn(3, 6, dtype=torch.float64, device=device)
+    flat = ar_kernels.attend(z, w, logits=True, implementation=implementation)
+    grid = ar_kernels.attend(z.unflatten(2, (4, 5)), w, logits=True, implementation="reference")
+    torch.testing.assert_close(flat.pooled, grid.pooled, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(flat.logits, grid.logits.flatten(2), rtol=1e-12, atol=1e-12)
+    same = z[:1, :, :1, None].expand(3, 6, 4, 5)  # stride 0 everywhere but over channels
+    got = ar_kernels.attend(same, w, implementation=implementation)
+    want = ar_kernels.attend(same.contiguous(), w, implementation="reference")
+    torch.testing.assert_close(got.pooled, want.pooled, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_images(dtype, implementation, device):
+    layer = Layer(n=0, c=6, dtype=dtype, globals=2, device=device)
+    results = layer.run(implementation)
+    assert results["module.hypothesis"].shape == (0, 7)
+    assert results["module.d_feature_map"].shape == (0, 6, 3, 4)
+    for name in ("d_mask_weight", "d_output_weight", "d_gate_weight", "d_gate_bias"):
+        assert results[f"module.{name}"].abs().max() == 0, name
+
+
+def test_masks_sum_to_one_over_positions(implementation, device):
+    """Softmax over positions: not over channels, not over heads; sums, not means."""
+    layer = Layer(n=2, c=6, h=3, w=4, k=3, device=device)
+    z, w = layer.tensors["feature_map"], layer.tensors["mask_weight"]
+    masks = ar_kernels.attend(z, w, masks=True, implementation=implementation).masks
+    torch.testing.assert_close(masks.sum(dim=(2, 3)), torch.ones(2, 3, dtype=torch.float64, device=device))
+    ones = torch.ones_like(z)
+    pooled = ar_kernels.attend(ones, w, implementation=implementation).pooled
+    torch.testing.assert_close(pooled, torch.ones_like(pooled))  # a mean over 12 positions would give 1/12
+
+
+def test_extreme_logits_stay_finite(implementation, device):
+    z = torch.zeros(1, 4, 3, 3, device=device)
+    z[0, 0, 1, 2] = 1e4
+    w = torch.eye(4, device=device)
+    out = ar_kernels.attend(z, w, masks=True, implementation=implementation)
+    assert out.masks[0, 0, 1, 2] == 1 and out.pooled[0, 0, 0] == 1e4 and out.lse[0, 0] == 1e4
+
+
+def test_large_common_offset_does_not_leak_into_the_mask_gradient(device):
+    """dP·Z of a map with a large mean is nearly the same everywhere; δ is made of the same rounded dP, so it cancels."""
+    layer = Layer(n=2, c=64, h=8, w=8, k=4, bias=False, dtype=torch.bfloat16, mean=False, tap=False, device=device)
+    layer.tensors["feature_map"] = layer.tensors["feature_map"] + 8
+    layer.tensors["mask_weight"] -= layer.tensors["mask_weight"].mean(dim=1, keepdim=True)
+    got, exact = layer.run("triton", masks=False), layer.run("reference", exact=True, masks=False)
+    error = (got["attend.d_mask_weight"].double() - exact["attend.d_mask_weight"]).norm()
+    assert error <= 2e-2 * exact["attend.d_mask_weight"].norm()
+
+
+def test_same_bits_on_every_run(device):
+    layer = Layer(n=10, c=40, h=9, w=9, k=4, globals=2, dtype=torch.float32, device=device)
+    first = layer.run("triton")
+    for _ in range(4):
+        again = layer.run("triton")
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_only_small_tensors_are_saved_for_backward(device):
+    """The feature map and O(N·K·C), never a tensor of K·S or K·L·S."""
+    layer = Layer(n=2, c=8, h=40, w=40, k=4, bias=False, dtype=torch.float32, device=device)
+    tensors = {name: value.requires_grad_() for name, value in layer.tensors.items()}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ar_kernels.attention_module(**tensors, implementation="triton")
+    z = tensors["feature_map"]
+    others = [t for t in saved if t.data_ptr() != z.data_ptr()]
+    assert len(others) < len(saved), "the map itself is saved"
+    assert max(t.numel() for t in others) <= max(2 * 4 * 8, tensors["output_weight"].numel())
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_forward_allocates_no_copy_of_the_map(layout, device):
+    """Under 2 % of |Z| besides the outputs, in both layouts."""
+    z = torch.randn(8, 256, 56, 56, device=device).to(torch.bfloat16)
+    z = z if LAYOUTS[layout] is None else LAYOUTS[layout](z)
+    w = torch.randn(4, 256, device=device)
+    if device.type == "cuda":
+        ar_kernels.attend(z, w, implementation="triton")
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        out = ar_kernels.attend(z, w, implementation="triton")
+        allocated = torch.cuda.max_memory_allocated() - before
+    else:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            out = ar_kernels.attend(z[:1], w, implementation="triton")
+        allocated = sum(event.self_cpu_memory_usage for event in profile.events() if event.self_cpu_memory_usage > 0)
+        assert allocated > 0
+        z = z[:1]
+    outputs = out.pooled.nbytes + out.lse.nbytes
+    assert allocated - outputs < 0.02 * z.nbytes
+
+
+def test_frozen_map_gets_no_gradient_write(device, monkeypatch):
+    """Only the gradients asked for are computed."""
+    from ar_kernels.kernels import attend_backward
+
+    written = []
+    original = attend_backward.attend_backward
+
+    def spy(*arguments):
+        written.append([value is not None for value in arguments[-2:]])
+        return original(*arguments)
+
+    monkeypatch.setattr(attend_backward, "attend_backward", spy)
+    layer = Layer(n=2, c=6, dtype=torch.float32, device=device)
+    z, w = layer.tensors["feature_map"], layer.tensors["mask_weight"]
+    ar_kernels.attend(z, w.requires_grad_(), implementation="triton").pooled.sum().backward()
+    ar_kernels.attend(z.requires_grad_(), w.detach(), implementation="triton").pooled.sum().backward()
+    assert written == [[False, True], [True, False]]
+
+
+def test_a_named_implementation_runs(monkeypatch, device):
+    """A spy on each path: what was named is what ran, by argument, by context and by default."""
+    ran = []
+    for module, name in ((ops, "gated_attend"), (eager, "gated_attend")):
+        original = getattr(module, name)
+
+        def spy(*arguments, original=original, module=module):
+            ran.append(module.__name__.rsplit(".")[-1])
+            return original(*arguments)
+
+        monkeypatch.setattr(module, name, spy)
+    layer = Layer(n=1, device=device, dtype=torch.float32)
+    ar_kernels.attention_module(**layer.tensors, implementation="triton")
+    ar_kernels.attention_module(**layer.tensors, implementation="eager")
+    with ar_kernels.use_implementation("triton"):
+        ar_kernels.attention_module(**layer.tensors)
+        ar_kernels.attention_module(**layer.tensors, implementation="eager")
+        with ar_kernels.use_implementation("reference"):
+            ar_kernels.attention_module(**layer.tensors)
+    ar_kernels.attention_module(**layer.tensors)
+    default = "eager" if device.type == "cpu" else "ops"  # never the interpreter
+    assert ran == ["ops", "eager", "ops", "eager", default]
+
+
+def test_explain_says_what_runs_and_why(device):
+    z, w = torch.randn(1, 4, 2, 2, device=device), torch.randn(2, 4, device=device)
+    explanation = ar_kernels.explain(z, w)
+    assert explanation.chosen == ("eager" if device.type == "cpu" else "triton")
+    if device.type == "cpu":
+        assert "CPU" in explanation.reasons["triton"]
+    spatial = ar_kernels.explain(z, torch.randn(2, 4, 3, 3, device=device))
+    assert spatial.chosen == "eager" and spatial.reasons["reference"] == "can run"
+    assert "→ eager" in str(spatial)
+    assert ar_kernels.explain(z, w, implementation="reference").chosen == "reference"
+
+
+def test_a_named_implementation_raises_where_it_cannot_run(device):
+    z = torch.randn(1, 4, 3, 3, device=device)
+    with pytest.raises(ar_kernels.ImplementationUnavailable, match="'triton' cannot run: 3×3 heads"):
+        ar_kernels.attend(z, torch.randn(2, 4, 3, 3, device=device), implementation="triton")
+    with pytest.raises(ar_kernels.ImplementationUnavailable, match="at most 64 heads"):
+        ar_kernels.attend(z, torch.randn(65, 4, device=device), implementation="triton")
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_two_to_the_31(device):
+    """Both layouts, forward and backward, checked at the far end of a map of more than 2³¹ elements."""
+    n, c, side = 44, 64, 896  # 2.26e9 elements, 4.5 GB
+    w = torch.randn(4, c, device=device) / 8
+    for layout in (torch.contiguous_format, torch.channels_last):
+        z = torch.empty(n, c, side, side, dtype=torch.bfloat16, device=device, memory_format=layout).normal_()
+        z.requires_grad_()
+        pooled = ar_kernels.attend(z, w, implementation="triton").pooled
+        (grad,) = torch.autograd.grad(pooled.sum(), z)
+        last = z[-1:].detach().clone(memory_format=layout).requires_grad_()
+        alone = ar_kernels.attend(last, w, implementation="reference").pooled
+        (want,) = torch.autograd.grad(alone.sum(), last)
+        torch.testing.assert_close(pooled[-1:], alone, rtol=1e-2, atol=1e-2)
+        assert (grad[-1:].float() - want.float()).norm() <= 1e-2 * want.float().norm()
+        del z, grad, pooled
+        torch.cuda.empty_cache()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tf32", [False, True])
+def test_float32_follows_the_matmul_precision(tf32, device):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    layer = Layer(n=4, c=160, h=16, w=16, k=4, dtype=torch.float32, device=device)
+    exact = layer.run("reference", exact=True)
+    got = layer.run("triton")["attend.pooled"].double()
+    error = (got - exact["attend.pooled"]).norm() / exact["attend.pooled"].norm()
+    assert (error < 1e-5) != tf32
+    assert error < 2e-3

@@ -1,0 +1,275 @@
+"""The operators as PyTorch sees them: derivatives, opcheck, compile, functorch, what Inductor puts in front of them."""
+
+import pytest
+import torch
+from layers import Layer, channels_last
+
+import ar_kernels
+from ar_kernels import ops
+
+MIXES = ["logit", "log", "prob"]
+GATINGS = ["softmax", "sigmoid", None]
+
+
+def _layer_function(layer: Layer, implementation: str):
+    """attention_module with every output, as a function of its tensors; and those tensors."""
+    names = list(layer.tensors)
+
+    def function(*values):
+        out = ar_kernels.attention_module(
+            **dict(zip(names, values)), masks=True, mean=layer.mean, tap=layer.tap, implementation=implementation
+        )
+        return tuple(value for value in out if value is not None and value.requires_grad)
+
+    return function, [value.requires_grad_() for value in layer.tensors.values()]
+
+
+TINY = {"n": 2, "c": 3, "h": 2, "w": 3, "k": 2, "labels": 2}
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("extra", [{"globals": 2}, {"gated": False, "mean": False, "tap": False}])
+def test_gradcheck(extra, kernel_size, implementation, device):
+    if kernel_size == 3 and implementation == "triton":
+        pytest.skip("3×3 heads are not fused yet")
+    function, values = _layer_function(Layer(**TINY, **extra, kernel_size=kernel_size, device=device), implementation)
+    assert torch.autograd.gradcheck(function, values, fast_mode=device.type == "cpu")
+
+
+def test_gradcheck_of_the_reference(device):
+    function, values = _layer_function(Layer(**TINY, globals=2, device=device), "reference")
+    assert torch.autograd.gradcheck(function, values)
+
+
+def test_gradcheck_of_attend(implementation, device):
+    layer = Layer(**TINY, device=device)
+    values = [layer.tensors[name].requires_grad_() for name in ("feature_map", "mask_weight", "mask_bias")]
+
+    def function(*values):
+        out = ar_kernels.attend(*values, logits=True, masks=True, mean=True, tap=True, implementation=implementation)
+        return tuple(out)
+
+    assert torch.autograd.gradcheck(function, values, fast_mode=device.type == "cpu")
+
+
+def test_gradgradcheck(implementation, device):
+    function, values = _layer_function(Layer(**TINY, globals=2, device=device), implementation)
+    assert torch.autograd.gradgradcheck(function, values, fast_mode=True)
+
+
+@pytest.mark.parametrize("gating", GATINGS)
+@pytest.mark.parametrize("mix", MIXES)
+def test_rectify(mix, gating, implementation, device):
+    """Forward against the reference, gradcheck and gradgradcheck of every mix and gating."""
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(3, 4, 7, generator=generator, dtype=torch.float64).to(device).requires_grad_()
+    s = torch.randn(3, 4, generator=generator, dtype=torch.float64).to(device).requires_grad_()
+
+    def function(h, s):
+        return ar_kernels.rectify(h, s, mix=mix, gating=gating, implementation=implementation)
+
+    want = ar_kernels.rectify(h, s, mix=mix, gating=gating, implementation="reference")
+    torch.testing.assert_close(function(h, s), want, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(function, (h, s), fast_mode=device.type == "cpu")
+    assert torch.autograd.gradgradcheck(function, (h, s), fast_mode=True)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_rectify_many_labels_in_half_precision(mix, device, poisoned_memory):
+    """More labels than a tile holds, bf16 hypotheses, rows of large and small scores, a list as input."""
+    generator = torch.Generator().manual_seed(0)
+    h = (4 * torch.randn(2, 3, 3001, generator=generator)).bfloat16().to(device)
+    s = torch.tanh(torch.randn(2, 3, generator=generator)).to(device)
+    got = ar_kernels.rectify(list(h.unbind(1)), s, mix=mix, implementation="triton")
+    exact = ar_kernels.rectify(h.double(), s.double(), mix=mix, implementation="reference")
+    assert got.dtype == torch.float32
+    assert (got - exact).abs().max() <= 1e-5 * exact.abs().max()
+    parts = [h.detach().requires_grad_(), s.detach().requires_grad_()]
+    grad = torch.randn(got.shape, generator=generator).to(device)
+    results = {}
+    for name, dtype in (("triton", None), ("reference", torch.float64)):
+        values = [p.to(dtype) if dtype else p for p in parts]
+        out = ar_kernels.rectify(*values, mix=mix, implementation=name)
+        results[name] = torch.autograd.grad(out, parts, grad.to(out.dtype))
+    for mine, truth in zip(results["triton"], results["reference"]):
+        assert (mine.double() - truth.double()).norm() <= 2**-8 * truth.double().norm()
+
+
+def test_log_mix_with_nll_loss_is_the_gated_sum_of_cross_entropies(implementation, device):
+    h = torch.randn(5, 3, 7, dtype=torch.float64, device=device)
+    s = torch.randn(5, 3, dtype=torch.float64, device=device)
+    target = torch.tensor([0, 3, 6, 2, 2], device=device)
+    mixed = ar_kernels.rectify(h, s, mix="log", implementation=implementation)
+    losses = torch.stack([torch.nn.functional.cross_entropy(h[:, i], target, reduction="none") for i in range(3)], 1)
+    expected = (torch.softmax(s, dim=1) * losses).sum(dim=1).mean()
+    torch.testing.assert_close(torch.nn.functional.nll_loss(mixed, target), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype, device):
+    layer = Layer(n=2, c=6, h=3, w=4, k=3, globals=2, dtype=dtype, device=device)
+    t = layer.tensors
+    z, w = t["feature_map"], torch.cat([t["mask_weight"], t["global_mask_weight"]])
+    score_w = torch.cat([t["gate_weight"], t["global_gate_weight"]])
+    for arguments in ((z, w, None, score_w, None, 3, True, True), (channels_last(z), w, w[:, 0], None, None, 0, False, False)):
+        torch.library.opcheck(torch.ops.ar_kernels.gated_attend, arguments)
+    pooled, lse, logits, scores, gates, features, mean = ops._gated_attend(z, w, None, score_w, None, 3, True, True)
+    saved = (z, w, None, score_w, pooled, lse, scores, gates)
+    grads = (pooled, lse, logits, scores, gates, features, mean, z)
+    torch.library.opcheck(torch.ops.ar_kernels.gated_attend_backward, (*saved, *grads, True, True, True, True))
+    none = (None,) * 7
+    torch.library.opcheck(torch.ops.ar_kernels.gated_attend_backward, (*saved, pooled, *none, True, False, False, False))
+    h, s = torch.randn(2, 3, 5, device=device).to(dtype), torch.randn(2, 3, device=device)
+    for mix in MIXES:
+        torch.library.opcheck(torch.ops.ar_kernels.rectify, (h, s, mix, "softmax"))
+        y, lse = ops._rectify(h, s, mix, "softmax")
+        torch.library.opcheck(torch.ops.ar_kernels.rectify_backward, (y, h, s, y, lse, mix, "softmax"))
+
+
+def test_compile_fullgraph_with_a_dynamic_batch(implementation, device):
+    """Forward and backward in one graph, equal to eager mode, and no recompilation for another batch size."""
+    layer = Layer(n=4, c=6, h=3, w=4, k=3, globals=2, dtype=torch.float64, device=device)
+    names = [name for name in layer.tensors if name != "feature_map"]
+    weights = [layer.tensors[name].requires_grad_() for name in names]
+    graphs = []
+
+    def step(z, *values):
+        out = ar_kernels.attention_module(
+            z, **dict(zip(names, values)), masks=True, mean=True, tap=True, implementation=implementation
+        )
+        mixed = ar_kernels.rectify(
+            [out.hypothesis, 2 * out.hypothesis], out.global_scores, mix="log", implementation=implementation
+        )
+        return mixed.sum() + out.masks.square().sum() + out.mean.sum() + (out.feature_map**2).sum()
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    from torch._dynamo.backends.common import aot_autograd
+
+    compiled = torch.compile(step, fullgraph=True, backend=aot_autograd(fw_compiler=counting))
+    for n in (9, 13, 11):
+        z = torch.randn(n, 6, 3, 4, dtype=torch.float64, device=device, requires_grad=True)
+        torch._dynamo.mark_dynamic(z, 0)
+        got = torch.autograd.grad(compiled(z, *weights), [z, *weights], allow_unused=True)
+        want = torch.autograd.grad(step(z, *weights), [z, *weights], allow_unused=True)
+        for name, mine, truth in zip(["feature_map", *names], got, want):
+            torch.testing.assert_close(mine, truth, rtol=1e-10, atol=1e-10, msg=name)
+    forward_and_backward = 2
+    assert len(graphs) == forward_and_backward, "another batch size recompiled"
+
+
+def test_double_backward_of_a_compiled_layer_raises(device):
+    layer = Layer(n=2, c=6, device=device)
+    z, w = layer.tensors["feature_map"].requires_grad_(), layer.tensors["mask_weight"].requires_grad_()
+    compiled = torch.compile(
+        lambda z, w: ar_kernels.attend(z, w, implementation="triton").pooled.square().sum(), backend="aot_eager"
+    )
+    (grad,) = torch.autograd.grad(compiled(z, w), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(grad.sum(), w)
+
+
+def test_third_derivatives(device):
+    """The double backward is differentiable again."""
+    layer = Layer(n=1, c=3, h=2, w=2, k=2, device=device)
+    z, w = layer.tensors["feature_map"].requires_grad_(), layer.tensors["mask_weight"].requires_grad_()
+    results = []
+    for name in ("triton", "reference"):
+        value = ar_kernels.attend(z, w, implementation=name).pooled.pow(3).sum()
+        for _ in range(3):
+            (grad,) = torch.autograd.grad(value, w, create_graph=True)
+            value = grad.square().sum()
+        results.append(value.detach())
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_functorch_grad_and_vmap(implementation, device):
+    layer = Layer(n=3, c=4, h=2, w=3, k=2, bias=False, device=device)
+    z, w = layer.tensors["feature_map"], layer.tensors["mask_weight"]
+
+    def loss(w, z):
+        return ar_kernels.attend(z, w, implementation=implementation).pooled.square().sum()
+
+    leaf = w.clone().requires_grad_()
+    expected = torch.autograd.grad(loss(leaf, z), leaf)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(w, z), expected)
+    samples = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(w, z.unsqueeze(1))
+    assert samples.shape == (3, *w.shape)
+    torch.testing.assert_close(samples.sum(dim=0), expected)
+    for i in range(3):
+        alone = w.clone().requires_grad_()
+        torch.testing.assert_close(samples[i], torch.autograd.grad(loss(alone, z[i : i + 1]), alone)[0])
+    weights = torch.stack([w, 2 * w])
+    mapped = torch.func.vmap(lambda w: ar_kernels.attend(z, w, implementation=implementation).pooled)(weights)
+    torch.testing.assert_close(mapped[1], ar_kernels.attend(z, 2 * w, implementation="reference").pooled)
+    hessian = torch.func.jacrev(torch.func.jacrev(loss))(w, z)
+    with ar_kernels.use_implementation("reference"):
+        expected = torch.func.jacrev(
+            torch.func.jacrev(lambda w: ar_kernels.attend(z, w).pooled.square().sum())
+        )(w)
+    torch.testing.assert_close(hessian, expected)
+
+
+def test_export(device):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = ar_kernels.AttentionModule(6, 5, heads=2)
+
+        def forward(self, z):
+            with ar_kernels.use_implementation("triton"):
+                return self.attention(z).hypothesis
+
+    net = Net().to(device)
+    z = torch.randn(4, 6, 3, 4, device=device)
+    program = torch.export.export(net, (z,), dynamic_shapes={"z": {0: torch.export.Dim.DYNAMIC}})
+    assert any("gated_attend" in str(node.target) for node in program.graph.nodes)
+    other = torch.randn(9, 6, 3, 4, device=device)
+    torch.testing.assert_close(program.module()(other), net(other))
+
+
+def test_no_cast_of_float32_weights_under_autocast(device):
+    """The kernels round float32 weights themselves: no conversion runs in front of them."""
+    layer = Layer(n=2, c=6, bias=False, dtype=torch.bfloat16, weight_dtype=torch.float32, device=device)
+    z, w = layer.tensors["feature_map"], layer.tensors["mask_weight"].requires_grad_()
+    with torch.autocast(device.type, dtype=torch.bfloat16), torch.profiler.profile() as profile:
+        ar_kernels.attend(z, w, implementation="triton").pooled.sum().backward()
+    names = {event.name for event in profile.events()}
+    assert "ar_kernels::gated_attend" in names
+    assert not names & {"aten::to", "aten::_to_copy"}, names
+    assert w.grad.dtype == torch.float32
+
+
+def test_inductor_puts_no_copy_of_the_map_in_front(device):
+    """A compiled NCHW network: the operator reads the convolution's own output, whatever layout that got."""
+    from torch._inductor.utils import run_and_get_code
+
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(3, 16, 3, padding=1).to(device)
+    attention = ar_kernels.AttentionModule(16, 5, heads=2).to(device)
+    after = torch.nn.Conv2d(16, 8, 3).to(device)
+
+    def net(x):
+        z = torch.relu(conv(x))
+        with ar_kernels.use_implementation("triton"):
+            out = attention(z, tap=True)
+        return out.hypothesis.sum() + after(out.feature_map).sum()
+
+    x = torch.randn(2, 3, 10, 12, device=device)
+    torch._dynamo.reset()
+    compiled = torch.compile(net, fullgraph=True)
+
+    def step():
+        loss = compiled(x)
+        loss.backward()
+        return loss
+
+    loss, codes = run_and_get_code(step)
+    torch.testing.assert_close(loss, net(x), rtol=1e-4, atol=1e-4)
+    code = "\n".join(codes)
+    assert "ar_kernels.gated_attend.default(" in code and "ar_kernels.gated_attend_backward.default(" in code
+    buffers = [line.split("=")[0].strip() for line in code.splitlines() if "(2, 16, 10, 12)" in line and "empty_strided" in line]
+    # ReLU's output forward; ReLU's gradient backward: nothing else of the map's size is written outside our operators.
+    assert len(buffers) <= 2, code
