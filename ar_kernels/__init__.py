@@ -1,5 +1,6 @@
 """ar_kernels: the gated attention of "Attend and Rectify" at next to no cost. README.md starts here."""
 
+from .attend_rectify import AttendRectify, Rectified
 from .functional import (
     IMPLEMENTATIONS,
     AttentionOutput,
@@ -18,12 +19,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "AttendRectify",
     "Attended",
     "AttentionModule",
     "AttentionOutput",
     "Explanation",
     "GlobalGates",
     "ImplementationUnavailable",
+    "Rectified",
     "attend",
     "attention_module",
     "explain",

@@ -1,9 +1,9 @@
-"""torch.nn modules over ar_kernels.functional: AttentionModule, GlobalGates, and AttendRectify for any backbone."""
+"""torch.nn modules over ar_kernels.functional: AttentionModule and GlobalGates."""
 
 import torch
 from torch import Tensor, nn
 
-from .functional import AttentionOutput, attend, attention_module
+from .functional import _GATINGS, _MIXES, AttentionOutput, attend, attention_module
 
 
 def _check_positive(name: str, value: object) -> int:
@@ -12,6 +12,13 @@ def _check_positive(name: str, value: object) -> int:
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     return value
+
+
+def _check_mix(mix: object, gating: object) -> None:
+    if mix not in _MIXES:
+        raise ValueError(f"mix must be one of {', '.join(_MIXES)}, got {mix!r}")
+    if gating not in _GATINGS:
+        raise ValueError(f"gating must be 'softmax', 'sigmoid' or None, got {gating!r}")
 
 
 def _head_shape(heads: int, channels: int, kernel_size: int) -> tuple[int, ...]:
