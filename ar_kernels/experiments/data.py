@@ -103,7 +103,10 @@ def load(data: str, *, download: bool = False, root: str | Path = "data") -> Sou
 
 
 def bundled() -> Source:
-    """scikit-learn's digits, 8×8 enlarged to 24×24; of every class one digit in five, spread evenly, is for the test."""
+    """scikit-learn's 8×8 digits, enlarged to 24×24. Of every class each fifth digit is for the test, always the same.
+
+    Each writer has digits in both halves.
+    """
     from sklearn.datasets import load_digits
 
     raw = load_digits()

@@ -1,0 +1,49 @@
+# One command from nothing:  make demo   make test
+# VENV=          uses $(PYTHON) as it is and installs nothing:  make test VENV= PYTHON=python3 ARGS="--device cuda"
+# ARGS="..."     goes to the demo or to pytest:                 make demo ARGS="--data mnist --download"
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+# A test that hangs is stopped, where pytest-timeout is installed; seconds.
+export PYTEST_TIMEOUT ?= 600
+
+ifeq ($(strip $(VENV)),)
+python := $(PYTHON)
+else
+python := $(VENV)/bin/python
+demo: $(VENV)/.installed-demo
+test: $(VENV)/.installed-test
+lint: $(VENV)/.installed-lint
+endif
+
+.PHONY: help demo test lint clean
+
+help:
+	@echo "make demo   train a small attentive network on cluttered digits, CPU or GPU"
+	@echo "make test   run the tests"
+	@echo "make lint   check style"
+	@echo "make clean  remove the virtual environment, caches and builds (runs/ stays)"
+
+demo:
+	$(python) -m ar_kernels.experiments demo $(ARGS)
+
+test:
+	$(python) -m pytest $(ARGS)
+
+lint:
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+
+# One virtual environment holds what the targets asked for so far.
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-%: constraints.txt pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

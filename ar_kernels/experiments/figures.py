@@ -1,0 +1,77 @@
+"""Pictures of where attention looks."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ..models.digits import IMAGE_SIZE, DigitNetDetails, MapGeometry
+from .files import write_atomically
+
+
+def on_image(mask: Tensor, geometry: MapGeometry) -> Tensor:
+    """Masks [..., H, W] laid where the map lies on the image: [..., 40, 40], between positions bilinear.
+
+    Pixels farther than one step from every position's centre get 0.
+    """
+    pixels = torch.arange(IMAGE_SIZE, device=mask.device, dtype=mask.dtype)
+    # Position i has its centre at (2i + 1) / size - 1 in grid_sample's coordinates.
+    where = (2 * (pixels - geometry.first) / geometry.step + 1) / geometry.size - 1
+    grid = torch.stack(torch.meshgrid(where, where, indexing="xy"), dim=2).unsqueeze(0)
+    maps = mask.reshape(1, -1, *mask.shape[-2:])
+    return F.grid_sample(maps, grid, align_corners=False).reshape(*mask.shape[:-2], IMAGE_SIZE, IMAGE_SIZE)
+
+
+def draw_attention(
+    path: str | Path, images: Tensor, labels: Tensor, details: DigitNetDetails, geometries: Sequence[MapGeometry]
+) -> None:
+    """Writes a PNG: a row per image, with each head's mask of each attended layer laid over it.
+
+    images [N, 1, 40, 40] in [0, 1], labels [N], what DigitNet returned for them with details=True, and its
+    attended_maps. Titles tell the label and the prediction, γ of every layer and of the network's own output, and
+    the gate g of every head. Each mask is coloured up to its own maximum.
+    """
+    layers, heads = len(geometries), details.gates[0].shape[1]
+    images, predictions = images.squeeze(1).cpu(), details.output.argmax(dim=1).cpu()
+    gammas = details.global_gates.float().cpu()
+    size, gap = 1.0, 0.28  # of a tile and of the space between groups, in inches
+    title, top = 0.34, 0.42
+    width = gap + (1 + layers * heads) * size + (layers + 1) * gap
+    height = top + len(images) * (size + title) + 0.1
+    figure = Figure(figsize=(width, height), facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+
+    def tile(row: int, left: float):
+        bottom = height - top - row * (size + title) - size
+        axes = figure.add_axes((left / width, bottom / height, 0.94 * size / width, 0.94 * size / height))
+        axes.set_axis_off()
+        axes.imshow(images[row], cmap="gray", vmin=0, vmax=1)
+        return axes
+
+    def heading(left: float, text: str) -> None:
+        figure.text(left / width, 1 - 0.06 / height, text, fontsize=10, fontweight="bold", va="top")
+
+    heading(gap, "image")
+    for row in range(len(images)):
+        right = predictions[row] == labels[row]
+        tile(row, gap).set_title(
+            f"{labels[row]} → {predictions[row]},  own γ {gammas[row, -1]:.2f}",
+            fontsize=7, pad=3, color="black" if right else "crimson",
+        )  # fmt: skip
+    for layer, geometry in enumerate(geometries):
+        left = gap + size + gap + layer * (heads * size + gap)
+        heading(left, f"{geometry.channels} channels at {geometry.size}×{geometry.size}")
+        masks = on_image(details.masks[layer].float(), geometry).cpu()
+        masks = masks / masks.amax(dim=(2, 3), keepdim=True)
+        gates = details.gates[layer].float().cpu()
+        for row in range(len(images)):
+            for head in range(heads):
+                axes = tile(row, left + head * size)
+                axes.imshow(masks[row, head], cmap="plasma", vmin=0, vmax=1, alpha=0.75 * masks[row, head].sqrt())
+                gamma = f"γ {gammas[row, layer]:.2f}   " if head == 0 else ""
+                axes.set_title(f"{gamma}g {gates[row, head]:.2f}", fontsize=7, pad=3)
+    write_atomically(path, lambda file: canvas.print_png(file))
