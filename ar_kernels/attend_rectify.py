@@ -22,7 +22,7 @@ _REFUSALS = (RuntimeError, ValueError, TypeError, AssertionError, IndexError)
 
 
 class Rectified(NamedTuple):
-    """What AttendRectify and the attentive models return with return_details=True. D attended layers, in their order."""
+    """What AttendRectify and attentive models return with return_details=True, for D attended layers in their order."""
 
     output: Tensor
     """The rectified output: [N, L]; float32 for half hypotheses."""
@@ -356,7 +356,9 @@ def _square(backbone: nn.Module, size: int) -> Tensor:
             spatial = (size,) * (module.weight.dim() - 2)
             # Two images: a backbone that squeezes a batch of one away would return [L].
             return module.weight.new_zeros((2, module.in_channels, *spatial), requires_grad=False)
-    raise ValueError("example_input must be given: the backbone has no Conv2d or Conv1d to take the input's channels from")
+    raise ValueError(
+        "example_input must be given: the backbone has no Conv2d or Conv1d to take the input's channels from"
+    )
 
 
 def _observe(backbone: nn.Module, layers: tuple[str, ...], inputs: tuple) -> tuple[list, list[int], list[int]]:
