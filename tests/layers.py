@@ -85,22 +85,29 @@ class Layer:
         return results
 
 
-def assert_within_budget(
-    got: dict[str, torch.Tensor], eager: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], dtype: torch.dtype
-) -> None:
-    """|got − exact| ≤ 2 (max|eager − exact| + eps·max|exact|) pointwise, and the same of the relative RMS error."""
-    assert got.keys() == exact.keys() == eager.keys()
-    for name, truth in exact.items():
+def assert_within_budget(draws: list[tuple[dict, dict, dict]], dtype: torch.dtype) -> None:
+    """|got − exact| ≤ 2 (|eager − exact| + eps·|exact|), each the largest over all elements and draws, and the same of
+    the relative RMS error. draws: (got, eager, exact) of the same layer with different values: an error is a random
+    number, and the largest of one draw is too small a yardstick for another.
+    """
+    for name in draws[0][2]:
         if name == "module.d_mask_bias":
             continue  # exactly 0: it cancels in the masks, and rounding errors have nothing to be relative to
-        value, yardstick = got[name].double(), eager[name].double()
-        assert value.shape == truth.shape, name
-        error, allowed = (value - truth).abs().max(), (yardstick - truth).abs().max()
-        budget = 2 * (allowed + EPS[dtype] * truth.abs().max())
+        error = allowed = largest = rms_error = rms_allowed = 0.0
+        for got, eager, exact in draws:
+            assert got.keys() == exact.keys() == eager.keys()
+            value, yardstick, truth = got[name].double(), eager[name].double(), exact[name]
+            assert value.shape == truth.shape and value.isfinite().all(), name
+            error = max(error, (value - truth).abs().max().item())
+            allowed = max(allowed, (yardstick - truth).abs().max().item())
+            largest = max(largest, truth.abs().max().item())
+            norm = truth.norm().item() + 1e-300
+            rms_error = max(rms_error, (value - truth).norm().item() / norm)
+            rms_allowed = max(rms_allowed, (yardstick - truth).norm().item() / norm)
+        budget = 2 * (allowed + EPS[dtype] * largest)
         assert error <= budget, f"{name}: pointwise error {error:.3e} over its budget {budget:.3e}"
-        norm = truth.norm() + 1e-300
-        error, allowed = (value - truth).norm() / norm, (yardstick - truth).norm() / norm
-        assert error <= 2 * (allowed + EPS[dtype]), f"{name}: relative RMS error {error:.3e}, eager's {allowed:.3e}"
+        budget = 2 * (rms_allowed + EPS[dtype])
+        assert rms_error <= budget, f"{name}: relative RMS error {rms_error:.3e} over its budget {budget:.3e}"
 
 
 def channels_last(feature_map: torch.Tensor) -> torch.Tensor:

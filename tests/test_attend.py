@@ -16,7 +16,8 @@ SHAPES = {
     "global heads": {"n": 4, "c": 20, "h": 5, "w": 7, "k": 4, "globals": 3},
     "split over positions": {"n": 1, "c": 40, "h": 17, "w": 19, "k": 3},
     "more images than programs": {"n": 10, "c": 8, "h": 3, "w": 3, "k": 2},
-    "channels in chunks": {"n": 2, "c": 600, "h": 5, "w": 9, "k": 3, "globals": 2},
+    "aligned rows": {"n": 3, "c": 32, "h": 8, "w": 16, "k": 4, "globals": 2},
+    "channels in chunks": {"n": 2, "c": 530, "h": 4, "w": 9, "k": 3, "globals": 2},
     "64 heads": {"n": 2, "c": 70, "h": 4, "w": 5, "k": 64},
     "one row": {"n": 2, "c": 6, "h": 1, "w": 37, "k": 2, "mean": False, "tap": False},
     "ungated, no biases": {"n": 2, "c": 12, "h": 4, "w": 4, "gated": False, "bias": False},
@@ -45,12 +46,14 @@ def test_3x3_heads_equal_the_reference(shape, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", ["global heads", "split over positions", "channels in chunks"])
+@pytest.mark.parametrize("shape", ["global heads", "aligned rows", "split over positions", "channels in chunks"])
 def test_error_budget(shape, layout, dtype, device):
-    layer = Layer(**SHAPES[shape], dtype=dtype, device=device)
-    exact = layer.run("reference", exact=True)
-    eager_results = layer.run("eager", layout=LAYOUTS[layout])
-    assert_within_budget(layer.run("triton", layout=LAYOUTS[layout]), eager_results, exact, dtype)
+    draws = []
+    for seed in range(3):
+        layer = Layer(**SHAPES[shape], dtype=dtype, device=device, seed=seed)
+        runs = layer.run("triton", layout=LAYOUTS[layout]), layer.run("eager", layout=LAYOUTS[layout])
+        draws.append((*runs, layer.run("reference", exact=True)))
+    assert_within_budget(draws, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -64,7 +67,7 @@ def test_float32_weights_beside_half_maps(dtype, device):
     assert got["attend.pooled"].dtype == got["module.gates"].dtype == torch.float32
     assert got["module.d_mask_weight"].dtype == got["module.d_gate_weight"].dtype == torch.float32
     assert not torch.equal(got["module.d_mask_weight"], got["module.d_mask_weight"].to(dtype).float())
-    assert_within_budget(got, layer.run("eager"), exact, dtype)
+    assert_within_budget([(got, layer.run("eager"), exact)], dtype)
 
 
 def test_float16_gradients_of_a_mean_loss_do_not_underflow(device):
@@ -184,8 +187,10 @@ def test_only_small_tensors_are_saved_for_backward(device):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_forward_allocates_no_copy_of_the_map(layout, device):
-    """Under 2 % of |Z| besides the outputs, in both layouts."""
-    z = torch.randn(8, 256, 56, 56, device=device).to(torch.bfloat16)
+    """Under 2 % of |Z| besides the outputs, in both layouts. (Few images are split, and then each multiprocessor may
+    take two partial sums of K·C; eight images fill the interpreter's four multiprocessors.)"""
+    images = 256 if device.type == "cuda" else 8
+    z = torch.randn(images, 256, 56, 56, device=device).to(torch.bfloat16)
     z = z if LAYOUTS[layout] is None else LAYOUTS[layout](z)
     w = torch.randn(4, 256, device=device)
     if device.type == "cuda":
@@ -198,10 +203,9 @@ def test_forward_allocates_no_copy_of_the_map(layout, device):
     else:
         activities = [torch.profiler.ProfilerActivity.CPU]
         with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-            out = ar_kernels.attend(z[:1], w, implementation="triton")
+            out = ar_kernels.attend(z, w, implementation="triton")
         allocated = sum(event.self_cpu_memory_usage for event in profile.events() if event.self_cpu_memory_usage > 0)
         assert allocated > 0
-        z = z[:1]
     outputs = out.pooled.nbytes + out.lse.nbytes
     assert allocated - outputs < 0.02 * z.nbytes
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .attend_forward import _tanh
 from .heuristics import multiprocessors, next_power_of_2, sweep_config
-from .tiles import accumulator, map_strides, matmul_precision, position_count, row_width, tile_offsets
+from .tiles import accumulator, aligned, map_strides, matmul_precision, position_count, row_width, tile_offsets
 
 
 @triton.jit
@@ -139,24 +139,31 @@ def _mask_gradient(
 @triton.jit
 def _store_map_gradient(
     dz_tile, n, s, end, c, width, upstream, up_n, up_c, up_h, up_w, dz, dz_n, dz_c, dz_s,
-    C: tl.constexpr, UP_FLAT: tl.constexpr, WIDE: tl.constexpr,
+    C: tl.constexpr, UP_UNIT: tl.constexpr, UP_VECTOR: tl.constexpr, UP_FLAT: tl.constexpr,
+    DZ_UNIT: tl.constexpr, DZ_VECTOR: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     real = (s < end)[:, None] & (c < C)[None, :]
     if upstream is not None:
-        offsets = tile_offsets(s, c, width, up_c, up_h, up_w, UP_FLAT, WIDE)
-        dz_tile += tl.load(upstream + n * up_n + offsets, mask=real, other=0.0).to(dz_tile.dtype)
-    offsets = tile_offsets(s, c, width, dz_c, 0, dz_s, True, WIDE)
-    tl.store(dz + n * dz_n + offsets, dz_tile.to(dz.dtype.element_ty), mask=real)
+        offsets = tile_offsets(s, c, width, up_c, up_h, up_w, UP_UNIT, UP_VECTOR, UP_FLAT, WIDE)
+        dz_tile += tl.load(upstream + n * (up_n.to(tl.int64) * UP_VECTOR) + offsets, mask=real, other=0.0).to(dz_tile.dtype)
+    offsets = tile_offsets(s, c, width, dz_c, 0, dz_s, DZ_UNIT, DZ_VECTOR, True, WIDE)
+    tl.store(dz + n * (dz_n.to(tl.int64) * DZ_VECTOR) + offsets, dz_tile.to(dz.dtype.element_ty), mask=real)
 
 
-@triton.jit(do_not_specialize=["rows", "splits", "split_length", "width"])
+@triton.jit(do_not_specialize=[
+    "rows", "positions", "width", "splits", "split_length", "stride_n", "stride_c", "stride_h", "stride_w",
+    "up_n", "up_c", "up_h", "up_w", "dz_n", "dz_c", "dz_s",
+])
 def attend_backward_kernel(
     z, w, b, lse, dp, delta, unscale, grad_logits, upstream, dz, dw,
     rows, positions, width, splits, split_length,
     stride_n, stride_c, stride_h, stride_w, up_n, up_c, up_h, up_w, dz_n, dz_c, dz_s,
     C: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
     C_TILE: tl.constexpr, K_TILE: tl.constexpr, S_TILE: tl.constexpr, HELD: tl.constexpr,
-    FLAT: tl.constexpr, UP_FLAT: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr,
+    UP_UNIT: tl.constexpr, UP_VECTOR: tl.constexpr, UP_FLAT: tl.constexpr,
+    DZ_UNIT: tl.constexpr, DZ_VECTOR: tl.constexpr, WIDE: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: every num_programs-th (image, split); its share of dW_H goes to its own slice of dw."""
     program = tl.program_id(0)
@@ -177,7 +184,10 @@ def attend_backward_kernel(
         n = (row // splits).to(tl.int64)
         begin = (row % splits) * split_length
         end = tl.minimum(begin + split_length, positions)
-        z_n = z + n * stride_n
+        if UNIT == "s":
+            begin = aligned(begin, S_TILE)
+            end = aligned(end, VECTOR)
+        z_n = z + n * (stride_n.to(tl.int64) * VECTOR)
         scale = 1.0
         inverse = 1.0
         if unscale is not None:
@@ -189,7 +199,7 @@ def attend_backward_kernel(
             )
             for start in range(begin, end, S_TILE):
                 s = start + tl.arange(0, S_TILE)
-                offsets = tile_offsets(s, channels, width, stride_c, stride_h, stride_w, FLAT, WIDE)
+                offsets = tile_offsets(s, channels, width, stride_c, stride_h, stride_w, UNIT, VECTOR, FLAT, WIDE)
                 z_tile = tl.load(z_n + offsets, mask=(s < end)[:, None] & (channels < C)[None, :], other=0.0)
                 logit = tl.dot(z_tile, w_tile, input_precision=PRECISION, out_dtype=ACC)
                 da = tl.dot(z_tile, dp_tile, input_precision=PRECISION, out_dtype=ACC)
@@ -207,7 +217,8 @@ def attend_backward_kernel(
                     dz_tile = tl.dot(dl, tl.trans(w_tile), dz_tile, input_precision=PRECISION, out_dtype=ACC)
                     _store_map_gradient(
                         dz_tile * inverse, n, s, end, channels, width,
-                        upstream, up_n, up_c, up_h, up_w, dz, dz_n, dz_c, dz_s, C, UP_FLAT, WIDE,
+                        upstream, up_n, up_c, up_h, up_w, dz, dz_n, dz_c, dz_s,
+                        C, UP_UNIT, UP_VECTOR, UP_FLAT, DZ_UNIT, DZ_VECTOR, WIDE,
                     )  # fmt: skip
         else:
             for start in range(begin, end, S_TILE):
@@ -216,7 +227,7 @@ def attend_backward_kernel(
                 da = tl.zeros([S_TILE, K_TILE], ACC)
                 for first in range(0, C, C_TILE):
                     c = first + channels
-                    offsets = tile_offsets(s, c, width, stride_c, stride_h, stride_w, FLAT, WIDE)
+                    offsets = tile_offsets(s, c, width, stride_c, stride_h, stride_w, UNIT, VECTOR, FLAT, WIDE)
                     z_tile = tl.load(z_n + offsets, mask=(s < end)[:, None] & (c < C)[None, :], other=0.0)
                     columns = heads[None, :] * C + c[:, None]
                     inside = (c < C)[:, None] & (heads < HEADS)[None, :]
@@ -237,7 +248,7 @@ def attend_backward_kernel(
                     columns = heads[None, :] * C + c[:, None]
                     inside = (c < C)[:, None] & (heads < HEADS)[None, :]
                     if dw is not None:
-                        offsets = tile_offsets(s, c, width, stride_c, stride_h, stride_w, FLAT, WIDE)
+                        offsets = tile_offsets(s, c, width, stride_c, stride_h, stride_w, UNIT, VECTOR, FLAT, WIDE)
                         z_tile = tl.load(z_n + offsets, mask=(s < end)[:, None] & (c < C)[None, :], other=0.0)
                         share = tl.dot(tl.trans(z_tile), dl, input_precision=PRECISION, out_dtype=ACC) * inverse
                         before = tl.load(dw + columns, mask=inside & (fresh == 0), other=0.0)
@@ -250,7 +261,8 @@ def attend_backward_kernel(
                         dz_tile = tl.dot(dl, tl.trans(w_tile), dz_tile, input_precision=PRECISION, out_dtype=ACC)
                         _store_map_gradient(
                             dz_tile * inverse, n, s, end, c, width,
-                            upstream, up_n, up_c, up_h, up_w, dz, dz_n, dz_c, dz_s, C, UP_FLAT, WIDE,
+                            upstream, up_n, up_c, up_h, up_w, dz, dz_n, dz_c, dz_s,
+                            C, UP_UNIT, UP_VECTOR, UP_FLAT, DZ_UNIT, DZ_VECTOR, WIDE,
                         )  # fmt: skip
     if HELD:
         if dw is not None:
@@ -337,7 +349,9 @@ def attend_backward(
     heads, rows = w.shape[0], dp.shape[1]
     positions, strides = position_count(z), map_strides(z)
     processors = multiprocessors(z.get_device())
-    config = sweep_config(images, channels, positions, rows, z.element_size(), processors, backward=True)
+    config = sweep_config(
+        images, channels, positions, rows, z.element_size(), strides.vector, processors, backward=True
+    )
     items = images * config.splits
     programs = min(items, 2 * processors)
     shares = None if dw is None else lse.new_empty((programs, heads, channels))
@@ -349,7 +363,9 @@ def attend_backward(
         strides.n, strides.c, strides.h, strides.w, up.n, up.c, up.h, up.w, out.n, out.c, out.w,
         C=channels, HEADS=heads, ROWS=rows,
         C_TILE=config.channel_tile, K_TILE=config.head_tile, S_TILE=config.position_tile, HELD=config.held,
-        FLAT=strides.flat, UP_FLAT=up.flat, WIDE=strides.wide or up.wide, ACC=accumulator(z.dtype),
+        UNIT=strides.unit, VECTOR=strides.vector, FLAT=strides.flat,
+        UP_UNIT=up.unit, UP_VECTOR=up.vector, UP_FLAT=up.flat, DZ_UNIT=out.unit, DZ_VECTOR=out.vector,
+        WIDE=strides.wide or up.wide, ACC=accumulator(z.dtype),
         PRECISION=matmul_precision(z.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if dw is not None:

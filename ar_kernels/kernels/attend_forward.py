@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .heuristics import multiprocessors, next_power_of_2, sweep_config
-from .tiles import accumulator, map_strides, matmul_precision, position_count, row_width, tile_offsets
+from .tiles import accumulator, aligned, map_strides, matmul_precision, position_count, row_width, tile_offsets
 
 
 @triton.jit
@@ -81,21 +81,27 @@ def _store_features(p_tile, g, n, heads, channels, features, C: tl.constexpr, GA
     tl.store(features + n * (GATED * C) + offsets, (p_tile * g[None, :]).to(features.dtype.element_ty), mask=real)
 
 
-@triton.jit(do_not_specialize=["splits", "split_length", "width"])
+@triton.jit(do_not_specialize=[
+    "positions", "width", "stride_n", "stride_c", "stride_h", "stride_w", "splits", "split_length",
+])
 def attend_forward_kernel(
     z, w, b, score_w, score_b,
     pooled, lse, logits, mean, scores, gates, features, part_m, part_d, part_p,
     positions, width, stride_n, stride_c, stride_h, stride_w, splits, split_length,
     C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr,
     C_TILE: tl.constexpr, K_TILE: tl.constexpr, S_TILE: tl.constexpr, HELD: tl.constexpr,
-    FLAT: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one image, or one of its splits (then, and if not HELD, merge_kernel finishes)."""
     row = tl.program_id(0).to(tl.int64)  # one (image, split)
     n = row // splits
     begin = (row % splits).to(tl.int32) * split_length
     end = tl.minimum(begin + split_length, positions)
-    z += n * stride_n
+    if UNIT == "s":
+        begin = aligned(begin, S_TILE)
+        end = aligned(end, VECTOR)
+    z += n * (stride_n.to(tl.int64) * VECTOR)
     heads = tl.arange(0, K_TILE)
     bias = tl.zeros([K_TILE], ACC)
     if b is not None:
@@ -113,7 +119,7 @@ def attend_forward_kernel(
         p_sum = tl.zeros([C_TILE, K_TILE], ACC)
         for start in range(begin, end, S_TILE):
             s = start + tl.arange(0, S_TILE)
-            offsets = tile_offsets(s, channels, width, stride_c, stride_h, stride_w, FLAT, WIDE)
+            offsets = tile_offsets(s, channels, width, stride_c, stride_h, stride_w, UNIT, VECTOR, FLAT, WIDE)
             z_tile = tl.load(z + offsets, mask=(s < end)[:, None] & (channels < C)[None, :], other=0.0)
             logit = tl.dot(z_tile, w_tile, input_precision=PRECISION, out_dtype=ACC) + bias[None, :]  # [S_tile, K_tile]
             if logits is not None:
@@ -146,7 +152,7 @@ def attend_forward_kernel(
             logit = tl.zeros([S_TILE, K_TILE], ACC)
             for first in range(0, C, C_TILE):
                 c = first + channels
-                offsets = tile_offsets(s, c, width, stride_c, stride_h, stride_w, FLAT, WIDE)
+                offsets = tile_offsets(s, c, width, stride_c, stride_h, stride_w, UNIT, VECTOR, FLAT, WIDE)
                 z_tile = tl.load(z + offsets, mask=(s < end)[:, None] & (c < C)[None, :], other=0.0)
                 w_tile = tl.load(
                     w + heads[None, :] * C + c[:, None], mask=(c < C)[:, None] & (heads < HEADS)[None, :], other=0.0
@@ -164,7 +170,7 @@ def attend_forward_kernel(
             tl.debug_barrier()  # the sums of the tile before are written
             for first in range(0, C, C_TILE):
                 c = first + channels
-                offsets = tile_offsets(s, c, width, stride_c, stride_h, stride_w, FLAT, WIDE)
+                offsets = tile_offsets(s, c, width, stride_c, stride_h, stride_w, UNIT, VECTOR, FLAT, WIDE)
                 z_tile = tl.load(z + offsets, mask=(s < end)[:, None] & (c < C)[None, :], other=0.0)
                 sums = part_p + heads[None, :] * C + c[:, None]
                 real = (c < C)[:, None] & (heads < ROWS)[None, :]
@@ -240,7 +246,9 @@ def attend_forward(
     rows = heads + (mean is not None)
     positions, strides = position_count(z), map_strides(z)
     processors = multiprocessors(z.get_device())
-    config = sweep_config(images, channels, positions, rows, z.element_size(), processors, backward=False)
+    config = sweep_config(
+        images, channels, positions, rows, z.element_size(), strides.vector, processors, backward=False
+    )
     part_m = part_d = part_p = None
     merge = config.splits > 1 or not config.held
     if merge:
@@ -260,7 +268,7 @@ def attend_forward(
         z, w, b, score_w, score_b,
         pooled, lse, logits, mean, scores, gates, features, part_m, part_d, part_p,
         positions, row_width(z), strides.n, strides.c, strides.h, strides.w, config.splits, config.split_length,
-        **sizes, S_TILE=config.position_tile, HELD=config.held, FLAT=strides.flat, WIDE=strides.wide,
+        **sizes, S_TILE=config.position_tile, HELD=config.held, UNIT=strides.unit, VECTOR=strides.vector, FLAT=strides.flat, WIDE=strides.wide,
         PRECISION=matmul_precision(z.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if merge:

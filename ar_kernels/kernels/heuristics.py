@@ -32,23 +32,28 @@ def multiprocessors(device_index: int) -> int:
 
 @lru_cache(maxsize=None)
 def sweep_config(
-    images: int, channels: int, positions: int, heads: int, itemsize: int, processors: int, backward: bool
+    images: int,
+    channels: int,
+    positions: int,
+    heads: int,
+    itemsize: int,
+    vector: int,
+    processors: int,
+    backward: bool,
 ) -> SweepConfig:
-    """The cut of one sweep. heads counts the mean's row too; itemsize is the feature map's, in bytes."""
+    """The cut of one sweep. heads counts the mean's row too; itemsize is the feature map's, in bytes; vector is how
+    many of its elements load at once."""
     # 16 is the least inner size of a matrix product on the tensor cores; the backward sums over heads.
     head_tile = max(16, next_power_of_2(heads))
     channel_tile = max(16, next_power_of_2(channels))
     held = channel_tile <= 512 and channel_tile * head_tile <= (8192 if itemsize == 2 else 4096)
+    num_warps = 4 if itemsize == 2 else 8
     if held:
         elements = (8192 if backward else 16384) // (1 if itemsize == 2 else itemsize // 2)
         position_tile = max(16, min(128, elements // channel_tile))
-        num_warps = 8 if channel_tile >= 512 or itemsize > 2 else 4
-        if backward and itemsize > 2:  # products without matrix units keep four accumulators in registers
-            num_warps = 16
     else:
         channel_tile = min(channel_tile, max(32, (128 if itemsize == 2 else 64) * 16 // head_tile))
-        position_tile = 64 if itemsize == 2 else 32
-        num_warps = 8
+        position_tile = 64 if itemsize == 2 and not (backward and vector == 1) else 32
     position_tile = min(position_tile, max(16, next_power_of_2(positions)))
     tiles = -(-positions // position_tile)
     # Enough programs to fill the chip about twice; a split forward costs a merge, so not for the last few percent.
@@ -63,5 +68,5 @@ def sweep_config(
         splits=-(-positions // split_length),
         split_length=split_length,
         num_warps=num_warps,
-        num_stages=1 if itemsize == 8 else 3 if not backward else 2,
+        num_stages=1 if itemsize == 8 else 3 if itemsize == 2 else 2,
     )

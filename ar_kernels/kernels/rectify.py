@@ -89,7 +89,7 @@ def rectify_backward_kernel(
     if MIX != "logit":
         shift += tl.load(lse + n * D + i, mask=i < D, other=0.0)
     dgates = tl.zeros([D_TILE], ACC)
-    dy_sum = 0.0
+    dy_sum = tl.sum(tl.zeros([L_TILE], ACC), axis=0)
     for first in range(0, L, L_TILE):
         l = first + tl.arange(0, L_TILE)
         tile, real = _hypotheses(h, n, i, l, D, L, ACC)
