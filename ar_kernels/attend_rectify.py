@@ -84,7 +84,10 @@ class AttendRectify(nn.Module):
     channel_dim: the channels' dimension in the attended maps, 1 or -1; None finds it out.
 
     A map that the backbone later overwrites in place (VGG: a convolution before ReLU(inplace=True)) is attended as its
-    layer left it; the backbone goes on with a copy. Parameters are made on each map's device and in its dtype.
+    layer left it; the backbone goes on with a copy. A layer inside torch.utils.checkpoint needs use_reentrant=False (its
+    map is then kept for the attention); under torch.compile such a layer breaks the graph unless
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint is set. Any other backbone compiles as one graph.
+    Parameters are made on each map's device and in its dtype.
     state_dict keys: backbone.*, attention.<i>.* with i the place in layers, global_gates.*.
     Raises TypeError and ValueError naming the argument or the layer.
     """

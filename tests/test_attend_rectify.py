@@ -14,7 +14,7 @@ from backbones import OwnNet, assert_same, independent, measured, timm, vgg11, v
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ar_kernels import AttendRectify, Rectified, attend_rectify, use_implementation
+from ar_kernels import AttendRectify, AttentionModule, AttentionOutput, Rectified, attend_rectify, use_implementation
 
 LABELS = 5
 OWN_LAYERS = ["middle.0", "middle.2", "end"]
@@ -87,6 +87,34 @@ def test_every_implementation(device, implementation):
     expected = independent(model, images(device, 16), last=2)
     with use_implementation(implementation):
         assert_same(measured(model, images(device, 16)), expected)
+
+
+def test_the_backbone_goes_on_with_the_tap(device, monkeypatch):
+    """Where the map needs a gradient, so that one sweep adds both; where it is overwritten, with a copy of the tap."""
+    model = own(device)
+    taps = []
+    forward = AttentionModule.forward
+
+    def spy(module: AttentionModule, feature_map: torch.Tensor, **options: object) -> AttentionOutput:
+        output = forward(module, feature_map, **options)
+        if options["tap"]:
+            taps.append(output.feature_map)
+        return output
+
+    monkeypatch.setattr(AttentionModule, "forward", spy)
+    entering = []
+    model.backbone.classifier.register_forward_pre_hook(lambda *_: entering.append(len(taps)))
+    following = []
+    for name in ("middle.0", "end"):
+        hook = lambda _m, _i, output: following.append(output)  # noqa: E731
+        model.backbone.get_submodule(name).register_forward_hook(hook)
+    model(images(device))
+    assert entering == [3]
+    assert following[1] is taps[2]
+    assert following[0] is not taps[0] and following[0]._base is None
+    model._overwritten = (False, False, False)  # without the copy the next layer would spoil the attended map
+    with pytest.raises(RuntimeError, match=r"'middle.0'|inplace"):
+        model(images(device))
 
 
 def test_training_mode_and_a_step(device):

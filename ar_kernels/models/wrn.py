@@ -126,6 +126,7 @@ class WideAttentiveResNet(_WideNet):
             raise TypeError(f"attention_depth must be an int, got {type(attention_depth).__name__}")
         if not 0 <= attention_depth <= 3:
             raise ValueError(f"attention_depth must be from 0 to 3, got {attention_depth}")
+        _check_positive("attention_width", attention_width)
         _check_mix(mix, gating)
         self.attention_depth, self.mix, self.gating = attention_depth, mix, gating
         self._add_last("bn_g2")
