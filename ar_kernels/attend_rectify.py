@@ -20,6 +20,8 @@ DRY_RUN_SIZES = (64, 224)
 _REFUSALS = (RuntimeError, ValueError, TypeError, AssertionError, IndexError)
 """What backbones raise on an input of a size that they do not take."""
 
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
 
 class Rectified(NamedTuple):
     """What AttendRectify and attentive models return with return_details=True, for D attended layers in their order."""
@@ -84,9 +86,9 @@ class AttendRectify(nn.Module):
     channel_dim: the channels' dimension in the attended maps, 1 or -1; None finds it out.
 
     A map that the backbone later overwrites in place (VGG: a convolution before ReLU(inplace=True)) is attended as its
-    layer left it; the backbone goes on with a copy. A layer inside torch.utils.checkpoint needs use_reentrant=False (its
-    map is then kept for the attention); under torch.compile such a layer breaks the graph unless
-    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint is set. Any other backbone compiles as one graph.
+    layer left it; the backbone goes on with a copy. A layer inside torch.utils.checkpoint needs use_reentrant=False;
+    its map is then kept for the attention. Under torch.compile such a layer breaks the graph unless
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint is set; other backbones compile as one graph.
     Parameters are made on each map's device and in its dtype.
     state_dict keys: backbone.*, attention.<i>.* with i the place in layers, global_gates.*.
     Raises TypeError and ValueError naming the argument or the layer.
@@ -216,10 +218,7 @@ class _Call:
         """The attention of every layer, once the backbone has returned."""
         for name, feature_map, version in self.versions:
             if feature_map._version != version:
-                raise RuntimeError(
-                    f"the map of layer {name!r} was overwritten in place by a later layer, which did not happen when "
-                    "AttendRectify was made (in eval mode); give that layer (a dropout?) inplace=False"
-                )
+                raise RuntimeError(_OVERWRITTEN.format(repr(name)))
         for index, name in enumerate(self.wrapper.layers):
             if self.deferred[index] is not None:
                 self.attend(index, self.deferred[index])
@@ -235,11 +234,22 @@ class _Calls(threading.local):
 _calls = _Calls()
 
 
+_OVERWRITTEN = (
+    "the map of layer {} was overwritten in place by a later layer, which did not happen when AttendRectify was made "
+    "(in eval mode, with nn.Dropout acting); give what follows it inplace=False"
+)
+
+
 @contextmanager
 def _running(call: _Call) -> Iterator[None]:
     _calls.innermost = call
     try:
         yield
+    except RuntimeError as error:
+        if "view and is being modified inplace" not in str(error):
+            raise
+        # The tap is a view of the map: autograd itself stops whoever overwrites it, but cannot name the layer.
+        raise RuntimeError(_OVERWRITTEN.format(" or ".join(map(repr, call.wrapper.layers)))) from error
     finally:
         _calls.innermost = call.outer
 
@@ -385,7 +395,8 @@ def _observe(backbone: nn.Module, layers: tuple[str, ...], inputs: tuple) -> tup
     handles = [watch(index) for index in range(len(layers))]
     try:
         for module in training:
-            module.training = False
+            # A dropout in place overwrites its input only in training mode, and that is to be seen here.
+            module.training = isinstance(module, _DROPOUTS) and module.inplace
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(torch.random.fork_rng(gpus))
