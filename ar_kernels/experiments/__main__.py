@@ -28,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--data-root", default="data", metavar="DIR", help="where torchvision keeps its data sets")
     add("--out", default="runs/demo", metavar="DIR", help="where the results go; an earlier run's are replaced")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, to the numbers of an unbroken run")
-    add("--steps", type=int, default=600, help="training steps")
+    add("--steps", type=int, default=400, help="training steps")
     add("--batch-size", type=int, default=100, help="images per step")
     add("--learning-rate", type=float, default=0.1, help="the highest of the schedule")
     add("--seed", type=int, default=0, help="of the first weights and the training images")

@@ -105,7 +105,7 @@ def load(data: str, *, download: bool = False, root: str | Path = "data") -> Sou
 def bundled() -> Source:
     """scikit-learn's 8×8 digits, enlarged to 24×24. Of every class each fifth digit is for the test, always the same.
 
-    Each writer has digits in both halves.
+    The digits lie in the order of their writers, so each writer has some in both parts.
     """
     from sklearn.datasets import load_digits
 

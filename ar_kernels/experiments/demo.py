@@ -58,6 +58,7 @@ def run(options: argparse.Namespace) -> None:
         return clutter.train_batch(recipe.seed, step, recipe.batch_size)
 
     model = new_model()
+    explanation = _explanation(model, recipe.batch_size, device)
     identity = {
         **asdict(recipe),
         "attention_depth": depth,
@@ -75,7 +76,6 @@ def run(options: argparse.Namespace) -> None:
             f"Net: five convolutions, {depth} of their maps attended by {width} heads each; "
             f"{sum(parameter.numel() for parameter in model.parameters()):,} weights, on {_name(device)}."
         )
-        explanation = _explanation(model, recipe.batch_size, device)
         say(f"Attention, as ar_kernels.explain tells:\n{explanation}")
         if progress.step:
             say(f"Resuming after step {progress.step} of {recipe.steps}.")
@@ -137,9 +137,7 @@ def _comparison(
             batch = batch_of(step)
             losses.append([])
             times.append([])
-            for index, implementation in enumerate(
-                names
-            ):  # in turns, so that whatever else the machine does meets them all
+            for index, implementation in enumerate(names):  # in turns: other load on the machine meets all three
                 with ar_kernels.use_implementation(implementation):
                     began = time.perf_counter()
                     losses[-1].append(train_step(models[index], optimizers[index], batch, recipe.rate(step)))
@@ -195,4 +193,4 @@ def _progress_bar(console: Console, steps: int, done: int) -> Iterator[Callable[
 def _draw(path: Path, model: DigitNet, held_out: data.Clutter) -> None:
     images, labels = (values[:_SHOWN] for values in next(held_out.test_batches()))
     model.eval()
-    draw_attention(path, images, labels, model(images, details=True), model.attended_maps)
+    draw_attention(path, images, labels, model(images, return_details=True), model.attended_maps)

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..models.digits import IMAGE_SIZE, DigitNetDetails, MapGeometry
+from ..attend_rectify import Rectified
+from ..models.digits import IMAGE_SIZE, MapGeometry
 from .files import write_atomically
 
 
@@ -27,51 +29,57 @@ def on_image(mask: Tensor, geometry: MapGeometry) -> Tensor:
 
 
 def draw_attention(
-    path: str | Path, images: Tensor, labels: Tensor, details: DigitNetDetails, geometries: Sequence[MapGeometry]
+    path: str | Path, images: Tensor, labels: Tensor, details: Rectified, geometries: Sequence[MapGeometry]
 ) -> None:
     """Writes a PNG: a row per image, with each head's mask of each attended layer laid over it.
 
-    images [N, 1, 40, 40] in [0, 1], labels [N], what DigitNet returned for them with details=True, and its
+    images [N, 1, 40, 40] in [0, 1], labels [N], what DigitNet returned for them with return_details=True, and its
     attended_maps. Titles tell the label and the prediction, γ of every layer and of the network's own output, and
     the gate g of every head. Each mask is coloured up to its own maximum.
     """
-    layers, heads = len(geometries), details.gates[0].shape[1]
+    layers, heads = len(geometries), details.head_gates[0].shape[1]
     images, predictions = images.squeeze(1).cpu(), details.output.argmax(dim=1).cpu()
     gammas = details.global_gates.float().cpu()
     size, gap = 1.0, 0.28  # of a tile and of the space between groups, in inches
-    title, top = 0.34, 0.42
+    title, top, foot = 0.27, 0.42, 0.26
     width = gap + (1 + layers * heads) * size + (layers + 1) * gap
-    height = top + len(images) * (size + title) + 0.1
+    height = top + len(images) * (size + title) - title + foot
     figure = Figure(figsize=(width, height), facecolor="white")
     canvas = FigureCanvasAgg(figure)
 
-    def tile(row: int, left: float):
+    def tile(row: int, left: float, brightest: float) -> Axes:
         bottom = height - top - row * (size + title) - size
         axes = figure.add_axes((left / width, bottom / height, 0.94 * size / width, 0.94 * size / height))
         axes.set_axis_off()
-        axes.imshow(images[row], cmap="gray", vmin=0, vmax=1)
+        axes.imshow(images[row], cmap="gray", vmin=0, vmax=1 / brightest, interpolation="nearest")
         return axes
 
     def heading(left: float, text: str) -> None:
         figure.text(left / width, 1 - 0.06 / height, text, fontsize=10, fontweight="bold", va="top")
 
+    caption = (
+        "label → prediction    γ: how much a layer's hypothesis counts (first column: the network's own)    "
+        "g: how much a head counts"
+    )
+    figure.text(gap / width, 0.06 / height, caption, fontsize=8, va="bottom")
     heading(gap, "image")
     for row in range(len(images)):
         right = predictions[row] == labels[row]
-        tile(row, gap).set_title(
-            f"{labels[row]} → {predictions[row]},  own γ {gammas[row, -1]:.2f}",
-            fontsize=7, pad=3, color="black" if right else "crimson",
+        tile(row, gap, brightest=1.0).set_title(
+            f"{labels[row]} → {predictions[row]}   γ {gammas[row, -1]:.2f}",
+            fontsize=8, pad=3, color="black" if right else "crimson",
         )  # fmt: skip
     for layer, geometry in enumerate(geometries):
         left = gap + size + gap + layer * (heads * size + gap)
         heading(left, f"{geometry.channels} channels at {geometry.size}×{geometry.size}")
         masks = on_image(details.masks[layer].float(), geometry).cpu()
         masks = masks / masks.amax(dim=(2, 3), keepdim=True)
-        gates = details.gates[layer].float().cpu()
+        gates = details.head_gates[layer].float().cpu()
         for row in range(len(images)):
             for head in range(heads):
-                axes = tile(row, left + head * size)
-                axes.imshow(masks[row, head], cmap="plasma", vmin=0, vmax=1, alpha=0.75 * masks[row, head].sqrt())
+                axes = tile(row, left + head * size, brightest=0.55)
+                mask = masks[row, head]
+                axes.imshow(mask, cmap="inferno", vmin=-0.3, vmax=1, alpha=0.9 * mask.sqrt(), interpolation="nearest")
                 gamma = f"γ {gammas[row, layer]:.2f}   " if head == 0 else ""
-                axes.set_title(f"{gamma}g {gates[row, head]:.2f}", fontsize=7, pad=3)
+                axes.set_title(f"{gamma}g {gates[row, head]:.2f}", fontsize=8, pad=3)
     write_atomically(path, lambda file: canvas.print_png(file))

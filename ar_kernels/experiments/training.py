@@ -33,7 +33,7 @@ class Recipe:
     along a half cosine to 0.
     """
 
-    steps: int = 600
+    steps: int = 400
     batch_size: int = 100
     learning_rate: float = 0.1
     warmup: float = 0.1
