@@ -38,7 +38,7 @@ def draw_attention(
     the gate g of every head. Each mask is coloured up to its own maximum.
     """
     layers, heads = len(geometries), details.head_gates[0].shape[1]
-    images, predictions = images.squeeze(1).cpu(), details.output.argmax(dim=1).cpu()
+    pixels, predictions = images.squeeze(1).cpu().numpy(), details.output.argmax(dim=1).cpu()
     gammas = details.global_gates.float().cpu()
     size, gap = 1.0, 0.28  # of a tile and of the space between groups, in inches
     title, top, foot = 0.27, 0.42, 0.26
@@ -51,7 +51,7 @@ def draw_attention(
         bottom = height - top - row * (size + title) - size
         axes = figure.add_axes((left / width, bottom / height, 0.94 * size / width, 0.94 * size / height))
         axes.set_axis_off()
-        axes.imshow(images[row], cmap="gray", vmin=0, vmax=1 / brightest, interpolation="nearest")
+        axes.imshow(pixels[row], cmap="gray", vmin=0, vmax=1 / brightest, interpolation="nearest")
         return axes
 
     def heading(left: float, text: str) -> None:
@@ -73,13 +73,13 @@ def draw_attention(
         left = gap + size + gap + layer * (heads * size + gap)
         heading(left, f"{geometry.channels} channels at {geometry.size}×{geometry.size}")
         masks = on_image(details.masks[layer].float(), geometry).cpu()
-        masks = masks / masks.amax(dim=(2, 3), keepdim=True)
+        masks = (masks / masks.amax(dim=(2, 3), keepdim=True)).numpy()
         gates = details.head_gates[layer].float().cpu()
         for row in range(len(images)):
             for head in range(heads):
                 axes = tile(row, left + head * size, brightest=0.55)
                 mask = masks[row, head]
-                axes.imshow(mask, cmap="inferno", vmin=-0.3, vmax=1, alpha=0.9 * mask.sqrt(), interpolation="nearest")
+                axes.imshow(mask, cmap="inferno", vmin=-0.3, vmax=1, alpha=0.9 * mask**0.5, interpolation="nearest")
                 gamma = f"γ {gammas[row, layer]:.2f}   " if head == 0 else ""
                 axes.set_title(f"{gamma}g {gates[row, head]:.2f}", fontsize=8, pad=3)
     write_atomically(path, lambda file: canvas.print_png(file))
