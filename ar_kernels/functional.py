@@ -173,7 +173,8 @@ def _choose(implementation: str | None, data: Tensor, mask_weight: Tensor | None
 def _autocast_off(data: Tensor) -> AbstractContextManager:
     """The computation runs in its input's dtype; outside autocast there is nothing to switch, and no time to lose."""
     kind = data.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------- attend
@@ -353,19 +354,7 @@ def rectify(
     ImplementationUnavailable as attend does.
     """
     if not isinstance(hypotheses, Tensor):
-        for index, hypothesis in enumerate(hypotheses):
-            _check_tensor(f"hypotheses[{index}]", hypothesis)
-            if hypothesis.dim() != 2 or hypothesis.shape != hypotheses[0].shape:
-                raise ValueError(
-                    f"hypotheses[{index}] must be [N, L] like the first, {_shape(hypotheses[0])}, "
-                    f"got {_shape(hypothesis)}"
-                )
-        if len(hypotheses) == 0:
-            raise ValueError("hypotheses must hold at least one tensor [N, L], got none")
-        dtype = hypotheses[0].dtype
-        for hypothesis in hypotheses[1:]:
-            dtype = torch.promote_types(dtype, hypothesis.dtype)
-        hypotheses = torch.stack([hypothesis.to(dtype) for hypothesis in hypotheses], dim=1)
+        hypotheses = _stack(hypotheses)
     _check_float("hypotheses", hypotheses)
     if hypotheses.dim() != 3 or hypotheses.shape[1] == 0 or hypotheses.shape[2] == 0:
         raise ValueError(f"hypotheses must be [N, D+1, L] with D+1 and L of at least 1, got {_shape(hypotheses)}")
@@ -385,6 +374,26 @@ def rectify(
         if name == "triton":
             return ops.rectify(hypotheses, scores, mix, gating)
         return (eager if name == "eager" else reference).rectify(hypotheses, scores, mix, gating)
+
+
+def _stack(hypotheses: Sequence[Tensor]) -> Tensor:
+    if not isinstance(hypotheses, list | tuple):
+        raise TypeError(f"hypotheses must be a tensor or a list or tuple of tensors, got {type(hypotheses).__name__}")
+    if len(hypotheses) == 0:
+        raise ValueError("hypotheses must hold at least one tensor [N, L], got none")
+    dtype = torch.float16
+    for index, hypothesis in enumerate(hypotheses):
+        _check_float(f"hypotheses[{index}]", hypothesis)
+        if hypothesis.dim() != 2:
+            raise ValueError(f"hypotheses[{index}] must be [N, L], got {_shape(hypothesis)}")
+        first = hypotheses[0]
+        if hypothesis.shape != first.shape or hypothesis.device != first.device:
+            raise ValueError(
+                f"hypotheses[{index}] must be {_shape(first)} on {first.device} like the first, "
+                f"got {_shape(hypothesis)} on {hypothesis.device}"
+            )
+        dtype = hypothesis.dtype if index == 0 else torch.promote_types(dtype, hypothesis.dtype)
+    return torch.stack([hypothesis.to(dtype) for hypothesis in hypotheses], dim=1)
 
 
 # ---------------------------------------------------------------------------------------------- checking

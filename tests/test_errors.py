@@ -136,10 +136,16 @@ OF_RECTIFY = [
     (
         {"hypotheses": [zeros(N, L), zeros(N, L + 1)]},
         ValueError,
-        "hypotheses[1] must be [N, L] like the first, [2, 7], got [2, 8]",
+        "hypotheses[1] must be [2, 7] on cpu like the first, got [2, 8] on cpu",
     ),
     ({"hypotheses": [zeros(N, L), None]}, TypeError, "hypotheses[1] must be a torch.Tensor, got NoneType"),
-    ({"hypotheses": [zeros(L)]}, ValueError, "hypotheses[0] must be [N, L] like the first, [7], got [7]"),
+    ({"hypotheses": [zeros(L)]}, ValueError, "hypotheses[0] must be [N, L], got [7]"),
+    (
+        {"hypotheses": [zeros(N, L), zeros(N, L, device="meta")]},
+        ValueError,
+        "hypotheses[1] must be [2, 7] on cpu like the first, got [2, 7] on meta",
+    ),
+    ({"hypotheses": 5}, TypeError, "hypotheses must be a tensor or a list or tuple of tensors, got int"),
     ({"scores": None}, TypeError, "scores must be a torch.Tensor, got NoneType"),
     ({"scores": zeros(N, 3, dtype=torch.int32)}, TypeError, f"scores{FLOATS}torch.int32"),
     (

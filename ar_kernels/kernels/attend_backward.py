@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attend_forward import _tanh
-from .heuristics import multiprocessors, next_power_of_2, sweep_config
+from .heuristics import chip, next_power_of_2, sweep_config
 from .tiles import accumulator, aligned, map_strides, matmul_precision, position_count, row_width, tile_offsets
 
 
@@ -325,7 +325,7 @@ def pooled_gradient(
         grad_features, grad_gates, grad_scores, grad_pooled, grad_lse, grad_mean, grad_logits,
         dp, delta, dt, unscale, position_count(z),
         C=channels, HEADS=heads, GATED=0 if gates is None else gates.shape[1], ROWS=rows,
-        C_TILE=min(next_power_of_2(channels), max(16, 2048 // head_tile)), K_TILE=head_tile,
+        C_TILE=min(next_power_of_2(channels), max(16, 1024 // head_tile)), K_TILE=head_tile,
         ACC=accumulator(z.dtype), num_warps=4,
     )  # fmt: skip
     return dp, delta, dt, unscale
@@ -348,12 +348,12 @@ def attend_backward(
     images, channels = z.shape[:2]
     heads, rows = w.shape[0], dp.shape[1]
     positions, strides = position_count(z), map_strides(z)
-    processors = multiprocessors(z.get_device())
+    device = chip(z.get_device())
     config = sweep_config(
-        images, channels, positions, rows, z.element_size(), strides.vector, processors, backward=True
+        images, channels, positions, rows, z.element_size(), strides.vector, device, backward=True
     )
     items = images * config.splits
-    programs = min(items, 2 * processors)
+    programs = min(items, 2 * device.processors)
     shares = None if dw is None else lse.new_empty((programs, heads, channels))
     up = strides if upstream is None else map_strides(upstream)
     out = strides if dz is None else map_strides(dz)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .heuristics import multiprocessors, next_power_of_2, sweep_config
+from .heuristics import chip, next_power_of_2, sweep_config
 from .tiles import accumulator, aligned, map_strides, matmul_precision, position_count, row_width, tile_offsets
 
 
@@ -245,9 +245,9 @@ def attend_forward(
     heads = w.shape[0]
     rows = heads + (mean is not None)
     positions, strides = position_count(z), map_strides(z)
-    processors = multiprocessors(z.get_device())
+    device = chip(z.get_device())
     config = sweep_config(
-        images, channels, positions, rows, z.element_size(), strides.vector, processors, backward=False
+        images, channels, positions, rows, z.element_size(), strides.vector, device, backward=False
     )
     part_m = part_d = part_p = None
     merge = config.splits > 1 or not config.held

@@ -1,7 +1,9 @@
-"""Tile sizes from shapes alone: no autotuning. Chosen for one H100/H200 (132 multiprocessors), bf16, K = 4."""
+"""Tile sizes from shapes alone: no autotuning. Measured on one H200 (132 multiprocessors), bf16, K = 4; for other
+chips and dtypes the largest cut that compiles without register spills."""
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -24,40 +26,50 @@ class SweepConfig:
     num_stages: int
 
 
+class Chip(NamedTuple):
+    """What the cuts depend on of a GPU."""
+
+    processors: int  # multiprocessors
+    capability: int  # major compute capability: 8 Ampere and Ada, 9 Hopper, 10 and more Blackwell
+
+
 @lru_cache(maxsize=None)
-def multiprocessors(device_index: int) -> int:
-    """Multiprocessors of a CUDA device; the interpreter (index -1) gets a few, so that its loops stay short."""
-    return 4 if device_index < 0 else torch.cuda.get_device_properties(device_index).multi_processor_count
+def chip(device_index: int) -> Chip:
+    """The chip of a CUDA device. Triton's interpreter (index -1) passes for a small one, so that its loops stay short."""
+    if device_index < 0:
+        return Chip(4, 9)
+    properties = torch.cuda.get_device_properties(device_index)
+    return Chip(properties.multi_processor_count, properties.major)
 
 
 @lru_cache(maxsize=None)
 def sweep_config(
-    images: int,
-    channels: int,
-    positions: int,
-    heads: int,
-    itemsize: int,
-    vector: int,
-    processors: int,
-    backward: bool,
+    images: int, channels: int, positions: int, heads: int, itemsize: int, vector: int, chip: Chip, backward: bool
 ) -> SweepConfig:
     """The cut of one sweep. heads counts the mean's row too; itemsize is the feature map's, in bytes; vector is how
     many of its elements load at once."""
     # 16 is the least inner size of a matrix product on the tensor cores; the backward sums over heads.
     head_tile = max(16, next_power_of_2(heads))
     channel_tile = max(16, next_power_of_2(channels))
-    held = channel_tile <= 512 and channel_tile * head_tile <= (8192 if itemsize == 2 else 4096)
-    num_warps = 4 if itemsize == 2 else 8
+    half = itemsize == 2
+    # Hopper's matrix units read tiles from shared memory; elsewhere, and in float32, held tiles spill registers.
+    held = half and channel_tile <= 512 and channel_tile * head_tile <= 8192 and (chip.capability == 9 or not backward)
+    num_warps = 4
     if held:
-        elements = (8192 if backward else 16384) // (1 if itemsize == 2 else itemsize // 2)
+        elements = 8192 if backward or chip.capability != 9 else 16384
         position_tile = max(16, min(128, elements // channel_tile))
+        if backward and channel_tile == 512:
+            num_warps = 8
     else:
-        channel_tile = min(channel_tile, max(32, (128 if itemsize == 2 else 64) * 16 // head_tile))
-        position_tile = 64 if itemsize == 2 and not (backward and vector == 1) else 32
+        channel_tile = min(channel_tile, max(32, (128 if half else 64) * 16 // head_tile))
+        position_tile = 64 if half and vector > 1 else 32
+        if backward and not (half and chip.capability == 9):
+            position_tile, num_warps = 16, 4 if half else 8
     position_tile = min(position_tile, max(16, next_power_of_2(positions)))
     tiles = -(-positions // position_tile)
     # Enough programs to fill the chip about twice; a split forward costs a merge, so not for the last few percent.
-    wanted = 1 if 2 * images >= 3 * processors and not backward else -(-2 * processors // max(images, 1))
+    full = 2 * images >= 3 * chip.processors and not backward
+    wanted = 1 if full else -(-2 * chip.processors // max(images, 1))
     splits = max(1, min(tiles, wanted))
     split_length = -(-tiles // splits) * position_tile
     return SweepConfig(
@@ -68,5 +80,5 @@ def sweep_config(
         splits=-(-positions // split_length),
         split_length=split_length,
         num_warps=num_warps,
-        num_stages=1 if itemsize == 8 else 3 if itemsize == 2 else 2,
+        num_stages=3 if half else 2 if itemsize == 4 else 1,
     )
