@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the first weights and the training images")
     add("--attention-depth", type=int, default=3, choices=range(1, 6), help="attended maps, counted from the last")
     add("--attention-width", type=int, default=4, help="heads per attended map")
-    add("--compare-steps", type=int, default=6, help="first steps to repeat with the reference; 0: none")
+    add("--compare-steps", type=int, default=8, help="first steps to repeat with the reference; 0: none")
     add("--checkpoint-every", type=int, default=50, metavar="STEPS", help="how often the checkpoint is written")
     add("--device", choices=("cpu", "cuda"), help="cuda where there is a GPU, else cpu")
     return parser
