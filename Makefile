@@ -13,7 +13,7 @@ ifeq ($(strip $(VENV)),)
 python := $(PYTHON)
 else
 python := $(VENV)/bin/python
-demo: $(VENV)/.installed-demo
+demo: $(VENV)/.installed-$(if $(filter --download,$(ARGS)),experiments,demo)
 test: $(VENV)/.installed-test
 lint: $(VENV)/.installed-lint
 endif

@@ -2,6 +2,8 @@
 
 import gzip
 import struct
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -150,6 +152,30 @@ def test_missing_files_are_named_with_the_remedy(tmp_path):
         data.load(str(tmp_path / "own"))
     with pytest.raises(ValueError, match="only mnist and fashion-mnist can be downloaded, got 'digits'"):
         data.load("digits", download=True)
+
+
+def test_downloads_are_torchvisions(tmp_path, monkeypatch):
+    calls = []
+
+    class MNIST:
+        def __init__(self, root: str, train: bool, download: bool) -> None:
+            calls.append((root, train, download))
+            (tmp_path / "MNIST").mkdir(exist_ok=True)
+            write_folder(tmp_path / "MNIST" / "raw")
+
+    torchvision = types.ModuleType("torchvision")
+    torchvision.datasets = types.SimpleNamespace(MNIST=MNIST)
+    monkeypatch.setitem(sys.modules, "torchvision", torchvision)
+    source = data.load("mnist", download=True, root=tmp_path)
+    assert calls == [(str(tmp_path), True, True), (str(tmp_path), False, True)]
+    assert source.name == "mnist" and len(source.train.images) == 30
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no network")
+
+    torchvision.datasets.MNIST = fail
+    with pytest.raises(OSError, match="could not download MNIST .no network.. Or put train-images-idx3-ubyte, .* into"):
+        data.load("mnist", download=True, root=tmp_path)
 
 
 HEADER = struct.pack(">4BI", 0, 0, 8, 1, 5)

@@ -85,7 +85,8 @@ def load(data: str, *, download: bool = False, root: str | Path = "data") -> Sou
     download: lets torchvision download "mnist" or "fashion-mnist" into `root` first.
 
     Raises FileNotFoundError naming the file that is missing and how to get it, ValueError for a malformed file or a
-    download that no name goes with, ModuleNotFoundError where scikit-learn or torchvision is needed and missing.
+    download that no name goes with, OSError where the download fails, ModuleNotFoundError where scikit-learn or
+    torchvision is needed and missing.
     """
     if download and data not in _TORCHVISION:
         raise ValueError(f"only {' and '.join(_TORCHVISION)} can be downloaded, got {data!r}")
@@ -95,11 +96,20 @@ def load(data: str, *, download: bool = False, root: str | Path = "data") -> Sou
         return read_folder(data)
     name = _TORCHVISION[data]
     if download:
+        _download(name, root)
+    return read_folder(Path(root) / name / "raw", name=data)
+
+
+def _download(name: str, root: str | Path) -> None:
+    try:
         from torchvision import datasets
 
         for train in (True, False):
             getattr(datasets, name)(str(root), train=train, download=True)
-    return read_folder(Path(root) / name / "raw", name=data)
+    except (RuntimeError, OSError) as error:  # also a torchvision that does not match torch
+        files = ", ".join(file for files in _FILES.values() for file in files)
+        where = Path(root) / name / "raw"
+        raise OSError(f"torchvision could not download {name} ({error}). Or put {files} into {where}") from None
 
 
 def bundled() -> Source:
@@ -140,10 +150,8 @@ def _find(folder: Path, file: str, name: str | None) -> Path:
         if candidate.is_file():
             return candidate
     how = f"--data {name} --download fetches it" if name else "see --help for what --data takes"
-    raise FileNotFoundError(
-        f"{candidates[0]} is missing (plain or .gz): a data folder holds "
-        f"{', '.join(file for files in _FILES.values() for file in files)}; {how}"
-    )
+    files = ", ".join(file for files in _FILES.values() for file in files)
+    raise FileNotFoundError(f"{candidates[0]} is missing (plain or .gz): a data folder holds {files}; {how}")
 
 
 def read_idx(path: str | Path) -> np.ndarray:
