@@ -182,11 +182,11 @@ def _progress_bar(console: Console, steps: int, done: int) -> Iterator[Callable[
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
+        TextColumn("loss {task.fields[loss]}"),
     )
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task("training", total=steps, completed=done, loss=float("nan"))
-        yield lambda step, loss: bar.update(task, completed=step, loss=smooth(loss))
+        task = bar.add_task("training", total=steps, completed=done, loss="?")
+        yield lambda step, loss: bar.update(task, completed=step, loss=f"{smooth(loss):.3f}")
 
 
 @torch.no_grad()

@@ -95,6 +95,7 @@ class Run:
             raise ValueError(f"{self.metrics} must hold at least the {keep} bytes its checkpoint counts on, got {held}")
         self._log = open(self.metrics, "ab")
         self._log.truncate(keep)
+        self._log.seek(keep)
 
     @property
     def metrics(self) -> Path:
