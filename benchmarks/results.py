@@ -1,6 +1,5 @@
 """Result files: JSON with the device, the versions and the commit that the figures belong to."""
 
-import io
 import json
 import os
 import platform
@@ -49,5 +48,5 @@ def save(name: str, content: dict, folder: Path | None = None) -> Path:
     slug = where["device"].lower().replace("nvidia", "").strip().replace(" ", "-")
     path = (folder or FOLDER) / f"{name}-{slug}.json"
     text = json.dumps(where | content, indent=1) + "\n"
-    write_atomically(path, lambda file: io.TextIOWrapper(file, "utf-8", write_through=True).write(text))
+    write_atomically(path, lambda file: file.write(text.encode()))
     return path

@@ -123,16 +123,22 @@ LAYERS = [
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
+def fault(figures, capability):
+    """What is wrong with the figures of a compiled kernel, or None."""
+    if figures["spills"]:
+        return f"{figures['spills']} spills"
+    if figures["shared"] > SHARED_LIMIT[capability]:
+        return f"{figures['shared']} bytes of shared memory, the limit is {SHARED_LIMIT[capability]}"
+    return None
+
+
 def check(task):
     """Compiles every launch of one task; returns (name, figures, fault or None) of each."""
     record, capability, *case = task
     results = []
     for kernel, args, kwargs in record(capability, *case):
         figures = compile_launch(kernel, args, kwargs, capability)
-        fault = f"{figures['spills']} spills" if figures["spills"] else None
-        if figures["shared"] > SHARED_LIMIT[capability]:
-            fault = f"{figures['shared']} bytes of shared memory, the limit is {SHARED_LIMIT[capability]}"
-        results.append((f"sm_{capability} {case} {kernel.__name__}", figures, fault))
+        results.append((f"sm_{capability} {case} {kernel.__name__}", figures, fault(figures, capability)))
     return results
 
 
@@ -141,9 +147,9 @@ def main(capabilities):
     tasks += [(record_rectify, c, torch.bfloat16, mix) for mix, c in itertools.product(("logit", "prob"), capabilities)]
     faults = 0
     with ProcessPoolExecutor() as pool:
-        for name, figures, fault in itertools.chain.from_iterable(pool.map(check, tasks)):
-            faults += fault is not None
-            print(f"FAULT {fault}: " if fault else "ok ", name, figures, flush=True)
+        for name, figures, wrong in itertools.chain.from_iterable(pool.map(check, tasks)):
+            faults += wrong is not None
+            print(f"FAULT {wrong}:" if wrong else "ok", name, figures, flush=True)
     print(f"{faults} faults")
     return faults
 
