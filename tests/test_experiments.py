@@ -18,6 +18,7 @@ from rich.console import Console
 from test_experiments_data import write_folder
 from torch import nn
 
+import ar_kernels
 from ar_kernels.attend_rectify import Rectified
 from ar_kernels.experiments import __main__ as command_line
 from ar_kernels.experiments import demo, figures
@@ -364,6 +365,15 @@ def test_mistakes_end_in_one_line(tmp_path, capsys, options, message):
     assert command_line.main(["demo", "--out", str(tmp_path / "out"), *options]) == 1
     printed = capsys.readouterr()
     assert printed.err.startswith(message) and printed.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_implementation_that_cannot_run_is_refused_before_files_are_touched(tmp_path, capsys):
+    options = ["demo", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    with ar_kernels.use_implementation("triton"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ar_kernels.functional, "_INTERPRETED", False)
+        assert command_line.main(options) == 1
+    assert capsys.readouterr().err.startswith("error: implementation 'triton' cannot run: ")
     assert not (tmp_path / "out").exists()
 
 

@@ -58,6 +58,10 @@ def run(options: argparse.Namespace) -> None:
         return clutter.train_batch(recipe.seed, step, recipe.batch_size)
 
     model = new_model()
+    with (
+        torch.no_grad()
+    ):  # where the implementation that was asked for cannot run, this says so before files are touched
+        model.eval()(clutter.train_batch(recipe.seed, 1, 1)[0])
     explanation = _explanation(model, recipe.batch_size, device)
     identity = {
         **asdict(recipe),
