@@ -228,7 +228,8 @@ class _Call:
 
 
 class _Calls(threading.local):
-    innermost: _Call | None = None
+    def __init__(self) -> None:  # in each thread; a default on the class is all that Dynamo of torch 2.11 would ever see
+        self.innermost: _Call | None = None
 
 
 _calls = _Calls()

@@ -46,7 +46,9 @@ def test_a_batch_is_a_function_of_seed_and_step(device):
         assert not torch.equal(first, clutter.train_batch(seed, step, 16)[0])
     assert first.shape == (16, 1, 40, 40) and first.dtype == torch.float32 and first.device.type == device.type
     assert first.min() == 0 and 0.9 < first.max() <= 1
-    on_cpu = Clutter(data.bundled().train).train_batch(5, 7, 16)[0]
+    on_cpu, labels_on_cpu = Clutter(data.bundled().train).train_batch(5, 7, 16)
+    assert torch.equal(labels.cpu(), labels_on_cpu)
+    # Draws come from the CPU, bytes are copied, and one correctly rounded division ends it: the same bits everywhere.
     assert torch.equal(first.cpu(), on_cpu)
 
 

@@ -229,7 +229,8 @@ class Clutter:
         canvas = torch.zeros(len(targets), IMAGE_SIZE**2, dtype=torch.uint8, device=device)
         _paste(canvas, digits.images, others, corner, spot, self.patch)
         _paste(canvas, digits.images, targets.unsqueeze(1), torch.zeros_like(place), place, size)
-        images = canvas.view(-1, 1, IMAGE_SIZE, IMAGE_SIZE).float() / 255
+        white = torch.full((), 255.0, device=device)  # by a number a GPU would not divide, but multiply by 1/255
+        images = canvas.view(-1, 1, IMAGE_SIZE, IMAGE_SIZE).float() / white
         return images, digits.labels[targets]
 
 
