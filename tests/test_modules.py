@@ -192,6 +192,23 @@ def test_compiled_in_one_graph(kernel_size, device):
             assert_close(value, truth)
 
 
+def test_compiled_code_follows_the_choice_around_it(device):
+    """use_implementation outside a compiled call decides for it, and what was compiled for one choice serves it again."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(any("conv2d" in str(node.target) for node in graph.graph.nodes))  # as the reference alone has it
+        return graph
+
+    module = make(device)
+    compiled = torch.compile(module, backend=backend, fullgraph=True)
+    for name in (None, "reference", None, "reference"):
+        with use_implementation(name), torch.no_grad():
+            compiled(feature_map(device))
+    assert graphs == [False, True]
+
+
 @pytest.mark.parametrize(
     ("make_module", "error", "message"),
     [
