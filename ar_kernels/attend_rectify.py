@@ -228,7 +228,7 @@ class _Call:
 
 
 class _Calls(threading.local):
-    def __init__(self) -> None:  # in each thread; a default on the class is all that Dynamo of torch 2.11 would ever see
+    def __init__(self) -> None:  # in each thread; of a default on the class torch 2.11's Dynamo sees nothing else
         self.innermost: _Call | None = None
 
 

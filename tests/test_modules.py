@@ -192,8 +192,21 @@ def test_compiled_in_one_graph(kernel_size, device):
             assert_close(value, truth)
 
 
+def test_forward_mode_raises_on_the_fused_path_and_works_on_the_others(device):
+    module, maps = make(device), feature_map(device)
+    expected = None
+    for name in ("reference", "eager"):
+        with use_implementation(name):
+            _, tangent = torch.func.jvp(lambda z: module(z).hypothesis, (maps,), (maps,))
+        expected = tangent if expected is None else expected
+        assert_close(tangent, expected)
+    pytest.importorskip("triton")
+    with use_implementation("triton"), pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(lambda z: module(z).hypothesis, (maps,), (maps,))
+
+
 def test_compiled_code_follows_the_choice_around_it(device):
-    """use_implementation outside a compiled call decides for it, and what was compiled for one choice serves it again."""
+    """use_implementation around a compiled call decides for it; what was compiled for one choice serves it again."""
     torch._dynamo.reset()
     graphs = []
 
