@@ -9,6 +9,9 @@ ARGS ?=
 # A test that hangs is stopped, where pytest-timeout is installed; seconds.
 export PYTEST_TIMEOUT ?= 600
 
+# Threads of OpenMP that wait give up their core: on a busy machine this is two to four times as fast.
+export OMP_WAIT_POLICY ?= passive
+
 ifeq ($(strip $(VENV)),)
 python := $(PYTHON)
 else
