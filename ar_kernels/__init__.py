@@ -3,8 +3,8 @@
 from .attend_rectify import AttendRectify, Rectified
 from .functional import (
     IMPLEMENTATIONS,
-    AttentionOutput,
     Attended,
+    AttentionOutput,
     Explanation,
     ImplementationUnavailable,
     attend,

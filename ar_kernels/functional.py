@@ -7,7 +7,7 @@ import importlib.util
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -72,7 +72,8 @@ class AttentionOutput(NamedTuple):
 
 
 class _Choice(threading.local):
-    name: str | None = os.environ.get("AR_KERNELS_IMPLEMENTATION") or None
+    def __init__(self) -> None:  # not a class attribute: torch 2.11's Dynamo would see only that one
+        self.name: str | None = os.environ.get("AR_KERNELS_IMPLEMENTATION") or None
 
 
 _choice = _Choice()
@@ -125,15 +126,17 @@ def explain(feature_map: Tensor, mask_weight: Tensor, *, implementation: str | N
     return Explanation(chosen, reasons)
 
 
-def _check_implementation(name: str | None) -> None:
+def _check_implementation(name: str | None, source: str = "implementation") -> None:
     if name is not None and name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)} or None, got {name!r}")
+        raise ValueError(f"{source} must be one of {', '.join(IMPLEMENTATIONS)} or None, got {name!r}")
 
 
 def _named(implementation: str | None) -> str | None:
-    name = _choice.name if implementation is None else implementation
-    _check_implementation(name)
-    return name
+    if implementation is not None:
+        _check_implementation(implementation)
+        return implementation
+    _check_implementation(_choice.name, "AR_KERNELS_IMPLEMENTATION")
+    return _choice.name
 
 
 def _why_not(candidate: str, data: Tensor, mask_weight: Tensor | None, named: bool) -> str | None:
@@ -151,6 +154,8 @@ def _why_not(candidate: str, data: Tensor, mask_weight: Tensor | None, named: bo
         return f"inputs are on {data.device.type}, the kernels are tested on CUDA GPUs only"
     elif torch.version.hip is None and torch.cuda.get_device_capability(data.device)[0] < 8:
         return "the kernels need a GPU of compute capability 8.0 (Ampere) or newer"
+    if mask_weight is not None and not named and data.dtype.itemsize > 2:
+        return f"{data.dtype} maps are faster in eager, at up to six times the memory; name it to run it"
     if mask_weight is not None and mask_weight.dim() == 4:
         return "3×3 heads are not fused yet"
     if mask_weight is not None and mask_weight.shape[0] > MAX_FUSED_HEADS:
@@ -168,13 +173,6 @@ def _choose(implementation: str | None, data: Tensor, mask_weight: Tensor | None
     if reason is not None:
         raise ImplementationUnavailable(f"implementation {name!r} cannot run: {reason}")
     return name
-
-
-def _autocast_off(data: Tensor) -> AbstractContextManager:
-    """The computation runs in its input's dtype; outside autocast there is nothing to switch, and no time to lose."""
-    kind = data.device.type
-    on = kind != "meta" and torch.is_autocast_enabled(kind)  # meta knows no autocast and would raise
-    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------- attend
@@ -218,7 +216,7 @@ def attend(
     _check_weight("mask_bias", mask_bias, feature_map, (heads,))
     name = _choose(implementation, feature_map, mask_weight)
     wants_logits = logits or masks
-    with _autocast_off(feature_map):
+    with ops.autocast_off(feature_map):
         if name == "triton":
             fused = ops.gated_attend(feature_map, mask_weight, mask_bias, None, None, 0, wants_logits, mean, tap)
             pooled, lse, maps, average, tapped = fused.pooled, fused.lse, fused.logits, fused.mean, fused.feature_map
@@ -296,7 +294,7 @@ def attention_module(
         _check_weight("global_mask_weight", global_mask_weight, feature_map, tuple(shape))
         _check_weight("global_gate_weight", global_gate_weight, feature_map, tuple(shape))
     name = _choose(implementation, feature_map, mask_weight)
-    with _autocast_off(feature_map):
+    with ops.autocast_off(feature_map):
         if name == "reference":
             hypothesis, gates, logits = reference.attention_module(
                 feature_map, mask_weight, output_weight, gate_weight, mask_bias, output_bias, gate_bias
@@ -370,7 +368,7 @@ def rectify(
     if gating not in _GATINGS:
         raise ValueError(f"gating must be 'softmax', 'sigmoid' or None, got {gating!r}")
     name = _choose(implementation, hypotheses, None)
-    with _autocast_off(hypotheses):
+    with ops.autocast_off(hypotheses):
         if name == "triton":
             return ops.rectify(hypotheses, scores, mix, gating)
         return (eager if name == "eager" else reference).rectify(hypotheses, scores, mix, gating)
@@ -434,9 +432,7 @@ def _check_mask_weight(feature_map: Tensor, mask_weight: Tensor) -> None:
             f"got {_shape(mask_weight)}"
         )
     if spatial and feature_map.dim() == 3:
-        raise ValueError(
-            f"feature_map must be [N, C, H, W] for a mask_weight of 3×3 heads, got {_shape(feature_map)}"
-        )
+        raise ValueError(f"feature_map must be [N, C, H, W] for a mask_weight of 3×3 heads, got {_shape(feature_map)}")
     _check_kind("mask_weight", mask_weight, feature_map)
 
 

@@ -6,6 +6,7 @@ works. The kernels are imported when an operator first runs, so importing this f
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,13 @@ def _define(schema: str, implementation: Callable, fake: Callable) -> None:
     torch.library.register_fake(f"ar_kernels::{name}", fake, lib=_library)
 
 
+def autocast_off(data: Tensor) -> AbstractContextManager:
+    """The computation runs in its input's dtype; outside autocast there is nothing to switch, and no time to lose."""
+    kind = data.device.type
+    on = kind != "meta" and torch.is_autocast_enabled(kind)  # meta knows no autocast and would raise
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
+
+
 # ---------------------------------------------------------------------------------------------- gated_attend
 
 
@@ -38,7 +46,7 @@ class GatedAttended(NamedTuple):
     gates: Tensor  # [N, K'], of the first K' = gated_heads heads
     features: Tensor  # [N, K', C], g ⊙ P in the map's dtype
     mean: Tensor | None  # [N, C]
-    feature_map: Tensor | None  # the tapped map
+    feature_map: Tensor  # the tapped map, or z itself
 
 
 def _allocate(
@@ -111,8 +119,7 @@ _define(
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    """None for what is absent or empty: under torch.compile absent gradients arrive as zeros of their output's size."""
-    return None if tensor is None or tensor.numel() == 0 else tensor.contiguous()
+    return None if tensor is None else tensor.contiguous()
 
 
 def _is_channels_last(z: Tensor) -> bool:
@@ -132,7 +139,7 @@ def _allocate_gradients(
         z.new_empty_strided(z.shape, strides) if needs_z else z.new_empty(0),
         w.new_empty(w.shape) if needs_w else w.new_empty(0),
         w.new_empty(score_w.shape, dtype=score_w.dtype) if scored else w.new_empty(0),
-        w.new_empty(score_w.shape[0], dtype=score_w.dtype) if scored else w.new_empty(0),
+        z.new_empty(score_w.shape[:1] if scored else (0,), dtype=accumulator_dtype(z.dtype)),
     )
 
 
@@ -167,14 +174,15 @@ def _gated_attend_backward(
             gradient.zero_()
         return gradients
     gated = gates.numel() > 0
+    pooled, lse = pooled.contiguous(), lse.contiguous()  # saved tensors come back as the user's hooks unpack them
     with torch.cuda.device_of(z):
         grad_logits = _contiguous(grad_logits)
         dp, delta, dt, unscale = pooled_gradient(
             z,
             _contiguous(score_w),
             pooled,
-            scores if gated else None,
-            gates if gated else None,
+            scores.contiguous() if gated else None,
+            gates.contiguous() if gated else None,
             _contiguous(grad_features),
             _contiguous(grad_gates),
             _contiguous(grad_scores),
@@ -185,7 +193,7 @@ def _gated_attend_backward(
         )
         if needs_score and dt is not None:
             weighted_sum(pooled, dt, dscore_w)
-            torch.sum(dt, dim=0, out=dscore_b) if dscore_b.dtype == dt.dtype else dscore_b.copy_(dt.sum(dim=0))
+            torch.sum(dt, dim=0, out=dscore_b)
         if needs_z or needs_w:
             attend_backward(
                 z,
@@ -196,7 +204,7 @@ def _gated_attend_backward(
                 delta,
                 unscale,
                 grad_logits,
-                None if upstream is None or upstream.numel() == 0 else upstream,
+                upstream,
                 dz if needs_z else None,
                 dw if needs_w else None,
             )
@@ -220,28 +228,30 @@ _define(
 class _GatedAttend(torch.autograd.Function):
     @staticmethod
     def forward(z, w, b, score_w, score_b, gated_heads, wants_logits, wants_mean, tap):
-        outputs = torch.ops.ar_kernels.gated_attend(
-            z, w, b, score_w, score_b, gated_heads, wants_logits, wants_mean
-        )
+        outputs = torch.ops.ar_kernels.gated_attend(z, w, b, score_w, score_b, gated_heads, wants_logits, wants_mean)
         return (*outputs, z.view_as(z) if tap else z.new_empty(0))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        z, w, b, score_w, score_b, ctx.gated_heads, _, ctx.wants_mean, ctx.tap = inputs
+        z, w, b, score_w, score_b, ctx.gated_heads, ctx.wants_logits, ctx.wants_mean, ctx.tap = inputs
         pooled, lse, _, scores, gates = output[:5]
+        ctx.channels_last = _is_channels_last(z)  # here: strides read in backward make Dynamo copy every gradient
         ctx.save_for_backward(z, w, b, score_w, score_b, pooled, lse, scores, gates)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, *grads):
         z, w, b, score_w, score_b, pooled, lse, scores, gates = ctx.saved_tensors
-        *grads, upstream = grads
+        # Compiled, the gradients of outputs that were not asked for arrive as empty tensors.
+        gated = ctx.gated_heads > 0
+        asked = (True, True, ctx.wants_logits, gated, gated, gated, ctx.wants_mean, ctx.tap)
+        *grads, upstream = (grad if wanted else None for grad, wanted in zip(grads, asked))
         needs = ctx.needs_input_grad[:5]
         if all(grad is None for grad in grads):  # nothing but the tap was used
             return upstream, *[None] * 8
         dz, dw, dscore_w, dscore_b = _GatedAttendBackward.apply(
             z, w, b, score_w, score_b, pooled, lse, scores, gates, *grads, upstream,
-            ctx.gated_heads, ctx.wants_mean, needs[0], needs[1], needs[3] or needs[4], _is_channels_last(z),
+            ctx.gated_heads, ctx.wants_mean, needs[0], needs[1], needs[3] or needs[4], ctx.channels_last,
         )  # fmt: skip
         db = None
         if needs[2]:  # the bias cancels in the masks: only lse and the logits know it
@@ -316,7 +326,8 @@ def gated_attend(
 ) -> GatedAttended:
     """One fused pass: K heads w [K, C] attend to z, the first gated_heads of them are gated. Arguments as in
     eager.gated_attend; fields that were not asked for come back empty or None."""
-    outputs = _GatedAttend.apply(z, w, b, score_w, score_b, gated_heads, wants_logits, wants_mean, tap)
+    through = tap and z.requires_grad  # a frozen map stays frozen
+    outputs = _GatedAttend.apply(z, w, b, score_w, score_b, gated_heads, wants_logits, wants_mean, through)
     pooled, lse, logits, scores, gates, features, mean, tapped = outputs
     return GatedAttended(
         pooled,
@@ -326,7 +337,7 @@ def gated_attend(
         gates,
         features,
         mean if wants_mean else None,
-        tapped if tap else None,
+        tapped if through else z,
     )
 
 
@@ -359,7 +370,7 @@ def _rectify_backward(
     if hypotheses.shape[0] > 0:
         with torch.cuda.device_of(hypotheses):
             rectify_backward(
-                grad.contiguous(), hypotheses.contiguous(), scores.contiguous(), output, lse, mix, gating, *gradients
+                *(value.contiguous() for value in (grad, hypotheses, scores, output, lse)), mix, gating, *gradients
             )
     return gradients
 
@@ -368,9 +379,7 @@ def _rectify_backward_fake(grad, hypotheses, scores, output, lse, mix, gating):
     return hypotheses.new_empty(hypotheses.shape), scores.new_empty(scores.shape)
 
 
-_define(
-    "rectify(Tensor hypotheses, Tensor scores, str mix, str? gating) -> (Tensor, Tensor)", _rectify, _rectify_fake
-)
+_define("rectify(Tensor hypotheses, Tensor scores, str mix, str? gating) -> (Tensor, Tensor)", _rectify, _rectify_fake)
 _define(
     "rectify_backward(Tensor grad, Tensor hypotheses, Tensor scores, Tensor output, Tensor lse, str mix, str? gating) "
     "-> (Tensor, Tensor)",
@@ -467,7 +476,8 @@ def _double_backward(
 
     cotangents = tuple(g for i, g in zip(differentiated, second) if g is not None and i in given)
     values = [inputs[i] for i in given] + [grads[i] for i in used]
-    results = torch.func.vjp(first_order, *values)[1](cotangents)
+    with autocast_off(values[0]):
+        results = torch.func.vjp(first_order, *values)[1](cotangents)
     received: list[Tensor | None] = [None] * (len(inputs) + len(grads))
     for i, result in zip(given + [len(inputs) + i for i in used], results):
         received[i] = result
@@ -478,9 +488,7 @@ def _map_samples(function: type[torch.autograd.Function], info: Any, in_dims: tu
     """The vmap rule of every Function: one call for each sample, results stacked."""
     samples = []
     for index in range(info.batch_size):
-        sample = [
-            argument if dim is None else argument.select(dim, index) for argument, dim in zip(arguments, in_dims)
-        ]
+        sample = [argument if dim is None else argument.select(dim, index) for argument, dim in zip(arguments, in_dims)]
         samples.append(function.apply(*sample))
     outputs = tuple(torch.stack(values) for values in zip(*samples))
     return outputs, (0,) * len(outputs)

@@ -25,6 +25,10 @@ CASES = [
     (128, 320, 16),
     (128, 640, 8),
 ]
+SHOWN = (
+    *("N", "C", "side", "dtype", "layout", "correct"),
+    *("forward_over_read", "backward_over_copy", "both_over_read_and_copy", "faster_than_eager"),
+)
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
@@ -33,19 +37,25 @@ def _forward(z, w):
         return ar_kernels.attend(z, w, implementation="triton")
 
 
-def _both(z, w, grad):
-    return torch.autograd.grad(ar_kernels.attend(z, w, implementation="triton").pooled, (z, w), grad)
+def _both(z, w, grad, implementation="triton"):
+    return torch.autograd.grad(ar_kernels.attend(z, w, implementation=implementation).pooled, (z, w), grad)
 
 
 def _is_correct(z, w, grad) -> bool:
-    """Two images against float64: within the rounding of the dtype."""
-    z, grad = z[:2].detach().requires_grad_(), grad[:2]
-    pooled = ar_kernels.attend(z, w, implementation="triton").pooled
-    got = (pooled, *torch.autograd.grad(pooled, (z, w), grad))
-    z64, w64 = z.detach().double().requires_grad_(), w.detach().double().requires_grad_()
-    pooled = ar_kernels.attend(z64, w64, implementation="eager").pooled
-    want = (pooled, *torch.autograd.grad(pooled, (z64, w64), grad.double()))
-    return all((a.double() - b).norm() <= 4 * torch.finfo(z.dtype).eps * b.norm() for a, b in zip(got, want))
+    """Two images against float64: relative RMS error at most 2 (the eager path's + eps), as the tests ask."""
+
+    def run(dtype, implementation):
+        values = [value[:2].detach().to(dtype) if value is z else value.detach().to(dtype) for value in (z, w)]
+        values = [value.requires_grad_() for value in values]
+        pooled = ar_kernels.attend(*values, implementation=implementation).pooled
+        return (pooled, *torch.autograd.grad(pooled, values, grad[:2].to(pooled.dtype)))
+
+    exact, eager, got = run(torch.float64, "reference"), run(z.dtype, "eager"), run(z.dtype, "triton")
+    for truth, yardstick, mine in zip(exact, eager, got):
+        allowed = 2 * ((yardstick - truth).norm() / truth.norm() + torch.finfo(z.dtype).eps)
+        if not (mine - truth).norm() / truth.norm() <= allowed:
+            return False
+    return True
 
 
 def time_attend(images: int, channels: int, side: int, dtype: torch.dtype, layout: str) -> dict:
@@ -67,11 +77,13 @@ def time_attend(images: int, channels: int, side: int, dtype: torch.dtype, layou
         z.requires_grad_()
     row["forward"] = quantiles(device_times([lambda z=z: _forward(z, w) for z in maps]))
     row["forward_backward"] = quantiles(device_times([lambda z=z: _both(z, w, grad) for z in maps]))
+    row["eager_forward_backward"] = quantiles(device_times([lambda z=z: _both(z, w, grad, "eager") for z in maps], 5))
     read_us, copy_us = row["read"]["p50_us"], row["copy"]["p50_us"]
     forward, both = row["forward"]["p50_us"], row["forward_backward"]["p50_us"]
     row["forward_over_read"] = round(forward / read_us, 3)
     row["backward_over_copy"] = round((both - forward) / copy_us, 3)
     row["both_over_read_and_copy"] = round(both / (read_us + copy_us), 3)
+    row["faster_than_eager"] = round(row["eager_forward_backward"]["p50_us"] / both, 2)
     return row
 
 
@@ -113,7 +125,10 @@ def main() -> None:
                 rows.append(time_attend(*case, dtype, layout))
                 torch.cuda.empty_cache()
                 keys = ("N", "C", "side", "dtype", "layout", "correct", "forward_over_read", "backward_over_copy")
-                print(*(f"{key}={rows[-1].get(key)}" for key in (*keys, "both_over_read_and_copy")), flush=True)
+                print(
+                    *(f"{key}={rows[-1].get(key)}" for key in (*keys, "both_over_read_and_copy", "faster_than_eager")),
+                    flush=True,
+                )
     memory = [peak_memory(256, 256, 56, 1000, name) for name in ("triton", "eager", "reference")]
     print(*memory, sep="\n")
     print(save("layer", {"attend": rows, "memory": memory}, arguments.out))

@@ -51,7 +51,7 @@ def recording(capability):
 
 def compile_launch(kernel, args, kwargs, capability):
     """Compiles one recorded launch for sm_<capability>; returns its registers, spills and shared memory."""
-    options = {k: v for k, v in kwargs.items() if k in ("num_warps", "num_stages")}
+    options = {k: v for k, v in kwargs.items() if k in ("num_warps", "num_stages", "maxnreg")}
     values = dict(zip(kernel.arg_names, args)) | {k: v for k, v in kwargs.items() if k not in options}
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
@@ -88,16 +88,16 @@ def compile_launch(kernel, args, kwargs, capability):
 
 
 def record_layer(capability, dtype, channels, side, heads, channels_last, mean=False):
-    """The launches of a whole layer, forward and backward, of one shape."""
+    """The launches of a whole layer, forward and backward, of one shape: tapped, its logits with a gradient."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     z = torch.empty(128, channels, side, side, dtype=dtype, device="cpu").to(memory_format=layout)
     w = torch.empty(heads, channels, dtype=dtype)
     with recording(capability) as launches:
-        outputs = ops._gated_attend(z, w, None, w, None, heads, False, mean)
-        pooled, lse, _, scores, gates, features, average = outputs
+        outputs = ops._gated_attend(z, w, None, w, None, heads, mean, mean)
+        pooled, lse, logits, scores, gates, features, average = outputs
         ops._gated_attend_backward(
-            z, w, None, w, pooled, lse, scores, gates, None, None, None, None, None, features,
-            average if mean else None, None, True, True, True, channels_last,
+            z, w, None, w, pooled, lse, scores, gates, None, None, logits if mean else None, None, None, features,
+            average if mean else None, z, True, True, True, channels_last,
         )  # fmt: skip
     return launches
 
@@ -119,6 +119,9 @@ LAYERS = [
     (2048, 7, 4, False, False),
     (320, 16, 16, True, False),
     (256, 14, 64, True, False),
+    (512, 7, 4, False, True),
+    (256, 13, 4, False, False),
+    (96, 14, 64, True, True),
 ]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

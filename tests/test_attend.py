@@ -83,6 +83,48 @@ def test_float16_gradients_of_a_mean_loss_do_not_underflow(device):
     assert (got.double() - exact).norm() <= 2e-3 * exact.norm()
 
 
+def test_float16_gradients_of_lse_take_part_in_the_scale(device):
+    """A gradient of lse far larger than that of P must not overflow, one of 1e-7 alone must not vanish."""
+    layer = Layer(n=2, c=40, h=6, w=6, k=4, bias=False, dtype=torch.float16, device=device)
+    z, w = layer.tensors["feature_map"], layer.tensors["mask_weight"]
+    for of_pooled, of_lse in ((1e-6, 1.0), (0.0, 1e-7)):
+        grads = []
+        for name, dtype in (("triton", torch.float16), ("reference", torch.float64)):
+            values = [z.detach().to(dtype).requires_grad_(), w.detach().to(dtype).float().to(dtype).requires_grad_()]
+            weight = values[1] if dtype == torch.float64 else values[1].detach().float().requires_grad_()
+            out = ar_kernels.attend(values[0], weight, implementation=name)
+            grads.append(torch.autograd.grad(of_pooled * out.pooled.sum() + of_lse * out.lse.sum(), weight)[0].double())
+        assert (grads[0] - grads[1]).norm() <= 2e-3 * grads[1].norm()
+
+
+def test_mean_of_a_map_with_an_infinite_channel(implementation, device):
+    z = torch.ones(1, 3, 2, 2, device=device)
+    z[0, 1, 0, 1] = float("inf")
+    mean = ar_kernels.attend(z, torch.randn(2, 3, device=device), mean=True, implementation=implementation).mean
+    assert mean.tolist() == [[1.0, float("inf"), 1.0]]
+
+
+def test_saved_tensors_may_come_back_with_other_strides(device):
+    """User hooks that unpack the same values in another layout change nothing."""
+    layer = Layer(n=2, c=6, k=3, globals=2, device=device)
+    want = layer.run("triton")
+
+    def unpack(value):
+        return value.transpose(-1, -2).contiguous().transpose(-1, -2) if value.dim() > 1 else value
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: value, unpack):
+        got = layer.run("triton")
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_the_tap_of_a_frozen_map_is_frozen(implementation, device):
+    layer = Layer(n=2, c=6, device=device)
+    weight = layer.tensors["mask_weight"].requires_grad_()
+    out = ar_kernels.attend(layer.tensors["feature_map"], weight, tap=True, implementation=implementation)
+    assert not out.feature_map.requires_grad and out.pooled.requires_grad
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradient_layout_follows_the_map(layout, device):
     layer = Layer(n=2, c=6, h=4, w=5, device=device)
@@ -99,9 +141,7 @@ def test_gradients_of_any_strides(device):
     grads = {}
     for name in ("reference", "triton"):
         z = layer.tensors["feature_map"].detach().requires_grad_()
-        out = ar_kernels.attend(
-            z, layer.tensors["mask_weight"], logits=True, mean=True, tap=True, implementation=name
-        )
+        out = ar_kernels.attend(z, layer.tensors["mask_weight"], logits=True, mean=True, tap=True, implementation=name)
         generator = torch.Generator().manual_seed(5)
         loss = out.pooled.sum() + torch.cat([out.lse, out.lse], dim=1)[:, 1:4].sum() + out.mean.t().sum()
         weight = torch.randn(3, 4, 3, 2, generator=generator, dtype=torch.float64).to(device)
@@ -155,7 +195,7 @@ def test_extreme_logits_stay_finite(implementation, device):
 
 
 def test_large_common_offset_does_not_leak_into_the_mask_gradient(device):
-    """dP·Z of a map with a large mean is nearly the same everywhere; δ is made of the same rounded dP, so it cancels."""
+    """dP·Z of a map with a large mean is nearly the same everywhere; δ, of the same rounded dP, cancels it."""
     layer = Layer(n=2, c=64, h=8, w=8, k=4, bias=False, dtype=torch.bfloat16, mean=False, tap=False, device=device)
     layer.tensors["feature_map"] = layer.tensors["feature_map"] + 8
     layer.tensors["mask_weight"] -= layer.tensors["mask_weight"].mean(dim=1, keepdim=True)
@@ -240,7 +280,7 @@ def test_a_named_implementation_runs(monkeypatch, device):
             return original(*arguments)
 
         monkeypatch.setattr(module, name, spy)
-    layer = Layer(n=1, device=device, dtype=torch.float32)
+    layer = Layer(n=1, device=device, dtype=torch.bfloat16)
     ar_kernels.attention_module(**layer.tensors, implementation="triton")
     ar_kernels.attention_module(**layer.tensors, implementation="eager")
     with ar_kernels.use_implementation("triton"):
@@ -254,11 +294,13 @@ def test_a_named_implementation_runs(monkeypatch, device):
 
 
 def test_explain_says_what_runs_and_why(device):
-    z, w = torch.randn(1, 4, 2, 2, device=device), torch.randn(2, 4, device=device)
+    z, w = torch.randn(1, 4, 2, 2, device=device).bfloat16(), torch.randn(2, 4, device=device)
     explanation = ar_kernels.explain(z, w)
     assert explanation.chosen == ("eager" if device.type == "cpu" else "triton")
     if device.type == "cpu":
         assert "CPU" in explanation.reasons["triton"]
+    else:
+        assert ar_kernels.explain(z.float(), w).chosen == "eager"  # measured faster there
     spatial = ar_kernels.explain(z, torch.randn(2, 4, 3, 3, device=device))
     assert spatial.chosen == "eager" and spatial.reasons["reference"] == "can run"
     assert "→ eager" in str(spatial)

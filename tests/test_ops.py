@@ -111,14 +111,19 @@ def test_opcheck(dtype, device):
     t = layer.tensors
     z, w = t["feature_map"], torch.cat([t["mask_weight"], t["global_mask_weight"]])
     score_w = torch.cat([t["gate_weight"], t["global_gate_weight"]])
-    for arguments in ((z, w, None, score_w, None, 3, True, True), (channels_last(z), w, w[:, 0], None, None, 0, False, False)):
+    for arguments in (
+        (z, w, None, score_w, None, 3, True, True),
+        (channels_last(z), w, w[:, 0], None, None, 0, False, False),
+    ):
         torch.library.opcheck(torch.ops.ar_kernels.gated_attend, arguments)
     pooled, lse, logits, scores, gates, features, mean = ops._gated_attend(z, w, None, score_w, None, 3, True, True)
     saved = (z, w, None, score_w, pooled, lse, scores, gates)
     grads = (pooled, lse, logits, scores, gates, features, mean, z)
     torch.library.opcheck(torch.ops.ar_kernels.gated_attend_backward, (*saved, *grads, True, True, True, True))
     none = (None,) * 7
-    torch.library.opcheck(torch.ops.ar_kernels.gated_attend_backward, (*saved, pooled, *none, True, False, False, False))
+    torch.library.opcheck(
+        torch.ops.ar_kernels.gated_attend_backward, (*saved, pooled, *none, True, False, False, False)
+    )
     h, s = torch.randn(2, 3, 5, device=device).to(dtype), torch.randn(2, 3, device=device)
     for mix in MIXES:
         torch.library.opcheck(torch.ops.ar_kernels.rectify, (h, s, mix, "softmax"))
@@ -158,6 +163,85 @@ def test_compile_fullgraph_with_a_dynamic_batch(implementation, device):
             torch.testing.assert_close(mine, truth, rtol=1e-10, atol=1e-10, msg=name)
     forward_and_backward = 2
     assert len(graphs) == forward_and_backward, "another batch size recompiled"
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_compiled_backward_reads_gradients_as_they_come(layout, frozen, device):
+    """A trainable bias, a tap, nothing else asked for; the traced graphs hold no copy of anything of the map's size."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    layer = Layer(n=9, c=6, h=3, w=4, k=3, device=device)
+    z = layer.tensors["feature_map"].contiguous(memory_format=layout).requires_grad_(not frozen)
+    w, b = layer.tensors["mask_weight"].requires_grad_(), layer.tensors["mask_bias"].requires_grad_()
+    inputs = [w, b] if frozen else [z, w, b]
+    graphs = []
+
+    def step(z, w, b):
+        out = ar_kernels.attend(2 * z if not frozen else z, w, b, tap=True, implementation="triton")
+        return out.pooled.square().sum() + out.lse.sum() + (out.feature_map**3).sum()
+
+    def keep(graph, example):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+    got = torch.autograd.grad(compiled(z, w, b), inputs)
+    want = torch.autograd.grad(step(z, w, b), inputs)
+    for mine, truth in zip(got, want):
+        torch.testing.assert_close(mine, truth, rtol=1e-10, atol=1e-10)
+    assert len(graphs) == 2
+    for node in (node for graph in graphs for node in graph.graph.nodes):
+        if "clone" in str(node.target) or "copy" in str(node.target):
+            assert node.meta["val"].numel() < z.numel(), node.format_node()
+
+
+def test_strides_beyond_two_to_the_31(device):
+    """Offsets inside one image pass 2³¹: virtual memory, of which two rows are touched."""
+    storage = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device)
+    z = storage.as_strided((1, 2, 64), (8, 2**31, 1))
+    z.copy_(torch.randn(1, 2, 64))
+    z.requires_grad_()
+    w = torch.randn(3, 2, device=device)
+    pooled = ar_kernels.attend(z, w, implementation="triton").pooled
+    (grad,) = torch.autograd.grad(pooled.square().sum(), z)
+    dense = z.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+    want = ar_kernels.attend(dense, w, implementation="triton").pooled
+    (want_grad,) = torch.autograd.grad(want.square().sum(), dense)
+    assert torch.equal(pooled, want) and torch.equal(grad, want_grad)
+
+
+def test_double_backward_under_autocast_keeps_float32(device):
+    """A gradient penalty inside autocast is computed in the map's dtype, as the first backward is."""
+    layer = Layer(n=2, c=16, h=4, w=4, k=3, bias=False, dtype=torch.float32, device=device)
+    results = []
+    for name, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        z, w = (layer.tensors[n].detach().to(dtype).requires_grad_() for n in ("feature_map", "mask_weight"))
+        with torch.autocast(device.type, torch.bfloat16, enabled=name == "triton"):
+            value = ar_kernels.attend(z, w, implementation=name).pooled.square().sum()
+            (grad,) = torch.autograd.grad(value, z, create_graph=True)
+            results.append(torch.autograd.grad(grad.square().sum(), w)[0].double())
+    assert (results[0] - results[1]).norm() <= 1e-4 * results[1].norm()
+
+
+def test_float32_precision_set_by_the_newer_switch(device):
+    """torch.backends.cuda.matmul.fp32_precision decides too, and does not make the legacy switch raise."""
+    layer = Layer(n=2, c=16, k=3, dtype=torch.float32, device=device)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for precision in ("ieee", "tf32"):
+            torch.backends.cuda.matmul.fp32_precision = precision
+            ar_kernels.attend(layer.tensors["feature_map"], layer.tensors["mask_weight"], implementation="triton")
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_prob_mix_of_a_label_that_no_hypothesis_allows(implementation, device):
+    h = torch.randn(2, 3, 5, device=device)
+    h[:, :, 4] = float("-inf")
+    mixed = ar_kernels.rectify(h, torch.zeros(2, 3, device=device), mix="prob", implementation=implementation)
+    assert (mixed[:, 4] == float("-inf")).all() and mixed[:, :4].isfinite().all()
 
 
 def test_double_backward_of_a_compiled_layer_raises(device):
@@ -206,9 +290,7 @@ def test_functorch_grad_and_vmap(implementation, device):
     torch.testing.assert_close(mapped[1], ar_kernels.attend(z, 2 * w, implementation="reference").pooled)
     hessian = torch.func.jacrev(torch.func.jacrev(loss))(w, z)
     with ar_kernels.use_implementation("reference"):
-        expected = torch.func.jacrev(
-            torch.func.jacrev(lambda w: ar_kernels.attend(z, w).pooled.square().sum())
-        )(w)
+        expected = torch.func.jacrev(torch.func.jacrev(lambda w: ar_kernels.attend(z, w).pooled.square().sum()))(w)
     torch.testing.assert_close(hessian, expected)
 
 
@@ -270,6 +352,10 @@ def test_inductor_puts_no_copy_of_the_map_in_front(device):
     torch.testing.assert_close(loss, net(x), rtol=1e-4, atol=1e-4)
     code = "\n".join(codes)
     assert "ar_kernels.gated_attend.default(" in code and "ar_kernels.gated_attend_backward.default(" in code
-    buffers = [line.split("=")[0].strip() for line in code.splitlines() if "(2, 16, 10, 12)" in line and "empty_strided" in line]
+    buffers = [
+        line.split("=")[0].strip()
+        for line in code.splitlines()
+        if "(2, 16, 10, 12)" in line and "empty_strided" in line
+    ]
     # ReLU's output forward; ReLU's gradient backward: nothing else of the map's size is written outside our operators.
     assert len(buffers) <= 2, code

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attend_forward import _tanh
-from .heuristics import chip, next_power_of_2, sweep_config
+from .heuristics import MOST_REGISTERS, chip, next_power_of_2, sweep_config
 from .tiles import accumulator, aligned, map_strides, matmul_precision, position_count, row_width, tile_offsets
 
 
@@ -96,9 +96,13 @@ def pooled_gradient_kernel(
                     other=0.0,
                 )
                 largest = tl.maximum(largest, tl.max(tl.abs(direct), axis=0))
+        if grad_lse is not None:
+            direct = tl.load(grad_lse + n * HEADS + heads, mask=heads < HEADS, other=0.0)
+            largest = tl.maximum(largest, tl.abs(direct))
         top = tl.max(largest, axis=0)
-        usable = (top > 1e-30) & (top < 1e30)
-        scale = tl.where(usable, tl.exp2(-tl.ceil(tl.log2(tl.where(usable, top, 1.0)))), 1.0)
+        usable = (top > 0) & (top < float("inf"))
+        power = tl.ceil(tl.log2(tl.where(usable, top, 1.0)))
+        scale = tl.exp2(-tl.minimum(tl.maximum(power, -40.0), 40.0))  # sums of scaled shares stay in float32's range
         tl.store(unscale + n, 1.0 / scale)
     # δ is made of dP as it was rounded, so that Σ_s dℓ stays 0 however much of dA all positions share.
     sums = tl.zeros([K_TILE], ACC)
@@ -109,9 +113,7 @@ def pooled_gradient_kernel(
         rounded = (dp * scale).to(kind)
         tl.store(dp_out + n * (ROWS * C) + offsets, rounded, mask=(c < C)[:, None] & (heads < ROWS)[None, :])
         real = (c < C)[:, None] & (heads < HEADS)[None, :]
-        sums += tl.sum(
-            rounded.to(ACC) * tl.load(pooled + n * (HEADS * C) + offsets, mask=real, other=0.0), axis=0
-        )
+        sums += tl.sum(rounded.to(ACC) * tl.load(pooled + n * (HEADS * C) + offsets, mask=real, other=0.0), axis=0)
     if grad_lse is not None:
         sums -= scale * tl.load(grad_lse + n * HEADS + heads, mask=heads < HEADS, other=0.0)
     tl.store(delta + n * HEADS + heads, sums, mask=heads < HEADS)
@@ -145,15 +147,33 @@ def _store_map_gradient(
     real = (s < end)[:, None] & (c < C)[None, :]
     if upstream is not None:
         offsets = tile_offsets(s, c, width, up_c, up_h, up_w, UP_UNIT, UP_VECTOR, UP_FLAT, WIDE)
-        dz_tile += tl.load(upstream + n * (up_n.to(tl.int64) * UP_VECTOR) + offsets, mask=real, other=0.0).to(dz_tile.dtype)
+        dz_tile += tl.load(upstream + n * (up_n.to(tl.int64) * UP_VECTOR) + offsets, mask=real, other=0.0).to(
+            dz_tile.dtype
+        )
     offsets = tile_offsets(s, c, width, dz_c, 0, dz_s, DZ_UNIT, DZ_VECTOR, True, WIDE)
     tl.store(dz + n * (dz_n.to(tl.int64) * DZ_VECTOR) + offsets, dz_tile.to(dz.dtype.element_ty), mask=real)
 
 
-@triton.jit(do_not_specialize=[
-    "rows", "positions", "width", "splits", "split_length", "stride_n", "stride_c", "stride_h", "stride_w",
-    "up_n", "up_c", "up_h", "up_w", "dz_n", "dz_c", "dz_s",
-])
+@triton.jit(
+    do_not_specialize=[
+        "rows",
+        "positions",
+        "width",
+        "splits",
+        "split_length",
+        "stride_n",
+        "stride_c",
+        "stride_h",
+        "stride_w",
+        "up_n",
+        "up_c",
+        "up_h",
+        "up_w",
+        "dz_n",
+        "dz_c",
+        "dz_s",
+    ]
+)
 def attend_backward_kernel(
     z, w, b, lse, dp, delta, unscale, grad_logits, upstream, dz, dw,
     rows, positions, width, splits, split_length,
@@ -180,6 +200,8 @@ def attend_backward_kernel(
         inside = (channels < C)[:, None] & (heads < HEADS)[None, :]
         w_tile = tl.load(w + columns, mask=inside, other=0.0).to(kind)  # [C_tile, K_tile]
         dw_sum = tl.zeros([C_TILE, K_TILE], ACC)
+    scale = 1.0
+    inverse = 1.0
     for row in range(program, rows, tl.num_programs(0)):
         n = (row // splits).to(tl.int64)
         begin = (row % splits) * split_length
@@ -188,11 +210,13 @@ def attend_backward_kernel(
             begin = aligned(begin, S_TILE)
             end = aligned(end, VECTOR)
         z_n = z + n * (stride_n.to(tl.int64) * VECTOR)
-        scale = 1.0
-        inverse = 1.0
         if unscale is not None:
+            if HELD:
+                dw_sum *= inverse  # out of the last image's scale, into this one's
             inverse = tl.load(unscale + n)
             scale = 1.0 / inverse
+            if HELD:
+                dw_sum *= scale
         if HELD:
             dp_tile = tl.load(
                 dp + n * (ROWS * C) + columns, mask=(channels < C)[:, None] & (heads < ROWS)[None, :], other=0.0
@@ -208,10 +232,7 @@ def attend_backward_kernel(
                 )
                 dl = dl.to(kind)
                 if dw is not None:
-                    if unscale is None:
-                        dw_sum = tl.dot(tl.trans(z_tile), dl, dw_sum, input_precision=PRECISION, out_dtype=ACC)
-                    else:
-                        dw_sum += inverse * tl.dot(tl.trans(z_tile), dl, input_precision=PRECISION, out_dtype=ACC)
+                    dw_sum = tl.dot(tl.trans(z_tile), dl, dw_sum, input_precision=PRECISION, out_dtype=ACC)
                 if dz is not None:
                     dz_tile = tl.dot(a.to(kind), tl.trans(dp_tile), input_precision=PRECISION, out_dtype=ACC)
                     dz_tile = tl.dot(dl, tl.trans(w_tile), dz_tile, input_precision=PRECISION, out_dtype=ACC)
@@ -266,7 +287,7 @@ def attend_backward_kernel(
                         )  # fmt: skip
     if HELD:
         if dw is not None:
-            tl.store(dw + columns, dw_sum, mask=inside)
+            tl.store(dw + columns, dw_sum * inverse, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -326,7 +347,7 @@ def pooled_gradient(
         dp, delta, dt, unscale, position_count(z),
         C=channels, HEADS=heads, GATED=0 if gates is None else gates.shape[1], ROWS=rows,
         C_TILE=min(next_power_of_2(channels), max(16, 1024 // head_tile)), K_TILE=head_tile,
-        ACC=accumulator(z.dtype), num_warps=4,
+        ACC=accumulator(z.dtype), num_warps=4, maxnreg=MOST_REGISTERS,
     )  # fmt: skip
     return dp, delta, dt, unscale
 
@@ -350,8 +371,9 @@ def attend_backward(
     positions, strides = position_count(z), map_strides(z)
     device = chip(z.get_device())
     config = sweep_config(
-        images, channels, positions, rows, z.element_size(), strides.vector, device, backward=True
-    )
+        images, channels, positions, rows, z.element_size(), strides.vector, device,
+        backward=True, tapped=upstream is not None,
+    )  # fmt: skip
     items = images * config.splits
     programs = min(items, 2 * device.processors)
     shares = None if dw is None else lse.new_empty((programs, heads, channels))
@@ -365,8 +387,9 @@ def attend_backward(
         C_TILE=config.channel_tile, K_TILE=config.head_tile, S_TILE=config.position_tile, HELD=config.held,
         UNIT=strides.unit, VECTOR=strides.vector, FLAT=strides.flat,
         UP_UNIT=up.unit, UP_VECTOR=up.vector, UP_FLAT=up.flat, DZ_UNIT=out.unit, DZ_VECTOR=out.vector,
-        WIDE=strides.wide or up.wide, ACC=accumulator(z.dtype),
-        PRECISION=matmul_precision(z.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
+        WIDE=strides.wide or up.wide or out.wide, ACC=accumulator(z.dtype),
+        PRECISION=matmul_precision(z.dtype),
+        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg,
     )  # fmt: skip
     if dw is not None:
         weighted_sum(shares, None, dw)

@@ -9,18 +9,19 @@ Bytes: |Z| read once, O(N·K·C) written. Where all channels of a tile fit on ch
 for both products and dropped. Else it is read twice, the second time from cache, and P grows in L2.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .heuristics import chip, next_power_of_2, sweep_config
+from .heuristics import MOST_REGISTERS, chip, next_power_of_2, sweep_config
 from .tiles import accumulator, aligned, map_strides, matmul_precision, position_count, row_width, tile_offsets
 
 
 @triton.jit
-def _softmax_step(logit, m, d):  # [S_tile, K_tile], [K_tile], [K_tile]
+def _softmax_step(logit, m, d, heads, real, HEADS: tl.constexpr):  # [S_tile, K_tile], [K_tile], [K_tile]
     """One step of the online softmax: the tile's weights p, and how much the sums so far shrink."""
+    logit = tl.where(heads[None, :] < HEADS, logit, 0.0)  # the mean's head, also where the map is not finite
+    logit = tl.where(real[:, None], logit, float("-inf"))
     m_new = tl.maximum(m, tl.max(logit, axis=0))
     p = tl.exp(logit - m_new[None, :])
     shrink = tl.exp(m - m_new)
@@ -81,9 +82,18 @@ def _store_features(p_tile, g, n, heads, channels, features, C: tl.constexpr, GA
     tl.store(features + n * (GATED * C) + offsets, (p_tile * g[None, :]).to(features.dtype.element_ty), mask=real)
 
 
-@triton.jit(do_not_specialize=[
-    "positions", "width", "stride_n", "stride_c", "stride_h", "stride_w", "splits", "split_length",
-])
+@triton.jit(
+    do_not_specialize=[
+        "positions",
+        "width",
+        "stride_n",
+        "stride_c",
+        "stride_h",
+        "stride_w",
+        "splits",
+        "split_length",
+    ]
+)
 def attend_forward_kernel(
     z, w, b, score_w, score_b,
     pooled, lse, logits, mean, scores, gates, features, part_m, part_d, part_p,
@@ -128,7 +138,7 @@ def attend_forward_kernel(
                     logit,
                     mask=(s < end)[:, None] & (heads < HEADS)[None, :],
                 )
-            p, shrink, m, d = _softmax_step(tl.where((s < end)[:, None], logit, float("-inf")), m, d)
+            p, shrink, m, d = _softmax_step(logit, m, d, heads, s < end, HEADS)
             p_sum = tl.dot(
                 tl.trans(z_tile), p.to(kind), p_sum * shrink[None, :], input_precision=PRECISION, out_dtype=ACC
             )
@@ -165,7 +175,7 @@ def attend_forward_kernel(
                     logit,
                     mask=(s < end)[:, None] & (heads < HEADS)[None, :],
                 )
-            p, shrink, m, d = _softmax_step(tl.where((s < end)[:, None], logit, float("-inf")), m, d)
+            p, shrink, m, d = _softmax_step(logit, m, d, heads, s < end, HEADS)
             p = p.to(kind)
             tl.debug_barrier()  # the sums of the tile before are written
             for first in range(0, C, C_TILE):
@@ -246,9 +256,7 @@ def attend_forward(
     rows = heads + (mean is not None)
     positions, strides = position_count(z), map_strides(z)
     device = chip(z.get_device())
-    config = sweep_config(
-        images, channels, positions, rows, z.element_size(), strides.vector, device, backward=False
-    )
+    config = sweep_config(images, channels, positions, rows, z.element_size(), strides.vector, device)
     part_m = part_d = part_p = None
     merge = config.splits > 1 or not config.held
     if merge:
@@ -268,12 +276,14 @@ def attend_forward(
         z, w, b, score_w, score_b,
         pooled, lse, logits, mean, scores, gates, features, part_m, part_d, part_p,
         positions, row_width(z), strides.n, strides.c, strides.h, strides.w, config.splits, config.split_length,
-        **sizes, S_TILE=config.position_tile, HELD=config.held, UNIT=strides.unit, VECTOR=strides.vector, FLAT=strides.flat, WIDE=strides.wide,
-        PRECISION=matmul_precision(z.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
+        **sizes, S_TILE=config.position_tile, HELD=config.held,
+        UNIT=strides.unit, VECTOR=strides.vector, FLAT=strides.flat, WIDE=strides.wide,
+        PRECISION=matmul_precision(z.dtype),
+        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg,
     )  # fmt: skip
     if merge:
         sizes["C_TILE"] = min(next_power_of_2(channels), max(16, 2048 // config.head_tile))
         merge_kernel[(images,)](
             score_w, score_b, pooled, lse, mean, scores, gates, features, part_m, part_d, part_p, config.splits,
-            **sizes, num_warps=4,
+            **sizes, num_warps=4, maxnreg=MOST_REGISTERS,
         )  # fmt: skip

@@ -68,7 +68,8 @@ def rectify_forward_kernel(
         tile, real = _hypotheses(h, n, i, l, D, L, ACC)
         if MIX == "prob":
             tile = tl.where(real, tile - shift[:, None] + tl.log(tl.where(i < D, gates, 1.0))[:, None], tile)
-            top = tl.max(tl.where((l < L)[None, :], tile, 0.0), axis=0)
+            top = tl.max(tile, axis=0)
+            top = tl.where(top == float("-inf"), 0.0, top)  # labels that no hypothesis allows, and the tile's padding
             mixed = top + tl.log(tl.sum(tl.exp(tile - top[None, :]), axis=0))
         else:
             mixed = tl.sum(tl.where(real, gates[:, None] * (tile - shift[:, None]), 0.0), axis=0)

@@ -68,7 +68,7 @@ def matmul_precision(dtype: torch.dtype) -> str:
     """
     if dtype != torch.float32:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 @triton.jit
@@ -80,16 +80,16 @@ def tile_offsets(
         positions = positions.to(tl.int64)
         channels = channels.to(tl.int64)
     if UNIT != "c":
-        channels = channels * (stride_c * VECTOR)
+        channels = channels * VECTOR * stride_c
     if FLAT:
         rows = positions
         if UNIT != "s":
-            rows = positions * (stride_w * VECTOR)
+            rows = positions * VECTOR * stride_w
     else:
         rows = positions % width
         if UNIT != "s":
-            rows = rows * (stride_w * VECTOR)
-        rows += positions // width * (stride_h * VECTOR)
+            rows = rows * VECTOR * stride_w
+        rows += positions // width * VECTOR * stride_h
     return rows[:, None] + channels[None, :]
 
 
