@@ -6,6 +6,9 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 
+# Processes that share the tests: one for each core.
+JOBS ?= auto
+
 # A test that hangs is stopped, where pytest-timeout is installed; seconds.
 export PYTEST_TIMEOUT ?= 600
 
@@ -33,7 +36,7 @@ demo:
 	$(python) -m ar_kernels.experiments demo $(ARGS)
 
 test:
-	$(python) -m pytest $(ARGS)
+	$(python) -m pytest -n $(JOBS) $(ARGS)
 
 lint:
 	$(python) -m ruff check .

@@ -155,7 +155,7 @@ def _why_not(candidate: str, data: Tensor, mask_weight: Tensor | None, named: bo
     elif torch.version.hip is None and torch.cuda.get_device_capability(data.device)[0] < 8:
         return "the kernels need a GPU of compute capability 8.0 (Ampere) or newer"
     if mask_weight is not None and not named and data.dtype.itemsize > 2:
-        return f"{data.dtype} maps are faster in eager, at up to six times the memory; name it to run it"
+        return f"{data.dtype} maps are faster in eager so far; name 'triton' to run the fused kernels all the same"
     if mask_weight is not None and mask_weight.dim() == 4:
         return "3×3 heads are not fused yet"
     if mask_weight is not None and mask_weight.shape[0] > MAX_FUSED_HEADS:

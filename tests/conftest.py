@@ -34,6 +34,13 @@ def device(request: pytest.FixtureRequest):
     return torch.device(name)
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores: one thread each
+        import torch
+
+        torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def same_float32_products():
     """cuDNN's convolutions take TF32 by default and matrix products do not: here neither does, unless a test says."""

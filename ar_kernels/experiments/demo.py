@@ -58,9 +58,7 @@ def run(options: argparse.Namespace) -> None:
         return clutter.train_batch(recipe.seed, step, recipe.batch_size)
 
     model = new_model()
-    with (
-        torch.no_grad()
-    ):  # where the implementation that was asked for cannot run, this says so before files are touched
+    with torch.no_grad():  # an implementation that was asked for and cannot run says so before files are touched
         model.eval()(clutter.train_batch(recipe.seed, 1, 1)[0])
     explanation = _explanation(model, recipe.batch_size, device)
     identity = {
@@ -114,7 +112,8 @@ def _name(device: torch.device) -> str:
 
 def _explanation(model: DigitNet, batch_size: int, device: torch.device) -> ar_kernels.Explanation:
     last = model.attended_maps[-1]
-    feature_map = torch.empty(batch_size, last.channels, last.size, last.size, device=device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # as training.mixed_precision has it
+    feature_map = torch.empty(batch_size, last.channels, last.size, last.size, device=device, dtype=dtype)
     return ar_kernels.explain(feature_map, model.attention[-1].mask_weight)
 
 

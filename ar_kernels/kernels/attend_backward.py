@@ -347,7 +347,8 @@ def pooled_gradient(
         dp, delta, dt, unscale, position_count(z),
         C=channels, HEADS=heads, GATED=0 if gates is None else gates.shape[1], ROWS=rows,
         C_TILE=min(next_power_of_2(channels), max(16, 1024 // head_tile)), K_TILE=head_tile,
-        ACC=accumulator(z.dtype), num_warps=4, maxnreg=MOST_REGISTERS,
+        ACC=accumulator(z.dtype),
+        num_warps=4 if head_tile < 64 else 8, maxnreg=MOST_REGISTERS,
     )  # fmt: skip
     return dp, delta, dt, unscale
 
@@ -388,7 +389,7 @@ def attend_backward(
         UNIT=strides.unit, VECTOR=strides.vector, FLAT=strides.flat,
         UP_UNIT=up.unit, UP_VECTOR=up.vector, UP_FLAT=up.flat, DZ_UNIT=out.unit, DZ_VECTOR=out.vector,
         WIDE=strides.wide or up.wide or out.wide, ACC=accumulator(z.dtype),
-        PRECISION=matmul_precision(z.dtype),
+        PRECISION=matmul_precision(z.dtype, config.head_tile),
         num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg,
     )  # fmt: skip
     if dw is not None:

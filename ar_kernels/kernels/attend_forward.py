@@ -278,7 +278,7 @@ def attend_forward(
         positions, row_width(z), strides.n, strides.c, strides.h, strides.w, config.splits, config.split_length,
         **sizes, S_TILE=config.position_tile, HELD=config.held,
         UNIT=strides.unit, VECTOR=strides.vector, FLAT=strides.flat, WIDE=strides.wide,
-        PRECISION=matmul_precision(z.dtype),
+        PRECISION=matmul_precision(z.dtype, config.head_tile),
         num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg,
     )  # fmt: skip
     if merge:

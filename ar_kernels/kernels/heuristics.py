@@ -75,12 +75,13 @@ def sweep_config(
         if backward and channel_tile == 512 and (vector < 8 or tapped):
             num_warps = 8
     else:
-        channel_tile = min(channel_tile, max(32, 128 * 16 // head_tile) if half else max(16, 64 * 16 // head_tile))
+        channel_tile = min(channel_tile, max(32, (128 if half else 64) * 16 // head_tile))
         position_tile = 64 if half and vector > 1 else 32
-        if backward and vector == 1:
+        if backward and vector == 1 and tapped:
             position_tile = 16
         if head_tile > 64:
             position_tile, num_warps = 32, 8
+            channel_tile = channel_tile if half else 16
         if backward and not (half and chip.capability == 9):
             channel_tile, position_tile = min(channel_tile, 64), 16
             num_warps, num_stages = 4 if half else 8, 2

@@ -60,15 +60,17 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def matmul_precision(dtype: torch.dtype) -> str:
-    """float32 products follow torch.set_float32_matmul_precision, as PyTorch's own do on the same device.
+def matmul_precision(dtype: torch.dtype, head_tile: int) -> str:
+    """float32 products follow torch.backends.cuda.matmul.fp32_precision, as PyTorch's own do on the same device.
 
-    Full precision is three TF32 products on the matrix units, which keep 21 of float32's 24 bits in each term; plain
-    FMA cost 12 (forward) to 57 times (backward) the time of reading or copying the map.
+    Full precision is three TF32 products on the matrix units, which keep 21 of float32's 24 bits in each term; with so
+    many heads that those spill registers, plain multiplications.
     """
     if dtype != torch.float32:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "tf32x3" if head_tile <= 64 else "ieee"
 
 
 @triton.jit
