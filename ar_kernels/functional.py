@@ -379,7 +379,6 @@ def _stack(hypotheses: Sequence[Tensor]) -> Tensor:
         raise TypeError(f"hypotheses must be a tensor or a list or tuple of tensors, got {type(hypotheses).__name__}")
     if len(hypotheses) == 0:
         raise ValueError("hypotheses must hold at least one tensor [N, L], got none")
-    dtype = torch.float16
     for index, hypothesis in enumerate(hypotheses):
         _check_float(f"hypotheses[{index}]", hypothesis)
         if hypothesis.dim() != 2:
@@ -390,7 +389,9 @@ def _stack(hypotheses: Sequence[Tensor]) -> Tensor:
                 f"hypotheses[{index}] must be {_shape(first)} on {first.device} like the first, "
                 f"got {_shape(hypothesis)} on {hypothesis.device}"
             )
-        dtype = hypothesis.dtype if index == 0 else torch.promote_types(dtype, hypothesis.dtype)
+    dtype = hypotheses[0].dtype
+    for hypothesis in hypotheses[1:]:
+        dtype = torch.promote_types(dtype, hypothesis.dtype)
     return torch.stack([hypothesis.to(dtype) for hypothesis in hypotheses], dim=1)
 
 

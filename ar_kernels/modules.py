@@ -21,6 +21,13 @@ def _check_mix(mix: object, gating: object) -> None:
         raise ValueError(f"gating must be 'softmax', 'sigmoid' or None, got {gating!r}")
 
 
+def _check_depth(attention_depth: object, most: int) -> None:
+    if not isinstance(attention_depth, int) or isinstance(attention_depth, bool):
+        raise TypeError(f"attention_depth must be an int, got {type(attention_depth).__name__}")
+    if not 0 <= attention_depth <= most:
+        raise ValueError(f"attention_depth must be from 0 to {most}, got {attention_depth}")
+
+
 def _head_shape(heads: int, channels: int, kernel_size: int) -> tuple[int, ...]:
     if kernel_size not in (1, 3):
         raise ValueError(f"kernel_size must be 1 or 3, got {kernel_size!r}")

@@ -5,6 +5,7 @@ derivatives; a backward is a Function too, whose own backward differentiates the
 works. The kernels are imported when an operator first runs, so importing this file needs no Triton.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -54,7 +55,7 @@ def _allocate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     images, channels = z.shape[:2]
     heads = w.shape[0]
-    positions = z.shape[2] if z.dim() == 3 else z.shape[2] * z.shape[3]
+    positions = math.prod(z.shape[2:])
     dtype = accumulator_dtype(z.dtype)
 
     def make(wanted: bool, *shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -130,7 +131,7 @@ def _allocate_gradients(
     z: Tensor, w: Tensor, score_w: Tensor | None, needs_z: bool, needs_w: bool, needs_score: bool, channels_last: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     images, channels = z.shape[:2]
-    positions = z.shape[2] if z.dim() == 3 else z.shape[2] * z.shape[3]
+    positions = math.prod(z.shape[2:])
     strides = [channels * positions, 1 if channels_last else positions]
     step = channels if channels_last else 1
     strides += [step] if z.dim() == 3 else [step * z.shape[3], step]
@@ -256,7 +257,7 @@ class _GatedAttend(torch.autograd.Function):
         db = None
         if needs[2]:  # the bias cancels in the masks: only lse and the logits know it
             _, grad_lse, grad_logits = grads[:3]
-            db = torch.zeros_like(lse[:0].sum(dim=0))
+            db = lse.new_zeros(lse.shape[1])
             if grad_lse is not None:
                 db = db + grad_lse.sum(dim=0)
             if grad_logits is not None:
@@ -293,7 +294,6 @@ class _GatedAttendBackward(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:5], *inputs[9:17])
         ctx.gated_heads, ctx.wants_mean = inputs[17:19]
-        ctx.wanted = (inputs[19], inputs[20], inputs[21], inputs[21])
         ctx.set_materialize_grads(False)
 
     @staticmethod

@@ -26,14 +26,17 @@ def _first_weights() -> dict[str, torch.Tensor]:
 
 
 def _moved(weights: dict[str, torch.Tensor], dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
-    """Every floating weight one ulp of dtype up or down."""
+    """Every floating weight but zeros one ulp of dtype up or down."""
     generator = torch.Generator().manual_seed(seed)
     result = {}
     for name, value in weights.items():
         if value.is_floating_point() and "running" not in name:
             sign = torch.randint(0, 2, value.shape, generator=generator) * 2 - 1
-            exponent = torch.frexp(value)[1].float() - 1
-            value = value + sign * torch.exp2(exponent) * torch.finfo(dtype).eps
+            mantissa, exponent = torch.frexp(value)
+            ulp = torch.exp2(exponent.float() - 1) * torch.finfo(dtype).eps
+            # Towards zero a power of two has its neighbour half as far; 0 itself stays: its own ulp moves nothing.
+            ulp = torch.where((mantissa.abs() == 0.5) & (sign * value < 0), ulp / 2, ulp)
+            value = torch.where(value == 0, value, value + sign * ulp)
         result[name] = value
     return result
 

@@ -97,6 +97,22 @@ def test_float16_gradients_of_lse_take_part_in_the_scale(device):
         assert (grads[0] - grads[1]).norm() <= 2e-3 * grads[1].norm()
 
 
+def test_float16_images_of_one_program_keep_their_own_scales(device):
+    """More images than programs, gradients from 1 to 1e-6 in turns: their shares of dW add up in one unit."""
+    images = 800 if device.type == "cuda" else 20
+    layer = Layer(n=images, c=40, h=4, w=4, k=4, bias=False, dtype=torch.float16, device=device)
+    z, w = layer.tensors["feature_map"], layer.tensors["mask_weight"].float()
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(images, 4, 40, generator=generator, dtype=torch.float64).to(device)
+    grad *= 10.0 ** (-2 * (torch.arange(images, device=device) // 4 % 4)).double().view(-1, 1, 1)
+    grads = []
+    for name, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        weight = w.detach().to(dtype).requires_grad_()
+        pooled = ar_kernels.attend(z if name == "triton" else z.double(), weight, implementation=name).pooled
+        grads.append(torch.autograd.grad(pooled, weight, grad.to(pooled.dtype))[0].double())
+    assert (grads[0] - grads[1]).norm() <= 2e-3 * grads[1].norm()
+
+
 def test_mean_of_a_map_with_an_infinite_channel(implementation, device):
     z = torch.ones(1, 3, 2, 2, device=device)
     z[0, 1, 0, 1] = float("inf")

@@ -17,9 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attend_forward import _tanh
 from .heuristics import MOST_REGISTERS, chip, next_power_of_2, sweep_config
-from .tiles import accumulator, aligned, map_strides, matmul_precision, position_count, row_width, tile_offsets
+from .tiles import accumulator, aligned, map_strides, matmul_precision, position_count, row_width, tanh, tile_offsets
 
 
 @triton.jit
@@ -71,7 +70,7 @@ def pooled_gradient_kernel(
                 dg += tl.sum(dx * tl.load(pooled + n * (HEADS * C) + offsets, mask=gated, other=0.0), axis=0)
         if grad_gates is not None:
             dg += tl.load(grad_gates + n * GATED + heads, mask=heads < GATED, other=0.0)
-        u = _tanh(tl.load(scores + n * HEADS + heads, mask=heads < HEADS, other=0.0))
+        u = tanh(tl.load(scores + n * HEADS + heads, mask=heads < HEADS, other=0.0))
         dt += g * (dg - tl.sum(g * dg, axis=0))
         dt *= 1.0 - u * u
         if grad_scores is not None:
@@ -140,10 +139,15 @@ def _mask_gradient(
 
 @triton.jit
 def _store_map_gradient(
-    dz_tile, n, s, end, c, width, upstream, up_n, up_c, up_h, up_w, dz, dz_n, dz_c, dz_s,
+    a, dl, dp_tile, w_tile, inverse, n, s, end, c, width, upstream, up_n, up_c, up_h, up_w, dz, dz_n, dz_c, dz_s,
     C: tl.constexpr, UP_UNIT: tl.constexpr, UP_VECTOR: tl.constexpr, UP_FLAT: tl.constexpr,
     DZ_UNIT: tl.constexpr, DZ_VECTOR: tl.constexpr, WIDE: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """dZ = a dPᵀ + dℓ W_H, out of the image's scale, + upstream: one tile, [S_tile, C_tile]."""
+    dz_tile = tl.dot(a, tl.trans(dp_tile), input_precision=PRECISION, out_dtype=ACC)
+    dz_tile = tl.dot(dl, tl.trans(w_tile), dz_tile, input_precision=PRECISION, out_dtype=ACC)
+    dz_tile *= inverse
     real = (s < end)[:, None] & (c < C)[None, :]
     if upstream is not None:
         offsets = tile_offsets(s, c, width, up_c, up_h, up_w, UP_UNIT, UP_VECTOR, UP_FLAT, WIDE)
@@ -234,12 +238,10 @@ def attend_backward_kernel(
                 if dw is not None:
                     dw_sum = tl.dot(tl.trans(z_tile), dl, dw_sum, input_precision=PRECISION, out_dtype=ACC)
                 if dz is not None:
-                    dz_tile = tl.dot(a.to(kind), tl.trans(dp_tile), input_precision=PRECISION, out_dtype=ACC)
-                    dz_tile = tl.dot(dl, tl.trans(w_tile), dz_tile, input_precision=PRECISION, out_dtype=ACC)
                     _store_map_gradient(
-                        dz_tile * inverse, n, s, end, channels, width,
+                        a.to(kind), dl, dp_tile, w_tile, inverse, n, s, end, channels, width,
                         upstream, up_n, up_c, up_h, up_w, dz, dz_n, dz_c, dz_s,
-                        C, UP_UNIT, UP_VECTOR, UP_FLAT, DZ_UNIT, DZ_VECTOR, WIDE,
+                        C, UP_UNIT, UP_VECTOR, UP_FLAT, DZ_UNIT, DZ_VECTOR, WIDE, ACC, PRECISION,
                     )  # fmt: skip
         else:
             for start in range(begin, end, S_TILE):
@@ -278,12 +280,10 @@ def attend_backward_kernel(
                         with_mean = (c < C)[:, None] & (heads < ROWS)[None, :]
                         w_tile = tl.load(w + columns, mask=inside, other=0.0).to(kind)
                         dp_tile = tl.load(dp + n * (ROWS * C) + columns, mask=with_mean, other=0.0)
-                        dz_tile = tl.dot(a, tl.trans(dp_tile), input_precision=PRECISION, out_dtype=ACC)
-                        dz_tile = tl.dot(dl, tl.trans(w_tile), dz_tile, input_precision=PRECISION, out_dtype=ACC)
                         _store_map_gradient(
-                            dz_tile * inverse, n, s, end, c, width,
+                            a, dl, dp_tile, w_tile, inverse, n, s, end, c, width,
                             upstream, up_n, up_c, up_h, up_w, dz, dz_n, dz_c, dz_s,
-                            C, UP_UNIT, UP_VECTOR, UP_FLAT, DZ_UNIT, DZ_VECTOR, WIDE,
+                            C, UP_UNIT, UP_VECTOR, UP_FLAT, DZ_UNIT, DZ_VECTOR, WIDE, ACC, PRECISION,
                         )  # fmt: skip
     if HELD:
         if dw is not None:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .heuristics import MOST_REGISTERS, chip, next_power_of_2, sweep_config
-from .tiles import accumulator, aligned, map_strides, matmul_precision, position_count, row_width, tile_offsets
+from .tiles import accumulator, aligned, map_strides, matmul_precision, position_count, row_width, tanh, tile_offsets
 
 
 @triton.jit
@@ -29,17 +29,16 @@ def _softmax_step(logit, m, d, heads, real, HEADS: tl.constexpr):  # [S_tile, K_
 
 
 @triton.jit
-def _tanh(t):
-    e = tl.exp(-2.0 * tl.abs(t))
-    y = (1.0 - e) / (1.0 + e)
-    return tl.where(t < 0, -y, y)
+def _gate(t, heads, GATED: tl.constexpr):  # [K_tile] → [K_tile]
+    """softmax over the first GATED heads of tanh t; no maximum is needed, tanh is bounded."""
+    e = tl.where(heads < GATED, tl.exp(tanh(t)), 0.0)
+    return e / tl.sum(e, axis=0)
 
 
 @triton.jit
-def _gate(t, heads, GATED: tl.constexpr):  # [K_tile] → [K_tile]
-    """softmax over the first GATED heads of tanh t; no maximum is needed, tanh is bounded."""
-    e = tl.where(heads < GATED, tl.exp(_tanh(t)), 0.0)
-    return e / tl.sum(e, axis=0)
+def _store_logits(logit, n, s, end, heads, logits, positions, HEADS: tl.constexpr):
+    targets = logits + n * HEADS * positions + heads[None, :] * positions + s[:, None]
+    tl.store(targets, logit, mask=(s < end)[:, None] & (heads < HEADS)[None, :])
 
 
 @triton.jit
@@ -133,11 +132,7 @@ def attend_forward_kernel(
             z_tile = tl.load(z + offsets, mask=(s < end)[:, None] & (channels < C)[None, :], other=0.0)
             logit = tl.dot(z_tile, w_tile, input_precision=PRECISION, out_dtype=ACC) + bias[None, :]  # [S_tile, K_tile]
             if logits is not None:
-                tl.store(
-                    logits + n * HEADS * positions + heads[None, :] * positions + s[:, None],
-                    logit,
-                    mask=(s < end)[:, None] & (heads < HEADS)[None, :],
-                )
+                _store_logits(logit, n, s, end, heads, logits, positions, HEADS)
             p, shrink, m, d = _softmax_step(logit, m, d, heads, s < end, HEADS)
             p_sum = tl.dot(
                 tl.trans(z_tile), p.to(kind), p_sum * shrink[None, :], input_precision=PRECISION, out_dtype=ACC
@@ -170,11 +165,7 @@ def attend_forward_kernel(
                 logit = tl.dot(z_tile, w_tile.to(kind), logit, input_precision=PRECISION, out_dtype=ACC)
             logit += bias[None, :]
             if logits is not None:
-                tl.store(
-                    logits + n * HEADS * positions + heads[None, :] * positions + s[:, None],
-                    logit,
-                    mask=(s < end)[:, None] & (heads < HEADS)[None, :],
-                )
+                _store_logits(logit, n, s, end, heads, logits, positions, HEADS)
             p, shrink, m, d = _softmax_step(logit, m, d, heads, s < end, HEADS)
             p = p.to(kind)
             tl.debug_barrier()  # the sums of the tile before are written

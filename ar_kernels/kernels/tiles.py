@@ -1,5 +1,6 @@
 """What the kernels share: addressing of a feature map of any strides, and what launchers derive from a tensor."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ def row_width(tensor: Tensor) -> int:
 
 
 def position_count(tensor: Tensor) -> int:
-    return tensor.shape[2] if tensor.dim() == 3 else tensor.shape[2] * tensor.shape[3]
+    return math.prod(tensor.shape[2:])
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
@@ -93,6 +94,13 @@ def tile_offsets(
             rows = rows * VECTOR * stride_w
         rows += positions // width * VECTOR * stride_h
     return rows[:, None] + channels[None, :]
+
+
+@triton.jit
+def tanh(t):
+    e = tl.exp(-2.0 * tl.abs(t))
+    y = (1.0 - e) / (1.0 + e)
+    return tl.where(t < 0, -y, y)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..attend_rectify import Rectified, rectified
 from ..functional import AttentionOutput
-from ..modules import AttentionModule, GlobalGates, _check_mix, _check_positive
+from ..modules import AttentionModule, GlobalGates, _check_depth, _check_mix, _check_positive
 
 IMAGE_SIZE = 40
 """Height and width in pixels of the images that DigitNet takes."""
@@ -58,10 +58,7 @@ class DigitNet(nn.Module):
     ) -> None:
         super().__init__()
         _check_positive("num_classes", num_classes)
-        if not isinstance(attention_depth, int) or isinstance(attention_depth, bool):
-            raise TypeError(f"attention_depth must be an int, got {type(attention_depth).__name__}")
-        if not 0 <= attention_depth <= len(_GEOMETRY):
-            raise ValueError(f"attention_depth must be from 0 to {len(_GEOMETRY)}, got {attention_depth}")
+        _check_depth(attention_depth, len(_GEOMETRY))
         _check_positive("attention_width", attention_width)
         _check_mix(mix, gating)
         self.attention_depth, self.mix, self.gating = attention_depth, mix, gating

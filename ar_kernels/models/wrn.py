@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ..attend_rectify import Rectified, rectified
 from ..functional import AttentionOutput
-from ..modules import AttentionModule, GlobalGates, _check_mix, _check_positive
+from ..modules import AttentionModule, GlobalGates, _check_depth, _check_mix, _check_positive
 
 
 class Block(nn.Module):
@@ -122,10 +122,7 @@ class WideAttentiveResNet(_WideNet):
         gated: bool = True,
     ) -> None:
         super().__init__(depth, width, num_classes, dropout)
-        if not isinstance(attention_depth, int) or isinstance(attention_depth, bool):
-            raise TypeError(f"attention_depth must be an int, got {type(attention_depth).__name__}")
-        if not 0 <= attention_depth <= 3:
-            raise ValueError(f"attention_depth must be from 0 to 3, got {attention_depth}")
+        _check_depth(attention_depth, 3)
         _check_positive("attention_width", attention_width)
         _check_mix(mix, gating)
         self.attention_depth, self.mix, self.gating = attention_depth, mix, gating
