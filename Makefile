@@ -22,14 +22,16 @@ python := $(VENV)/bin/python
 demo: $(VENV)/.installed-$(if $(filter --download,$(ARGS)),experiments,demo)
 test: $(VENV)/.installed-test
 lint: $(VENV)/.installed-lint
+bench: $(VENV)/.installed-bench
 endif
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint bench clean
 
 help:
 	@echo "make demo   train a small attentive network on cluttered digits, CPU or GPU"
 	@echo "make test   run the tests"
 	@echo "make lint   check style"
+	@echo "make bench  run the benchmark suite, or a part: ARGS='--only C=320 --budget 300', ARGS=bars, ARGS=--help"
 	@echo "make clean  remove the virtual environment, caches and builds (runs/ stays)"
 
 demo:
@@ -41,6 +43,9 @@ test:
 lint:
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
+
+bench:
+	$(python) -m benchmarks $(ARGS)
 
 # One virtual environment holds what the targets asked for so far.
 $(VENV)/bin/python:

@@ -3,6 +3,7 @@
 Nothing here imports Triton, so `import ar_kernels` works with no GPU, no Triton, no compiler and no driver.
 """
 
+import functools
 import importlib.util
 import os
 import threading
@@ -139,20 +140,31 @@ def _named(implementation: str | None) -> str | None:
     return _choice.name
 
 
+def _capability(device: torch.device) -> tuple[int, int]:
+    """torch.cuda.get_device_capability, which takes long to say what never changes; Dynamo knows it, but no caches."""
+    if torch.compiler.is_compiling():
+        return torch.cuda.get_device_capability(device)
+    return _known_capability(device)
+
+
+_known_capability = functools.cache(torch.cuda.get_device_capability)
+
+
 def _why_not(candidate: str, data: Tensor, mask_weight: Tensor | None, named: bool) -> str | None:
     """What stops `candidate` from running on data (and its attention heads, if any); None if nothing does."""
     if candidate != "triton":
         return None
     if not _HAS_TRITON:
         return "the triton package is not installed"
-    if data.device.type == "cpu":
+    kind = data.device.type
+    if kind == "cpu":
         if not _INTERPRETED:
             return "inputs are on the CPU, Triton kernels run on a CUDA GPU (or slowly with TRITON_INTERPRET=1)"
         if not named:
             return "inputs are on the CPU; Triton's interpreter is for tests and runs only when named"
-    elif data.device.type != "cuda":
-        return f"inputs are on {data.device.type}, the kernels are tested on CUDA GPUs only"
-    elif torch.version.hip is None and torch.cuda.get_device_capability(data.device)[0] < 8:
+    elif kind != "cuda":
+        return f"inputs are on {kind}, the kernels are tested on CUDA GPUs only"
+    elif torch.version.hip is None and _capability(data.device)[0] < 8:
         return "the kernels need a GPU of compute capability 8.0 (Ampere) or newer"
     if mask_weight is not None and not named and data.dtype.itemsize > 2:
         return f"{data.dtype} maps are faster in eager so far; name 'triton' to run the fused kernels all the same"
@@ -218,7 +230,7 @@ def attend(
     wants_logits = logits or masks
     with ops.autocast_off(feature_map):
         if name == "triton":
-            fused = ops.gated_attend(feature_map, mask_weight, mask_bias, None, None, 0, wants_logits, mean, tap)
+            fused = ops.gated_attend(feature_map, mask_weight, mask_bias, None, None, None, 0, wants_logits, mean, tap)
             pooled, lse, maps, average, tapped = fused.pooled, fused.lse, fused.logits, fused.mean, fused.feature_map
         else:
             module = eager if name == "eager" else reference
@@ -313,13 +325,14 @@ def attention_module(
                 score_weight = torch.cat([local, global_gate_weight.to(local.dtype)])
                 bias = None if mask_bias is None else F.pad(mask_bias, (0, extra))
                 score_bias = None if gate_bias is None else F.pad(gate_bias, (0, extra))
-            arguments = (feature_map, weight, bias, score_weight, score_bias, heads)
+            arguments = (feature_map, weight, bias, score_weight, score_bias)
             if name == "triton":
-                fused = ops.gated_attend(*arguments, masks, mean, tap)
+                fused = ops.gated_attend(*arguments, output_weight, heads, masks, mean, tap)
             else:
-                fused = ops.GatedAttended(*eager.gated_attend(*arguments, mean), feature_map)
-            hypothesis = F.linear(fused.features.flatten(1), output_weight.to(feature_map.dtype))
-            gates, average, tapped = fused.gates, fused.mean, fused.feature_map
+                *pooled, features, average = eager.gated_attend(*arguments, heads, mean)
+                hypothesis = F.linear(features.flatten(1), output_weight.to(feature_map.dtype))
+                fused = ops.GatedAttended(*pooled, features, average, hypothesis, feature_map)
+            hypothesis, gates, average, tapped = fused.hypothesis, fused.gates, fused.mean, fused.feature_map
             if output_bias is not None:
                 hypothesis = hypothesis + (gates @ output_bias.to(gates.dtype)).to(hypothesis.dtype)
             attention = _masks(fused.logits[:, :heads], fused.lse[:, :heads]) if masks else None
@@ -417,9 +430,8 @@ def _check_map(feature_map: Tensor) -> None:
     _check_float("feature_map", feature_map)
     if feature_map.dim() not in (3, 4):
         raise ValueError(f"feature_map must be [N, C, H, W] or [N, C, S], got {_shape(feature_map)}")
-    for size in feature_map.shape[1:]:
-        if size == 0:
-            raise ValueError(f"feature_map must have at least one channel and position, got {_shape(feature_map)}")
+    if 0 in feature_map.shape[1:]:
+        raise ValueError(f"feature_map must have at least one channel and position, got {_shape(feature_map)}")
 
 
 def _check_mask_weight(feature_map: Tensor, mask_weight: Tensor) -> None:

@@ -5,13 +5,17 @@ derivatives; a backward is a Function too, whose own backward differentiates the
 works. The kernels are imported when an operator first runs, so importing this file needs no Triton.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import forward_ad
 
 from . import eager
 from .reference import accumulator_dtype
@@ -27,6 +31,26 @@ def _define(schema: str, implementation: Callable, fake: Callable) -> None:
     torch.library.register_fake(f"ar_kernels::{name}", fake, lib=_library)
 
 
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """function.apply(*arguments) without its inspect.signature, which takes longer than the rest of it.
+
+    Where nothing records, the forward alone. What torch.compile and functorch see is function.apply itself.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(arguments))
+    return function.forward(*arguments)
+
+
+@functools.cache  # an import statement takes longer, even of what is imported
+def _kernels() -> ModuleType:
+    from . import kernels
+    from .kernels import attend_backward, attend_forward, rectify  # noqa: F401  (becomes an attribute of kernels)
+
+    return kernels
+
+
 def autocast_off(data: Tensor) -> AbstractContextManager:
     """The computation runs in its input's dtype; outside autocast there is nothing to switch, and no time to lose."""
     kind = data.device.type
@@ -38,15 +62,16 @@ def autocast_off(data: Tensor) -> AbstractContextManager:
 
 
 class GatedAttended(NamedTuple):
-    """What gated_attend returns. Fields that were not asked for are empty or None."""
+    """What gated_attend returns. Fields that were not asked for are None."""
 
-    pooled: Tensor  # [N, K, C], accumulator's dtype, as all but features and feature_map
+    pooled: Tensor  # [N, K, C], accumulator's dtype, as all but features, hypothesis and feature_map
     lse: Tensor  # [N, K]
     logits: Tensor | None  # [N, K, S]
-    scores: Tensor  # [N, K]
-    gates: Tensor  # [N, K'], of the first K' = gated_heads heads
-    features: Tensor  # [N, K', C], g ⊙ P in the map's dtype
+    scores: Tensor | None  # [N, K]
+    gates: Tensor | None  # [N, K'], of the first K' = gated_heads heads
+    features: Tensor | None  # [N, K'·C], g ⊙ P in the map's dtype
     mean: Tensor | None  # [N, C]
+    hypothesis: Tensor | None  # [N, L], features times output_w, in the map's dtype
     feature_map: Tensor  # the tapped map, or z itself
 
 
@@ -55,21 +80,16 @@ def _allocate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     images, channels = z.shape[:2]
     heads = w.shape[0]
-    positions = math.prod(z.shape[2:])
-    dtype = accumulator_dtype(z.dtype)
-
-    def make(wanted: bool, *shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return z.new_empty(shape if wanted else (0,), dtype=dtype)
-
     gated = gated_heads > 0
+    pooled = z.new_empty((images, heads, channels), dtype=accumulator_dtype(z.dtype))
     return (
-        make(True, images, heads, channels),
-        make(True, images, heads),
-        make(wants_logits, images, heads, positions),
-        make(gated, images, heads),
-        make(gated, images, gated_heads),
-        make(gated, images, gated_heads, channels, dtype=z.dtype),
-        make(wants_mean, images, channels),
+        pooled,
+        pooled.new_empty(images, heads),
+        pooled.new_empty(images, heads, math.prod(z.shape[2:])) if wants_logits else pooled.new_empty(0),
+        pooled.new_empty(images, heads) if gated else pooled.new_empty(0),
+        pooled.new_empty(images, gated_heads) if gated else pooled.new_empty(0),
+        z.new_empty(images, gated_heads * channels) if gated else z.new_empty(0),
+        pooled.new_empty(images, channels) if wants_mean else pooled.new_empty(0),
     )
 
 
@@ -83,14 +103,12 @@ def _gated_attend(
     wants_logits: bool,
     wants_mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from .kernels.attend_forward import attend_forward
-
     outputs = _allocate(z, w, gated_heads, wants_logits, wants_mean)
     if z.shape[0] > 0:
         pooled, lse, logits, scores, gates, features, mean = outputs
         gated = gated_heads > 0
         with torch.cuda.device_of(z):
-            attend_forward(
+            _kernels().attend_forward.attend_forward(
                 z,
                 w.contiguous(),
                 _contiguous(b),
@@ -128,19 +146,26 @@ def _is_channels_last(z: Tensor) -> bool:
 
 
 def _allocate_gradients(
-    z: Tensor, w: Tensor, score_w: Tensor | None, needs_z: bool, needs_w: bool, needs_score: bool, channels_last: bool
+    z: Tensor,
+    w: Tensor,
+    score_w: Tensor | None,
+    lse: Tensor,
+    needs_z: bool,
+    needs_w: bool,
+    needs_score: bool,
+    channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    images, channels = z.shape[:2]
-    positions = math.prod(z.shape[2:])
-    strides = [channels * positions, 1 if channels_last else positions]
+    channels, positions = z.shape[1], math.prod(z.shape[2:])
     step = channels if channels_last else 1
-    strides += [step] if z.dim() == 3 else [step * z.shape[3], step]
+    rows = () if z.dim() == 3 else (step * z.shape[3],)
+    strides = (channels * positions, 1 if channels_last else positions, *rows, step)
+    heads = w.shape[0]
     scored = needs_score and score_w is not None
     return (
         z.new_empty_strided(z.shape, strides) if needs_z else z.new_empty(0),
-        w.new_empty(w.shape) if needs_w else w.new_empty(0),
-        w.new_empty(score_w.shape, dtype=score_w.dtype) if scored else w.new_empty(0),
-        z.new_empty(score_w.shape[:1] if scored else (0,), dtype=accumulator_dtype(z.dtype)),
+        w.new_empty(heads, channels) if needs_w else w.new_empty(0),
+        score_w.new_empty(heads, channels) if scored else w.new_empty(0),
+        lse.new_empty(heads if scored else 0),
     )
 
 
@@ -151,8 +176,8 @@ def _gated_attend_backward(
     score_w: Tensor | None,
     pooled: Tensor,
     lse: Tensor,
-    scores: Tensor,
-    gates: Tensor,
+    scores: Tensor | None,
+    gates: Tensor | None,
     grad_pooled: Tensor | None,
     grad_lse: Tensor | None,
     grad_logits: Tensor | None,
@@ -166,59 +191,46 @@ def _gated_attend_backward(
     needs_score: bool,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from .kernels.attend_backward import attend_backward, pooled_gradient, weighted_sum
-
-    gradients = _allocate_gradients(z, w, score_w, needs_z, needs_w, needs_score, channels_last)
+    gradients = _allocate_gradients(z, w, score_w, lse, needs_z, needs_w, needs_score, channels_last)
     dz, dw, dscore_w, dscore_b = gradients
     if z.shape[0] == 0:
         for gradient in gradients:
             gradient.zero_()
         return gradients
-    gated = gates.numel() > 0
-    pooled, lse = pooled.contiguous(), lse.contiguous()  # saved tensors come back as the user's hooks unpack them
+    scored = needs_score and score_w is not None
     with torch.cuda.device_of(z):
-        grad_logits = _contiguous(grad_logits)
-        dp, delta, dt, unscale = pooled_gradient(
+        _kernels().attend_backward.attend_backward(
             z,
+            w.contiguous(),
+            _contiguous(b),
             _contiguous(score_w),
-            pooled,
-            scores.contiguous() if gated else None,
-            gates.contiguous() if gated else None,
-            _contiguous(grad_features),
-            _contiguous(grad_gates),
-            _contiguous(grad_scores),
+            pooled.contiguous(),  # saved tensors come back as the user's hooks unpack them
+            lse.contiguous(),
+            _contiguous(scores),
+            _contiguous(gates),
             _contiguous(grad_pooled),
             _contiguous(grad_lse),
+            _contiguous(grad_logits),
+            _contiguous(grad_scores),
+            _contiguous(grad_gates),
+            _contiguous(grad_features),
             _contiguous(grad_mean),
-            grad_logits,
+            upstream,
+            dz if needs_z else None,
+            dw if needs_w else None,
+            dscore_w if scored else None,
+            dscore_b if scored else None,
         )
-        if needs_score and dt is not None:
-            weighted_sum(pooled, dt, dscore_w)
-            torch.sum(dt, dim=0, out=dscore_b)
-        if needs_z or needs_w:
-            attend_backward(
-                z,
-                w.contiguous(),
-                _contiguous(b),
-                lse,
-                dp,
-                delta,
-                unscale,
-                grad_logits,
-                upstream,
-                dz if needs_z else None,
-                dw if needs_w else None,
-            )
     return gradients
 
 
-def _gated_attend_backward_fake(z, w, b, score_w, *arguments):
-    return _allocate_gradients(z, w, score_w, *arguments[-4:])
+def _gated_attend_backward_fake(z, w, b, score_w, pooled, lse, *arguments):
+    return _allocate_gradients(z, w, score_w, lse, *arguments[-4:])
 
 
 _define(
-    "gated_attend_backward(Tensor z, Tensor w, Tensor? b, Tensor? score_w, Tensor pooled, Tensor lse, Tensor scores, "
-    "Tensor gates, Tensor? grad_pooled, Tensor? grad_lse, Tensor? grad_logits, Tensor? grad_scores, "
+    "gated_attend_backward(Tensor z, Tensor w, Tensor? b, Tensor? score_w, Tensor pooled, Tensor lse, Tensor? scores, "
+    "Tensor? gates, Tensor? grad_pooled, Tensor? grad_lse, Tensor? grad_logits, Tensor? grad_scores, "
     "Tensor? grad_gates, Tensor? grad_features, Tensor? grad_mean, Tensor? upstream, bool needs_z, bool needs_w, "
     "bool needs_score, bool channels_last) -> (Tensor, Tensor, Tensor, Tensor)",
     _gated_attend_backward,
@@ -227,36 +239,59 @@ _define(
 
 
 class _GatedAttend(torch.autograd.Function):
+    """Outputs: the operator's, None for those not asked for, then the hypothesis and the tapped map, None likewise."""
+
     @staticmethod
-    def forward(z, w, b, score_w, score_b, gated_heads, wants_logits, wants_mean, tap):
-        outputs = torch.ops.ar_kernels.gated_attend(z, w, b, score_w, score_b, gated_heads, wants_logits, wants_mean)
-        return (*outputs, z.view_as(z) if tap else z.new_empty(0))
+    def forward(z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, tap):
+        pooled, lse, logits, scores, gates, features, mean = torch.ops.ar_kernels.gated_attend.default(
+            z, w, b, score_w, score_b, gated_heads, wants_logits, wants_mean
+        )
+        gated = gated_heads > 0
+        return (
+            pooled,
+            lse,
+            logits if wants_logits else None,
+            scores if gated else None,
+            gates if gated else None,
+            features if gated else None,
+            mean if wants_mean else None,
+            None if output_w is None else features @ output_w.to(z.dtype).t(),
+            z.view_as(z) if tap else None,
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        z, w, b, score_w, score_b, ctx.gated_heads, ctx.wants_logits, ctx.wants_mean, ctx.tap = inputs
-        pooled, lse, _, scores, gates = output[:5]
+        z, w, b, score_w, score_b, output_w, ctx.gated_heads, _, ctx.wants_mean, _ = inputs
+        pooled, lse, _, scores, gates, features, *_ = output
         ctx.channels_last = _is_channels_last(z)  # here: strides read in backward make Dynamo copy every gradient
-        ctx.save_for_backward(z, w, b, score_w, score_b, pooled, lse, scores, gates)
+        ctx.save_for_backward(z, w, b, score_w, score_b, output_w, pooled, lse, scores, gates, features)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, *grads):
-        z, w, b, score_w, score_b, pooled, lse, scores, gates = ctx.saved_tensors
-        # Compiled, the gradients of outputs that were not asked for arrive as empty tensors.
-        gated = ctx.gated_heads > 0
-        asked = (True, True, ctx.wants_logits, gated, gated, gated, ctx.wants_mean, ctx.tap)
-        *grads, upstream = (grad if wanted else None for grad, wanted in zip(grads, asked))
-        needs = ctx.needs_input_grad[:5]
-        if all(grad is None for grad in grads):  # nothing but the tap was used
-            return upstream, *[None] * 8
-        dz, dw, dscore_w, dscore_b = _GatedAttendBackward.apply(
-            z, w, b, score_w, score_b, pooled, lse, scores, gates, *grads, upstream,
-            ctx.gated_heads, ctx.wants_mean, needs[0], needs[1], needs[3] or needs[4], ctx.channels_last,
-        )  # fmt: skip
-        db = None
-        if needs[2]:  # the bias cancels in the masks: only lse and the logits know it
-            _, grad_lse, grad_logits = grads[:3]
+    def backward(
+        ctx, grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean, grad_hypothesis,
+        upstream,
+    ):  # fmt: skip
+        z, w, b, score_w, score_b, output_w, pooled, lse, scores, gates, features = ctx.saved_tensors
+        needs_z, needs_w, needs_b, needs_score_w, needs_score_b, needs_output_w = ctx.needs_input_grad[:6]
+        needs_score = needs_score_w or needs_score_b
+        dz = dw = db = dscore_w = dscore_b = doutput_w = None
+        if grad_hypothesis is not None:  # differentiable once more: features is this Function's own output
+            with autocast_off(z):
+                if needs_output_w:
+                    doutput_w = (grad_hypothesis.t() @ features).to(output_w.dtype)
+                if needs_z or needs_w or needs_score:
+                    weighted = grad_hypothesis @ output_w.to(z.dtype)
+                    grad_features = weighted if grad_features is None else grad_features + weighted
+        grads = grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean
+        if all(grad is None for grad in grads):  # nothing but the tap was used, or nothing but W_O is trained
+            return upstream, None, None, None, None, doutput_w, *[None] * 4
+        if needs_z or needs_w or needs_score:
+            dz, dw, dscore_w, dscore_b = _apply(
+                _GatedAttendBackward, z, w, b, score_w, score_b, pooled, lse, scores, gates, *grads, upstream,
+                ctx.gated_heads, ctx.wants_mean, needs_z, needs_w, needs_score, ctx.channels_last,
+            )  # fmt: skip
+        if needs_b:  # the bias cancels in the masks: only lse and the logits know it
             db = lse.new_zeros(lse.shape[1])
             if grad_lse is not None:
                 db = db + grad_lse.sum(dim=0)
@@ -264,11 +299,12 @@ class _GatedAttend(torch.autograd.Function):
                 db = db + grad_logits.sum(dim=(0, 2))
             db = db.to(b.dtype)
         return (
-            dz if needs[0] else None,
-            dw if needs[1] else None,
+            dz if needs_z else None,
+            dw if needs_w else None,
             db,
-            dscore_w if needs[3] else None,
-            dscore_b.to(score_b.dtype) if needs[4] else None,
+            dscore_w if needs_score_w else None,
+            dscore_b.to(score_b.dtype) if needs_score_b else None,
+            doutput_w,
             *[None] * 4,
         )
 
@@ -284,7 +320,7 @@ class _GatedAttendBackward(torch.autograd.Function):
         grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean, upstream,
         gated_heads, wants_mean, needs_z, needs_w, needs_score, channels_last,
     ):  # fmt: skip
-        return torch.ops.ar_kernels.gated_attend_backward(
+        return torch.ops.ar_kernels.gated_attend_backward.default(
             z, w, b, score_w, pooled, lse, scores, gates,
             grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean, upstream,
             needs_z, needs_w, needs_score, channels_last,
@@ -302,8 +338,8 @@ class _GatedAttendBackward(torch.autograd.Function):
         inputs, grads, upstream = tensors[:5], tensors[5:12], tensors[12]
 
         def forward(z, w, b, score_w, score_b):
-            outputs = eager.gated_attend(z, w, b, score_w, score_b, ctx.gated_heads, ctx.wants_mean)
-            return (*outputs, z)
+            *outputs, features, mean = eager.gated_attend(z, w, b, score_w, score_b, ctx.gated_heads, ctx.wants_mean)
+            return (*outputs, features.flatten(1), mean, z)
 
         received = _double_backward(forward, inputs, (0, 1, 3, 4), (*grads, upstream), second)
         return *received[:5], None, None, None, None, *received[5:], *[None] * 6
@@ -319,38 +355,29 @@ def gated_attend(
     b: Tensor | None,
     score_w: Tensor | None,
     score_b: Tensor | None,
+    output_w: Tensor | None,
     gated_heads: int,
     wants_logits: bool,
     wants_mean: bool,
     tap: bool,
 ) -> GatedAttended:
-    """One fused pass: K heads w [K, C] attend to z, the first gated_heads of them are gated. Arguments as in
-    eager.gated_attend; fields that were not asked for come back empty or None."""
+    """One fused pass: K heads w [K, C] attend to z, the first gated_heads of them are gated, and output_w [L, K'·C]
+    makes their hypothesis. Other arguments as in eager.gated_attend; fields that were not asked for are None."""
     through = tap and z.requires_grad  # a frozen map stays frozen
-    outputs = _GatedAttend.apply(z, w, b, score_w, score_b, gated_heads, wants_logits, wants_mean, through)
-    pooled, lse, logits, scores, gates, features, mean, tapped = outputs
-    return GatedAttended(
-        pooled,
-        lse,
-        logits if wants_logits else None,
-        scores,
-        gates,
-        features,
-        mean if wants_mean else None,
-        tapped if through else z,
+    *outputs, tapped = _apply(
+        _GatedAttend, z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, through
     )
+    return GatedAttended(*outputs, tapped if through else z)
 
 
 # ---------------------------------------------------------------------------------------------- rectify
 
 
 def _rectify(hypotheses: Tensor, scores: Tensor, mix: str, gating: str | None) -> tuple[Tensor, Tensor]:
-    from .kernels.rectify import rectify_forward
-
     outputs = _rectify_fake(hypotheses, scores, mix, gating)
     if hypotheses.shape[0] > 0:
         with torch.cuda.device_of(hypotheses):
-            rectify_forward(hypotheses.contiguous(), scores.contiguous(), mix, gating, *outputs)
+            _kernels().rectify.rectify_forward(hypotheses.contiguous(), scores.contiguous(), mix, gating, *outputs)
     return outputs
 
 
@@ -364,12 +391,10 @@ def _rectify_fake(hypotheses, scores, mix, gating):
 def _rectify_backward(
     grad: Tensor, hypotheses: Tensor, scores: Tensor, output: Tensor, lse: Tensor, mix: str, gating: str | None
 ) -> tuple[Tensor, Tensor]:
-    from .kernels.rectify import rectify_backward
-
     gradients = _rectify_backward_fake(grad, hypotheses, scores, output, lse, mix, gating)
     if hypotheses.shape[0] > 0:
         with torch.cuda.device_of(hypotheses):
-            rectify_backward(
+            _kernels().rectify.rectify_backward(
                 *(value.contiguous() for value in (grad, hypotheses, scores, output, lse)), mix, gating, *gradients
             )
     return gradients
@@ -401,7 +426,7 @@ class _Rectify(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
-        dh, ds = _RectifyBackward.apply(grad, *ctx.saved_tensors, ctx.mix, ctx.gating)
+        dh, ds = _apply(_RectifyBackward, grad, *ctx.saved_tensors, ctx.mix, ctx.gating)
         return dh, ds, None, None
 
     @staticmethod
@@ -437,7 +462,7 @@ class _RectifyBackward(torch.autograd.Function):
 
 def rectify(hypotheses: Tensor, scores: Tensor, mix: str, gating: str | None) -> Tensor:
     """The fused rectified output [N, L]; arguments as in eager.rectify."""
-    return _Rectify.apply(hypotheses, scores, mix, gating)[0]
+    return _apply(_Rectify, hypotheses, scores, mix, gating)[0]
 
 
 # ---------------------------------------------------------------------------------------------- shared by the Functions
@@ -490,5 +515,5 @@ def _map_samples(function: type[torch.autograd.Function], info: Any, in_dims: tu
     for index in range(info.batch_size):
         sample = [argument if dim is None else argument.select(dim, index) for argument, dim in zip(arguments, in_dims)]
         samples.append(function.apply(*sample))
-    outputs = tuple(torch.stack(values) for values in zip(*samples))
-    return outputs, (0,) * len(outputs)
+    outputs = tuple(None if values[0] is None else torch.stack(values) for values in zip(*samples))
+    return outputs, tuple(None if output is None else 0 for output in outputs)

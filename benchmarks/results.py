@@ -13,15 +13,25 @@ from ar_kernels.experiments.files import write_atomically
 
 FOLDER = Path(__file__).parent / "results"
 
+RESULTS_APART = ":(exclude,top)benchmarks/results"
+"""For git: everything but the results."""
+
 
 def commit() -> str:
-    """The commit measured: AR_KERNELS_COMMIT where the checkout was copied without its history, else git's word."""
+    """The commit measured: AR_KERNELS_COMMIT where the checkout was copied without its history, else git's word.
+
+    -dirty: tracked files differ from it. Results do not count, or writing them would end what they belong to.
+    """
     given = os.environ.get("AR_KERNELS_COMMIT")
     if given:
         return given
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    answer = subprocess.run(describe, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return answer.stdout.strip() or "unknown"
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent)
+
+    name = git("describe", "--always", "--abbrev=12").stdout.strip()
+    is_dirty = name and git("diff", "--quiet", "HEAD", "--", ":/", RESULTS_APART).returncode != 0
+    return f"{name}-dirty" if is_dirty else name or "unknown"
 
 
 def environment() -> dict[str, str]:
@@ -42,11 +52,72 @@ def environment() -> dict[str, str]:
     }
 
 
+def path_of(name: str, folder: Path | None = None) -> Path:
+    """results/<name>-<device>.json, or such a file in folder."""
+    slug = environment()["device"].lower().replace("nvidia", "").strip().replace(" ", "-") or "cpu"
+    return (folder or FOLDER) / f"{name}-{slug}.json"
+
+
 def save(name: str, content: dict, folder: Path | None = None) -> Path:
     """Writes results/<name>-<device>.json (or into folder) with the environment in front; returns the path."""
-    where = environment()
-    slug = where["device"].lower().replace("nvidia", "").strip().replace(" ", "-")
-    path = (folder or FOLDER) / f"{name}-{slug}.json"
-    text = json.dumps(where | content, indent=1) + "\n"
+    path = path_of(name, folder)
+    text = json.dumps(environment() | content, indent=1) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
     return path
+
+
+def load(path: Path) -> dict:
+    """A file of results: the environment's fields and, from the suite, rows."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+class OtherResults(RuntimeError):
+    """A file holds what another commit, device or version of PyTorch or Triton has shown; the message says which."""
+
+
+class Results:
+    """The rows of one file, written whole after each row: a run that is killed keeps what it has, and can go on.
+
+    All rows of a file belong to one device, commit and pair of versions. A row replaces an older one of the same
+    shard, operation, direction and implementation.
+    """
+
+    KEY = ("N", "C", "side", "L", "K", "dtype", "layout", "operation", "direction", "implementation")
+    SAME = ("device", "torch", "triton", "commit")
+
+    def __init__(self, path: Path | None = None, fresh: bool = False) -> None:
+        """path: of the file, read if it exists and not `fresh`; None keeps rows in memory only."""
+        self.path = path
+        self.where = environment()
+        self._rows: dict[tuple, dict] = {}
+        if path is not None and path.exists() and not fresh:
+            content = load(path)
+            for name in self.SAME:
+                if content.get(name) != self.where[name]:
+                    raise OtherResults(
+                        f"{path} is of {name} {content.get(name)}, this is {self.where[name]}: "
+                        "take another --file, or --fresh to begin it anew"
+                    )
+            self._rows = {self.key(row): row for row in content["rows"]}
+
+    @classmethod
+    def key(cls, row: dict) -> tuple:
+        return tuple(row[name] for name in cls.KEY)
+
+    @property
+    def rows(self) -> list[dict]:
+        return list(self._rows.values())
+
+    def has(self, shard, operation: str, direction: str, implementation: str) -> bool:
+        """Whether there is an answer, be it that memory ran out; a row that was skipped is none."""
+        names = {"operation": operation, "direction": direction, "implementation": implementation}
+        row = self._rows.get(self.key(shard.fields() | names))
+        return row is not None and "skipped" not in row
+
+    def add(self, row: dict) -> None:
+        self._rows[self.key(row)] = row
+        if self.path is not None:
+            head = json.dumps(self.where, indent=1)[:-2]  # a line for each row: files of thousands stay readable
+            lines = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in self.rows)
+            text = f'{head},\n "rows": [\n{lines}\n ]\n}}\n'
+            write_atomically(self.path, lambda file: file.write(text.encode()))

@@ -1,37 +1,37 @@
-"""Device time by CUDA-graph replay over rotated inputs, so that no host time and no warm L2 is in it."""
+"""Time, launches and memory of a call. All times in microseconds.
 
+On a GPU, device time by CUDA-graph replay over rotated inputs, so that no host time and no warm L2 is in it: each call
+in the graph reads an input of its own and keeps its results until the graph is dropped, so what it writes is cold too.
+Host time apart: what a call takes from Python while the GPU has room in its queue. On a CPU, time by the clock.
+"""
+
+import ctypes
+import gc
+import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 
 import torch
-import triton
-import triton.language as tl
-from torch import Tensor
 
 ROTATED_BYTES = 150 * 2**20
 """Distinct input bytes that one captured graph goes through: several times the L2 of an H100 or H200."""
 
+CACHED_BYTES = 40 * 2**20
+"""A map no larger than this can be warm in L2 (50 MB on an H100 or H200); of larger ones no warm time is told."""
 
-def device_times(calls: Sequence[Callable[[], object]], rounds: int = 20) -> list[float]:
-    """Microseconds of one call, a figure for each of `rounds` replays of a graph that makes every call once."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in (calls[0], *calls):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
-    for start, end in events:
-        start.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) * 1e3 / len(calls) for start, end in events]
+SHORTEST_GRAPH_US = 1000.0
+"""A graph that takes less goes through its calls again: launching a graph costs some 4 µs, a tenth of a small one."""
+
+ROUNDS = 5, 20
+"""The fewest and the most replays that are timed."""
+
+Call = Callable[[], object]
+
+
+def rotation(nbytes: int) -> int:
+    """How many distinct inputs of nbytes a graph should go through."""
+    return max(1, -(-ROTATED_BYTES // nbytes))
 
 
 def quantiles(times: Sequence[float]) -> dict[str, float]:
@@ -40,21 +40,156 @@ def quantiles(times: Sequence[float]) -> dict[str, float]:
     return {"p20_us": round(cuts[1], 2), "p50_us": round(cuts[4], 2), "p80_us": round(cuts[7], 2)}
 
 
-def rotation(nbytes: int) -> int:
-    """How many distinct inputs of nbytes a graph should go through."""
-    return max(1, -(-ROTATED_BYTES // nbytes))
+def rounds_within(seconds: float, round_us: float) -> int:
+    """As many rounds as fit into `seconds`, within ROUNDS."""
+    fewest, most = ROUNDS
+    return max(fewest, min(most, int(seconds * 1e6 / max(round_us, 1e-3))))
 
 
-@triton.jit
-def _read_kernel(source, sink, size, TILE: tl.constexpr):
-    offsets = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    total = tl.sum(tl.load(source + offsets, mask=offsets < size, other=0.0).to(tl.float32), axis=0)
-    if total == 1.5e38:  # never: the loads must not be optimised away
-        tl.store(sink, total)
+# ---------------------------------------------------------------------------------------------- GPU
 
 
-def read(source: Tensor, sink: Tensor) -> None:
-    """A streaming read of a dense tensor: the floor of a forward pass."""
-    size = source.numel()
-    tile = 16384
-    _read_kernel[(-(-size // tile),)](source, sink, size, TILE=tile, num_warps=8)
+class Graph:
+    """A captured CUDA graph that makes every call in turn, after each was made once outside of it.
+
+    shortest_us: a graph that takes less is captured again with up to eight such turns.
+    keep: hold all results, so that no call writes where another has just written. Raises what a call raises, in
+    particular torch.OutOfMemoryError, and RuntimeError where a call cannot be captured.
+    """
+
+    def __init__(self, calls: Sequence[Call], keep: bool = True, shortest_us: float = SHORTEST_GRAPH_US) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for call in (calls[0], *calls):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._capture(calls, keep)
+        repeats = min(8, math.ceil(shortest_us / max(self._replay(1)[0], 1)))
+        if repeats > 1:
+            self._capture(list(calls) * repeats, keep)
+
+    def _capture(self, calls: Sequence[Call], keep: bool) -> None:
+        self.calls = len(calls)
+        self._kept: list[object] = []  # the last graph's results go before its memory does
+        self._graph = torch.cuda.CUDAGraph(keep_graph=True)
+        with torch.cuda.graph(self._graph):
+            for call in calls:
+                result = call()
+                if keep:
+                    self._kept.append(result)
+                del result  # or the last call's results would live on while the next call runs
+        self._graph.instantiate()
+        self._graph.replay()  # the first replay uploads the graph
+
+    def times(self, seconds: float = 0.3) -> list[float]:
+        """Microseconds of one call, a figure for each replay; about `seconds` in all."""
+        rounds = rounds_within(seconds, self._replay(1)[0])
+        return [us / self.calls for us in self._replay(rounds)]
+
+    def _replay(self, rounds: int) -> list[float]:
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
+        for start, end in events:
+            start.record()
+            self._graph.replay()
+            end.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) * 1e3 for start, end in events]
+
+    def launches(self) -> float | None:
+        """Kernels, copies and fills of memory in one call; None where the driver does not tell."""
+        try:
+            driver = ctypes.CDLL("libcuda.so.1")
+            graph = ctypes.c_void_p(self._graph.raw_cuda_graph())
+            count = ctypes.c_size_t(0)
+            if driver.cuGraphGetNodes(graph, None, ctypes.byref(count)) != 0:
+                return None
+            nodes = (ctypes.c_void_p * count.value)()
+            if driver.cuGraphGetNodes(graph, nodes, ctypes.byref(count)) != 0:
+                return None
+            kinds = []
+            for node in nodes:
+                kind = ctypes.c_int(-1)
+                driver.cuGraphNodeGetType(ctypes.c_void_p(node), ctypes.byref(kind))
+                kinds.append(kind.value)
+        except (OSError, AttributeError, RuntimeError):
+            return None
+        kernel, copy, fill = 0, 1, 2  # of CUgraphNodeType
+        return round(sum(kind in (kernel, copy, fill) for kind in kinds) / self.calls, 2)
+
+
+def host_time(call: Call, device_us: float, blocks: int = 5) -> float:
+    """Microseconds that Python takes for one call: the median of blocks of calls, nothing waited for inside a block.
+
+    device_us: what the call takes on the device; a block is short enough for the GPU's queue never to fill.
+    """
+    calls = int(max(2, min(20, 50_000 / max(device_us, 1))))
+    blocks = blocks if device_us < 20_000 else 2  # of a call that takes this long the host's share is no question
+    times = []
+    for _ in range(blocks):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - start) * 1e6 / calls)
+    torch.cuda.synchronize()
+    return statistics.median(times)
+
+
+def peak_bytes(call: Call) -> int:
+    """The most memory that one call holds at once above what was held before it, its results included."""
+    call()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def free() -> None:
+    """Gives back what is no longer used, so that one measurement's leftovers are not in the next."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+# ---------------------------------------------------------------------------------------------- both
+
+
+def clock_times(calls: Sequence[Call], seconds: float = 0.3) -> list[float]:
+    """Microseconds of one call by the clock, on a CPU: one figure for each, the calls taken in turn."""
+    calls[0]()
+    start = time.perf_counter()
+    calls[-1]()
+    rounds = rounds_within(seconds, (time.perf_counter() - start) * 1e6)
+    times = []
+    for index in range(rounds):
+        call = calls[index % len(calls)]
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e6)
+    return times
+
+
+def measure(calls: Sequence[Call], device: str, warm: bool = False, seconds: float = 0.3) -> dict[str, float | None]:
+    """What a row tells of a call's cost: p20_us, p50_us, p80_us, warm_us, host_us, launches, peak_mb.
+
+    calls: the same work on distinct inputs. warm: also the time over and over on the first input. On a CPU only
+    quantiles are told. Raises what a call raises, and RuntimeError where it cannot be captured.
+    """
+    if device == "cpu":
+        return quantiles(clock_times(calls, seconds))
+    graph = Graph(calls)
+    row = quantiles(graph.times(seconds)) | {"launches": graph.launches()}
+    del graph
+    free()
+    if warm:
+        graph = Graph([calls[0]] * min(10, len(calls)), keep=False)
+        row["warm_us"] = round(statistics.median(graph.times(seconds / 3)), 2)
+        del graph
+        free()
+    row["host_us"] = round(host_time(calls[0], row["p50_us"]), 1)
+    row["peak_mb"] = round(peak_bytes(calls[0]) / 1e6, 2)
+    return row

@@ -46,6 +46,9 @@ def recording(capability):
                     stack.enter_context(mock.patch.object(module, name, Recorder(value, launches)))
             if hasattr(module, "chip"):
                 stack.enter_context(mock.patch.object(module, "chip", lambda index: chip))
+            if hasattr(module, "_plan"):  # plans hold kernels, and there are other plans for other chips
+                module._plan.cache_clear()
+                stack.callback(module._plan.cache_clear)
         yield launches
 
 
@@ -114,8 +117,16 @@ LAYERS = [
     # channels, side, heads, channels_last, mean
     (160, 32, 4, True, False),
     (256, 56, 4, False, False),
+    (256, 56, 4, True, False),
+    (512, 28, 4, True, True),
+    (512, 28, 4, False, False),
     (512, 14, 4, False, True),
     (640, 8, 4, True, True),
+    (640, 16, 4, True, False),
+    (1024, 14, 4, True, False),
+    (1024, 14, 4, False, False),
+    (2048, 7, 4, True, True),
+    (384, 14, 8, True, True),
     (2048, 7, 4, False, False),
     (320, 16, 16, True, False),
     (256, 14, 64, True, False),

@@ -359,3 +359,81 @@ def test_inductor_puts_no_copy_of_the_map_in_front(device):
     ]
     # ReLU's output forward; ReLU's gradient backward: nothing else of the map's size is written outside our operators.
     assert len(buffers) <= 2, code
+
+
+def _attended_layer(**sizes):
+    layer = Layer(n=2, c=6, h=3, w=2, labels=3, mean=False, tap=False, **sizes)
+    return {name: value.requires_grad_() for name, value in layer.tensors.items()}
+
+
+def test_a_batch_of_gradients(device):
+    """is_grads_batched: vmap over the backward where nothing records a second one."""
+    tensors = _attended_layer(device=device)
+    grads = torch.randn(4, 2, 3, dtype=torch.float64, device=device)
+    results = []
+    for name in ("triton", "reference"):
+        out = ar_kernels.attention_module(**tensors, implementation=name).hypothesis
+        inputs = list(tensors.values())
+        results.append(torch.autograd.grad(out, inputs, grads, is_grads_batched=True, allow_unused=True))
+    for mine, truth in zip(*results):
+        torch.testing.assert_close(mine, truth)
+
+
+def test_only_the_output_weight_is_trained(monkeypatch, device):
+    """The gradient of W_O needs nothing of the map: no backward kernel runs."""
+    from ar_kernels.kernels import attend_backward
+
+    monkeypatch.setattr(attend_backward, "attend_backward", lambda *arguments: pytest.fail("launched"))
+    tensors = {name: value.detach() for name, value in _attended_layer(device=device).items()}
+    weight = tensors["output_weight"].requires_grad_()
+    results = []
+    for name in ("triton", "reference"):
+        loss = ar_kernels.attention_module(**tensors, implementation=name).hypothesis.square().sum()
+        results.append(torch.autograd.grad(loss, weight)[0])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("recording", [True, False])
+def test_forward_mode_raises(recording, device):
+    """Forward-mode derivatives are not there: they raise, and are not dropped where no graph is recorded either."""
+    tensors = _attended_layer(device=device)
+    z = tensors.pop("feature_map").detach()
+    with torch.set_grad_enabled(recording), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(z, torch.ones_like(z))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            ar_kernels.attention_module(dual, **tensors, implementation="triton")
+
+
+def test_dispatch_modes_see_the_operators(device):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+            seen.add(str(operator))
+            return operator(*arguments, **(options or {}))
+
+    with Watch():
+        out = ar_kernels.attention_module(**_attended_layer(device=device), implementation="triton")
+        out.hypothesis.sum().backward()
+    assert {"ar_kernels.gated_attend.default", "ar_kernels.gated_attend_backward.default"} <= seen
+
+
+def test_a_tensor_that_outlived_its_transform(device):
+    """A wrapper that torch.func.grad left behind is the tensor it wraps, with a graph and without."""
+    tensors = _attended_layer(device=device)
+    left = []
+
+    def keep(z):
+        left.append(2 * z)
+        return z.sum()
+
+    z = tensors.pop("feature_map").detach()
+    torch.func.grad(keep)(z)
+    want = ar_kernels.attention_module(2 * z, **tensors, implementation="triton").hypothesis
+    got = ar_kernels.attention_module(left[0], **tensors, implementation="triton").hypothesis
+    got.sum().backward()
+    with torch.no_grad():
+        plain = ar_kernels.attention_module(left[0], **tensors, implementation="triton").hypothesis
+    assert torch.equal(got, want) and torch.equal(plain, want)

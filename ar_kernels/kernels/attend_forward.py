@@ -5,16 +5,33 @@
 
 A spatial mean is one more head whose logits are constant: its row of W_H is 0.
 
-Bytes: |Z| read once, O(N·K·C) written. Where all channels of a tile fit on chip (`held`), a tile is read once, used
-for both products and dropped. Else it is read twice, the second time from cache, and P grows in L2.
+Bytes: |Z| read once, O(N·K·C) written. Where all channels of a tile fit on chip (held_kernel), a tile is read once,
+used for both products and dropped. Else (chunked_kernel) it is read twice, the second time from cache; then P is made
+in one go where a tile has all positions of an image, and grows in L2 where it has not.
 """
 
+import functools
+import math
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .heuristics import MOST_REGISTERS, chip, next_power_of_2, sweep_config
-from .tiles import accumulator, aligned, map_strides, matmul_precision, position_count, row_width, tanh, tile_offsets
+from .launch import Launch
+from .tiles import (
+    accumulator,
+    aligned,
+    float32_precision,
+    load_head_values,
+    load_rows,
+    map_strides,
+    matmul_precision,
+    tanh,
+    tile_offsets,
+)
 
 
 @triton.jit
@@ -81,150 +98,259 @@ def _store_features(p_tile, g, n, heads, channels, features, C: tl.constexpr, GA
     tl.store(features + n * (GATED * C) + offsets, (p_tile * g[None, :]).to(features.dtype.element_ty), mask=real)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "positions",
-        "width",
-        "stride_n",
-        "stride_c",
-        "stride_h",
-        "stride_w",
-        "splits",
-        "split_length",
-    ]
-)
-def attend_forward_kernel(
-    z, w, b, score_w, score_b,
-    pooled, lse, logits, mean, scores, gates, features, part_m, part_d, part_p,
-    positions, width, stride_n, stride_c, stride_h, stride_w, splits, split_length,
-    C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr,
-    C_TILE: tl.constexpr, K_TILE: tl.constexpr, S_TILE: tl.constexpr, HELD: tl.constexpr,
-    UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+SIZES = ("positions", "width", "stride_n", "stride_c", "stride_h", "stride_w", "splits", "split_length")
+"""What changes with resolution, batch and strides, and must not compile anew."""
+
+
+@triton.jit
+def _bounds(
+    z, row, positions, stride_n, splits, split_length,
+    S_TILE: tl.constexpr, UNIT: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """One program: one image, or one of its splits (then, and if not HELD, merge_kernel finishes)."""
-    row = tl.program_id(0).to(tl.int64)  # one (image, split)
+    """Image n of a row (image, split), where it lies, and the positions begin..end of the split."""
     n = row // splits
     begin = (row % splits).to(tl.int32) * split_length
     end = tl.minimum(begin + split_length, positions)
     if UNIT == "s":
         begin = aligned(begin, S_TILE)
         end = aligned(end, VECTOR)
-    z += n * (stride_n.to(tl.int64) * VECTOR)
+    return n, z + n * (stride_n.to(tl.int64) * VECTOR), begin, end
+
+
+@triton.jit(do_not_specialize=SIZES)
+def held_kernel(
+    z, w, b, score_w, score_b,
+    pooled, lse, logits, mean, scores, gates, features, part_m, part_d, part_p,
+    positions, width, stride_n, stride_c, stride_h, stride_w, splits, split_length,
+    C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr,
+    PARTS: tl.constexpr, C_TILE: tl.constexpr, K_TILE: tl.constexpr, S_TILE: tl.constexpr,
+    UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: one image, or one of its splits (then merge_kernel finishes). A tile's channels are PARTS tiles."""
+    row = tl.program_id(0).to(tl.int64)
+    n, z_n, begin, end = _bounds(z, row, positions, stride_n, splits, split_length, S_TILE, UNIT, VECTOR)
     heads = tl.arange(0, K_TILE)
-    bias = tl.zeros([K_TILE], ACC)
-    if b is not None:
-        bias += tl.load(b + heads, mask=heads < HEADS, other=0.0).to(ACC)
-    m = tl.full([K_TILE], float("-inf"), ACC)
-    d = tl.zeros([K_TILE], ACC)
     channels = tl.arange(0, C_TILE)
     kind = z.dtype.element_ty
-    if HELD:
-        w_tile = tl.load(
-            w + heads[None, :] * C + channels[:, None],
-            mask=(channels < C)[:, None] & (heads < HEADS)[None, :],
-            other=0.0,
-        ).to(kind)  # [C_tile, K_tile]
-        p_sum = tl.zeros([C_TILE, K_TILE], ACC)
-        for start in range(begin, end, S_TILE):
-            s = start + tl.arange(0, S_TILE)
-            offsets = tile_offsets(s, channels, width, stride_c, stride_h, stride_w, UNIT, VECTOR, FLAT, WIDE)
-            z_tile = tl.load(z + offsets, mask=(s < end)[:, None] & (channels < C)[None, :], other=0.0)
-            logit = tl.dot(z_tile, w_tile, input_precision=PRECISION, out_dtype=ACC) + bias[None, :]  # [S_tile, K_tile]
-            if logits is not None:
-                _store_logits(logit, n, s, end, heads, logits, positions, HEADS)
-            p, shrink, m, d = _softmax_step(logit, m, d, heads, s < end, HEADS)
-            p_sum = tl.dot(
-                tl.trans(z_tile), p.to(kind), p_sum * shrink[None, :], input_precision=PRECISION, out_dtype=ACC
-            )
-        if part_p is None:
-            p_sum = p_sum / d[None, :]
-            _store_head_sums(n, heads, m, d, lse, HEADS)
-            t = _store_pooled(p_sum, n, heads, channels, pooled, mean, score_w, C, HEADS)
-            if features is not None:
-                g = _store_gates(t, n, heads, score_w, score_b, scores, gates, HEADS, GATED)
-                _store_features(p_sum, g, n, heads, channels, features, C, GATED)
-        else:
-            tl.store(
-                part_p + row * (ROWS * C) + heads[None, :] * C + channels[:, None],
-                p_sum,
-                mask=(channels < C)[:, None] & (heads < ROWS)[None, :],
-            )
+    bias = load_head_values(b, heads, HEADS, ACC)
+    m = tl.full([K_TILE], float("-inf"), ACC)
+    d = tl.zeros([K_TILE], ACC)
+    w_tiles = ()
+    p_sums = ()
+    for i in tl.static_range(PARTS):
+        w_tiles = w_tiles + (load_rows(w, heads, i * C_TILE + channels, C, HEADS).to(kind),)
+        p_sums = p_sums + (tl.zeros([C_TILE, K_TILE], ACC),)
+    for start in range(begin, end, S_TILE):
+        s = start + tl.arange(0, S_TILE)
+        logit = tl.zeros([S_TILE, K_TILE], ACC)
+        z_tiles = ()
+        for i in tl.static_range(PARTS):
+            c = i * C_TILE + channels
+            offsets = tile_offsets(s, c, width, stride_c, stride_h, stride_w, UNIT, VECTOR, FLAT, WIDE)
+            z_tile = tl.load(z_n + offsets, mask=(s < end)[:, None] & (c < C)[None, :], other=0.0)
+            logit = tl.dot(z_tile, w_tiles[i], logit, input_precision=PRECISION, out_dtype=ACC)
+            z_tiles = z_tiles + (z_tile,)
+        logit += bias[None, :]
+        if logits is not None:
+            _store_logits(logit, n, s, end, heads, logits, positions, HEADS)
+        p, shrink, m, d = _softmax_step(logit, m, d, heads, s < end, HEADS)
+        p = p.to(kind)
+        grown = ()
+        for i in tl.static_range(PARTS):
+            before = p_sums[i] * shrink[None, :]
+            grown = grown + (tl.dot(tl.trans(z_tiles[i]), p, before, input_precision=PRECISION, out_dtype=ACC),)
+        p_sums = grown
+    if splits == 1:  # at run time: another batch size does not compile anew
+        _store_head_sums(n, heads, m, d, lse, HEADS)
+        t = tl.zeros([K_TILE], ACC)
+        for i in tl.static_range(PARTS):
+            c = i * C_TILE + channels
+            t += _store_pooled(p_sums[i] / d[None, :], n, heads, c, pooled, mean, score_w, C, HEADS)
+        if features is not None:
+            g = _store_gates(t, n, heads, score_w, score_b, scores, gates, HEADS, GATED)
+            for i in tl.static_range(PARTS):
+                _store_features(p_sums[i] / d[None, :], g, n, heads, i * C_TILE + channels, features, C, GATED)
     else:
-        part_p += row * (ROWS * C)
-        for start in range(begin, end, S_TILE):
-            s = start + tl.arange(0, S_TILE)
-            logit = tl.zeros([S_TILE, K_TILE], ACC)
-            for first in range(0, C, C_TILE):
-                c = first + channels
-                offsets = tile_offsets(s, c, width, stride_c, stride_h, stride_w, UNIT, VECTOR, FLAT, WIDE)
-                z_tile = tl.load(z + offsets, mask=(s < end)[:, None] & (c < C)[None, :], other=0.0)
-                w_tile = tl.load(
-                    w + heads[None, :] * C + c[:, None], mask=(c < C)[:, None] & (heads < HEADS)[None, :], other=0.0
-                )
-                logit = tl.dot(z_tile, w_tile.to(kind), logit, input_precision=PRECISION, out_dtype=ACC)
-            logit += bias[None, :]
-            if logits is not None:
-                _store_logits(logit, n, s, end, heads, logits, positions, HEADS)
-            p, shrink, m, d = _softmax_step(logit, m, d, heads, s < end, HEADS)
-            p = p.to(kind)
+        for i in tl.static_range(PARTS):
+            c = i * C_TILE + channels
+            sums = part_p + row * (ROWS * C) + heads[None, :] * C + c[:, None]
+            tl.store(sums, p_sums[i], mask=(c < C)[:, None] & (heads < ROWS)[None, :])
+        _store_part(row, heads, m, d, part_m, part_d, ROWS)
+
+
+@triton.jit
+def _store_part(row, heads, m, d, part_m, part_d, ROWS: tl.constexpr):
+    tl.store(part_m + row * ROWS + heads, m, mask=heads < ROWS)
+    tl.store(part_d + row * ROWS + heads, d, mask=heads < ROWS)
+
+
+@triton.jit
+def _store_features_of_pooled(
+    pooled, g, n, heads, features,
+    C: tl.constexpr, C_TILE: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """Gated features from pooled ones that this program has just written."""
+    tl.debug_barrier()  # pooled is written
+    for first in range(0, C, C_TILE):
+        c = first + tl.arange(0, C_TILE)
+        p_tile = load_rows(pooled + n * (HEADS * C), heads, c, C, HEADS)
+        _store_features(p_tile, g, n, heads, c, features, C, GATED)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def chunked_kernel(
+    z, w, b, score_w, score_b,
+    pooled, lse, logits, mean, scores, gates, features, part_m, part_d, part_p,
+    positions, width, stride_n, stride_c, stride_h, stride_w, splits, split_length,
+    C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr,
+    C_TILE: tl.constexpr, K_TILE: tl.constexpr, S_TILE: tl.constexpr,
+    UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: one image of at most S_TILE positions; or any image or split of one, then merge_kernel finishes."""
+    row = tl.program_id(0).to(tl.int64)
+    n, z_n, begin, end = _bounds(z, row, positions, stride_n, splits, split_length, S_TILE, UNIT, VECTOR)
+    heads = tl.arange(0, K_TILE)
+    channels = tl.arange(0, C_TILE)
+    kind = z.dtype.element_ty
+    bias = load_head_values(b, heads, HEADS, ACC)
+    m = tl.full([K_TILE], float("-inf"), ACC)
+    d = tl.zeros([K_TILE], ACC)
+    t = tl.zeros([K_TILE], ACC)
+    for start in range(begin, end, S_TILE):
+        s = start + tl.arange(0, S_TILE)
+        logit = tl.zeros([S_TILE, K_TILE], ACC)
+        for first in range(0, C, C_TILE):
+            c = first + channels
+            offsets = tile_offsets(s, c, width, stride_c, stride_h, stride_w, UNIT, VECTOR, FLAT, WIDE)
+            z_tile = tl.load(z_n + offsets, mask=(s < end)[:, None] & (c < C)[None, :], other=0.0)
+            w_tile = load_rows(w, heads, c, C, HEADS).to(kind)
+            logit = tl.dot(z_tile, w_tile, logit, input_precision=PRECISION, out_dtype=ACC)
+        logit += bias[None, :]
+        if logits is not None:
+            _store_logits(logit, n, s, end, heads, logits, positions, HEADS)
+        p, shrink, m, d = _softmax_step(logit, m, d, heads, s < end, HEADS)
+        p = p.to(kind)
+        if part_p is not None:
             tl.debug_barrier()  # the sums of the tile before are written
-            for first in range(0, C, C_TILE):
-                c = first + channels
-                offsets = tile_offsets(s, c, width, stride_c, stride_h, stride_w, UNIT, VECTOR, FLAT, WIDE)
-                z_tile = tl.load(z + offsets, mask=(s < end)[:, None] & (c < C)[None, :], other=0.0)
-                sums = part_p + heads[None, :] * C + c[:, None]
+        for first in range(0, C, C_TILE):
+            c = first + channels
+            offsets = tile_offsets(s, c, width, stride_c, stride_h, stride_w, UNIT, VECTOR, FLAT, WIDE)
+            z_tile = tl.load(z_n + offsets, mask=(s < end)[:, None] & (c < C)[None, :], other=0.0)
+            if part_p is None:
+                p_tile = tl.dot(tl.trans(z_tile), p, input_precision=PRECISION, out_dtype=ACC) / d[None, :]
+                t += _store_pooled(p_tile, n, heads, c, pooled, mean, score_w, C, HEADS)
+            else:
+                sums = part_p + row * (ROWS * C) + heads[None, :] * C + c[:, None]
                 real = (c < C)[:, None] & (heads < ROWS)[None, :]
                 before = tl.load(sums, mask=real & (start > begin), other=0.0) * shrink[None, :]
                 after = tl.dot(tl.trans(z_tile), p, before, input_precision=PRECISION, out_dtype=ACC)
                 tl.store(sums, after, mask=real)
-    if part_p is not None:
-        tl.store(part_m + row * ROWS + heads, m, mask=heads < ROWS)
-        tl.store(part_d + row * ROWS + heads, d, mask=heads < ROWS)
+    if part_p is None:
+        _store_head_sums(n, heads, m, d, lse, HEADS)
+        if features is not None:
+            g = _store_gates(t, n, heads, score_w, score_b, scores, gates, HEADS, GATED)
+            _store_features_of_pooled(pooled, g, n, heads, features, C, C_TILE, HEADS, GATED)
+    else:
+        _store_part(row, heads, m, d, part_m, part_d, ROWS)
 
 
 @triton.jit(do_not_specialize=["splits"])
 def merge_kernel(
     score_w, score_b, pooled, lse, mean, scores, gates, features, part_m, part_d, part_p, splits,
     C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr,
-    C_TILE: tl.constexpr, K_TILE: tl.constexpr, ACC: tl.constexpr,
+    C_TILE: tl.constexpr, K_TILE: tl.constexpr, J_TILE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One program: one image. Adds its splits' sums in order, each rescaled to the common maximum, then the gates."""
     n = tl.program_id(0).to(tl.int64)
     heads = tl.arange(0, K_TILE)
     row = n * splits
+    real = (heads < ROWS)[None, :]
     m = tl.full([K_TILE], float("-inf"), ACC)
-    for j in range(splits):
-        m = tl.maximum(m, tl.load(part_m + (row + j) * ROWS + heads, mask=heads < ROWS, other=0.0))
+    for first in range(0, splits, J_TILE):
+        j = first + tl.arange(0, J_TILE)[:, None]
+        part = tl.load(part_m + (row + j) * ROWS + heads[None, :], mask=(j < splits) & real, other=float("-inf"))
+        m = tl.maximum(m, tl.max(part, axis=0))
+    m = tl.where(heads < ROWS, m, 0.0)
     d = tl.zeros([K_TILE], ACC)
-    for j in range(splits):
-        part = tl.load(part_m + (row + j) * ROWS + heads, mask=heads < ROWS, other=0.0)
-        d += tl.exp(part - m) * tl.load(part_d + (row + j) * ROWS + heads, mask=heads < ROWS, other=1.0)
+    for first in range(0, splits, J_TILE):
+        j = first + tl.arange(0, J_TILE)[:, None]
+        offsets = (row + j) * ROWS + heads[None, :]
+        part = tl.load(part_m + offsets, mask=(j < splits) & real, other=float("-inf"))
+        d += tl.sum(tl.exp(part - m[None, :]) * tl.load(part_d + offsets, mask=(j < splits) & real, other=0.0), axis=0)
+    d = tl.where(heads < ROWS, d, 1.0)
     _store_head_sums(n, heads, m, d, lse, HEADS)
     t = tl.zeros([K_TILE], ACC)
     for first in range(0, C, C_TILE):
         c = first + tl.arange(0, C_TILE)
         p_tile = tl.zeros([C_TILE, K_TILE], ACC)
-        for j in range(splits):
-            part = tl.load(part_m + (row + j) * ROWS + heads, mask=heads < ROWS, other=0.0)
-            sums = tl.load(
-                part_p + (row + j) * (ROWS * C) + heads[None, :] * C + c[:, None],
-                mask=(c < C)[:, None] & (heads < ROWS)[None, :],
-                other=0.0,
-            )
-            p_tile += sums * tl.exp(part - m)[None, :]
+        for begin in range(0, splits, 8):
+            for u in tl.static_range(8):  # loads that don't wait for each other
+                j = begin + u
+                inside = (heads < ROWS) & (j < splits)
+                part = tl.load(part_m + (row + j) * ROWS + heads, mask=inside, other=float("-inf"))
+                offsets = (row + j) * (ROWS * C) + heads[None, :] * C + c[:, None]
+                sums = tl.load(part_p + offsets, mask=(c < C)[:, None] & inside[None, :], other=0.0)
+                p_tile += sums * tl.exp(part - m)[None, :]
         t += _store_pooled(p_tile / d[None, :], n, heads, c, pooled, mean, score_w, C, HEADS)
     if features is not None:
         g = _store_gates(t, n, heads, score_w, score_b, scores, gates, HEADS, GATED)
-        tl.debug_barrier()  # pooled is written
-        for first in range(0, C, C_TILE):
-            c = first + tl.arange(0, C_TILE)
-            p_tile = tl.load(
-                pooled + n * (HEADS * C) + heads[None, :] * C + c[:, None],
-                mask=(c < C)[:, None] & (heads < HEADS)[None, :],
-                other=0.0,
-            )
-            _store_features(p_tile, g, n, heads, c, features, C, GATED)
+        _store_features_of_pooled(pooled, g, n, heads, features, C, C_TILE, HEADS, GATED)
+
+
+class _Plan(NamedTuple):
+    """What is launched for maps of one shape, strides and dtype."""
+
+    sweep: Launch
+    merge: Launch | None
+    rows: int  # (image, split), where the sweep writes parts; else 0
+    gets_parts: bool  # or the kernel is compiled without
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    sizes: torch.Size,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    device: int,
+    heads: int,
+    gated: int,
+    mean: bool,
+    precision: str,
+) -> _Plan:
+    images, channels = sizes[:2]
+    positions = math.prod(sizes[2:])
+    rows = heads + mean
+    z = map_strides(sizes, strides, dtype.itemsize)
+    config = sweep_config(images, channels, positions, rows, dtype.itemsize, z.vector, z.unit == "c", chip(device))
+    constants = {
+        "C": channels,
+        "HEADS": heads,
+        "GATED": gated,
+        "ROWS": rows,
+        "K_TILE": config.head_tile,
+        "ACC": accumulator(dtype),
+    }
+    sweep = Launch(
+        held_kernel if config.held else chunked_kernel,
+        (images * config.splits,),
+        (positions, sizes[-1], z.n, z.c, z.h, z.w, config.splits, config.split_length),
+        **constants, **({"PARTS": config.parts} if config.held else {}),
+        C_TILE=config.channel_tile, S_TILE=config.position_tile,
+        UNIT=z.unit, VECTOR=z.vector, FLAT=z.flat, WIDE=z.wide,
+        PRECISION=matmul_precision(dtype, precision, config.head_tile),
+        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg,
+    )  # fmt: skip
+    whole = not config.held and config.position_tile >= positions
+    merge = None
+    if config.splits > 1 or not (config.held or whole):
+        tile = min(next_power_of_2(channels), max(16, 2048 // config.head_tile))
+        merge = Launch(
+            merge_kernel, (images,), (config.splits,), **constants, C_TILE=tile, J_TILE=32,
+            num_warps=4, maxnreg=MOST_REGISTERS,
+        )  # fmt: skip
+    return _Plan(sweep, merge, images * config.splits if merge else 0, not whole)
 
 
 def attend_forward(
@@ -242,39 +368,16 @@ def attend_forward(
     features: Tensor | None,
 ) -> None:
     """Launches the sweep (and the merge, where one is needed) into outputs that ops.py allocated."""
-    images, channels = z.shape[:2]
-    heads = w.shape[0]
-    rows = heads + (mean is not None)
-    positions, strides = position_count(z), map_strides(z)
-    device = chip(z.get_device())
-    config = sweep_config(images, channels, positions, rows, z.element_size(), strides.vector, device)
-    part_m = part_d = part_p = None
-    merge = config.splits > 1 or not config.held
-    if merge:
-        part_m = lse.new_empty((images * config.splits, rows))
-        part_d = lse.new_empty((images * config.splits, rows))
-        part_p = lse.new_empty((images * config.splits, rows, channels))
-    sizes = {
-        "C": channels,
-        "HEADS": heads,
-        "GATED": 0 if gates is None else gates.shape[1],
-        "ROWS": rows,
-        "C_TILE": config.channel_tile,
-        "K_TILE": config.head_tile,
-        "ACC": accumulator(z.dtype),
-    }
-    attend_forward_kernel[(images * config.splits,)](
-        z, w, b, score_w, score_b,
-        pooled, lse, logits, mean, scores, gates, features, part_m, part_d, part_p,
-        positions, row_width(z), strides.n, strides.c, strides.h, strides.w, config.splits, config.split_length,
-        **sizes, S_TILE=config.position_tile, HELD=config.held,
-        UNIT=strides.unit, VECTOR=strides.vector, FLAT=strides.flat, WIDE=strides.wide,
-        PRECISION=matmul_precision(z.dtype, config.head_tile),
-        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg,
+    heads, channels = w.shape
+    plan = _plan(
+        z.shape, z.stride(), z.dtype, z.get_device(), heads,
+        0 if gates is None else gates.shape[1], mean is not None, float32_precision(z.dtype),
     )  # fmt: skip
-    if merge:
-        sizes["C_TILE"] = min(next_power_of_2(channels), max(16, 2048 // config.head_tile))
-        merge_kernel[(images,)](
-            score_w, score_b, pooled, lse, mean, scores, gates, features, part_m, part_d, part_p, config.splits,
-            **sizes, num_warps=4, maxnreg=MOST_REGISTERS,
-        )  # fmt: skip
+    # Not to compile anew for a batch that needs no merge, a held sweep always gets pointers; these it does not follow.
+    parts = (lse, lse, lse) if plan.gets_parts else (None, None, None)
+    if plan.rows:
+        rows = heads + (mean is not None)
+        parts = tuple(lse.new_empty(plan.rows, rows, *more) for more in ((), (), (channels,)))
+    plan.sweep(z, w, b, score_w, score_b, pooled, lse, logits, mean, scores, gates, features, *parts)
+    if plan.merge is not None:
+        plan.merge(score_w, score_b, pooled, lse, mean, scores, gates, features, *parts)

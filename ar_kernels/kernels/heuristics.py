@@ -21,10 +21,13 @@ class SweepConfig:
 
     held: bool  # all channels of a tile at once; else channels come in chunks, the second time from cache
     channel_tile: int
+    parts: int  # held: channel tiles side by side
     head_tile: int
     position_tile: int
     splits: int  # programs that share one image
     split_length: int  # positions of each, a multiple of position_tile
+    per_processor: int  # backward: programs that share one multiprocessor
+    fused: bool  # backward: the sweep makes the pooled features' gradients itself
     num_warps: int
     num_stages: int
     maxnreg: int | None  # registers a thread may take; None: as many as let the compiler's favoured occupancy be
@@ -46,6 +49,27 @@ def chip(device_index: int) -> Chip:
     return Chip(properties.multi_processor_count, properties.major)
 
 
+def channel_parts(channels: int, most: int) -> tuple[int, int]:
+    """A power of two, at most `most`, and how many of it hold all channels with the least left over: 320 → (64, 5).
+    64 is the least that Hopper's matrix units take."""
+    if channels <= 64:
+        return max(16, next_power_of_2(channels)), 1
+    tile = min((tile for tile in (256, 128, 64) if tile <= most), key=lambda tile: -(-channels // tile) * tile)
+    return tile, -(-channels // tile)
+
+
+def busiest_splits(images: int, tiles: int, programs: int) -> int:
+    """The least number of splits of an image that keeps nine of ten programs busy in every round, else the number that
+    keeps the most of them."""
+
+    def busy(splits: int) -> float:
+        items = images * -(-tiles // -(-tiles // splits))
+        return items / (-(-items // programs) * programs)
+
+    most = min(tiles, max(1, -(-2 * programs // images)))
+    return next((splits for splits in range(1, most + 1) if busy(splits) >= 0.9), max(range(1, most + 1), key=busy))
+
+
 @cache
 def sweep_config(
     images: int,
@@ -54,52 +78,81 @@ def sweep_config(
     heads: int,
     itemsize: int,
     vector: int,
+    channels_last: bool,
     chip: Chip,
     backward: bool = False,
     tapped: bool = False,
 ) -> SweepConfig:
     """The cut of one sweep. heads counts the mean's row too; itemsize is the feature map's, in bytes; vector is how
     many of its elements load at once; tapped: the backward also reads an upstream gradient."""
-    # 16 is the least inner size of a matrix product on the tensor cores; the backward sums over heads.
-    head_tile = max(16, next_power_of_2(heads))
-    channel_tile = max(16, next_power_of_2(channels))
-    half = itemsize == 2
+    half, hopper = itemsize == 2, chip.capability == 9
+    # Heads are the narrow side of the matrix products, 8 the least width of one. Hopper's matrix units start at 16:
+    # they read channels_last tiles better than the older instructions do, and the backward pairs each head's columns.
+    narrow = backward or (hopper and not channels_last and channels < 512)
+    head_tile = max(8 if narrow else 16, next_power_of_2(heads))
+    channel_tile, parts = channel_parts(channels, 128 if backward else 256)
+    padded = channel_tile * parts
     # Hopper's matrix units read tiles from shared memory; elsewhere, in float32, and where wide tiles load element by
     # element, held tiles spill registers.
-    held = half and head_tile <= 64 and channel_tile <= (512 if vector > 1 else 128)
-    held = held and channel_tile * head_tile <= 8192 and (chip.capability == 9 or not backward)
-    num_warps, num_stages = 4, 3 if half else 2
-    if held:
-        elements = 8192 if backward or chip.capability != 9 else 16384
-        position_tile = max(16, min(128, elements // channel_tile))
-        if backward and channel_tile == 512 and (vector < 8 or tapped):
-            num_warps = 8
+    most = 128 if vector == 1 else 640 if backward or not channels_last else 1024
+    area = 5120 if backward else 16384
+    if not hopper:  # Triton 3.7 fails to compile held tiles for Blackwell's matrix units
+        most, area = 0 if backward or chip.capability > 9 else min(most, 512), 8192
+    held = half and head_tile <= 64 and padded <= most and padded * head_tile <= area
+    num_warps, num_stages, per_processor = 4, 3, 2
+    if held and not hopper:
+        position_tile = max(16, min(128, 8192 // next_power_of_2(padded)))
+    elif held and backward:
+        position_tile = 128 if padded <= 192 and not channels_last else 64
+        if padded > 192 or not channels_last:
+            num_warps, per_processor = 8, 1
+        if padded > 512:
+            channel_tile, parts = 64, -(-channels // 64)
+        if padded > 512 or (padded > 384 and (tapped or vector * itemsize < 16)):
+            num_stages = 2
+    elif held:
+        position_tile = 128 if padded <= 192 else 64 if padded <= 512 else 32
+        if padded * head_tile > 10240:
+            num_warps, num_stages = 8, 2
     else:
-        channel_tile = min(channel_tile, max(32, (128 if half else 64) * 16 // head_tile))
-        position_tile = 64 if half and vector > 1 else 32
-        if backward and vector == 1 and tapped:
+        parts = 0
+        channel_tile = min(next_power_of_2(max(channels, 16)), max(32, (2048 if half else 1024) // max(head_tile, 16)))
+        position_tile = 64 if half and vector > (1 if chip.capability <= 9 else 4) else 32
+        num_stages = 3 if half else 2
+        if half and hopper and vector > 1 and positions <= 256 and head_tile <= 16:  # whole images
+            position_tile = max(64, next_power_of_2(positions))
+            num_stages = 4 if channels_last else 3
+            if position_tile > 64:
+                channel_tile, num_warps = 64, 8
+        elif backward and vector == 1 and tapped:
             position_tile = 16
         if head_tile > 64:
             position_tile, num_warps = 32, 8
             channel_tile = channel_tile if half else 16
-        if backward and not (half and chip.capability == 9):
+        if backward and not (half and hopper):
             channel_tile, position_tile = min(channel_tile, 64), 16
             num_warps, num_stages = 4 if half else 8, 2
     position_tile = min(position_tile, max(16, next_power_of_2(positions)))
     tiles = -(-positions // position_tile)
-    # Enough programs to fill the chip about twice; a split forward costs a merge, so not for the last few percent.
-    full = 2 * images >= 3 * chip.processors and not backward
-    wanted = 1 if full else -(-2 * chip.processors // max(images, 1))
-    splits = max(1, min(tiles, wanted))
+    if backward:
+        splits = busiest_splits(max(images, 1), tiles, per_processor * chip.processors)
+    elif 4 * images <= chip.processors or (2 * images <= chip.processors and channels * positions * itemsize >= 2**19):
+        # A merge follows: worth its launch where most of the chip would idle, with two tiles a program at least.
+        splits = max(1, min(-(-tiles // 2), -(-2 * chip.processors // max(images, 1))))
+    else:
+        splits = 1
     split_length = -(-tiles // splits) * position_tile
     return SweepConfig(
         held=held,
         channel_tile=channel_tile,
+        parts=parts,
         head_tile=head_tile,
         position_tile=position_tile,
         splits=-(-positions // split_length),
         split_length=split_length,
+        per_processor=per_processor,
+        fused=backward and held and (padded * head_tile <= 3072 or (channels_last and not tapped)),
         num_warps=num_warps,
         num_stages=1 if itemsize == 8 else num_stages,
-        maxnreg=None if chip.capability == 9 else MOST_REGISTERS,
+        maxnreg=None if hopper else MOST_REGISTERS,
     )

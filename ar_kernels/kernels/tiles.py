@@ -1,12 +1,12 @@
 """What the kernels share: addressing of a feature map of any strides, and what launchers derive from a tensor."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 
 class MapStrides(NamedTuple):
@@ -22,9 +22,8 @@ class MapStrides(NamedTuple):
     wide: bool  # an offset inside one image can pass 2³¹
 
 
-def map_strides(tensor: Tensor) -> MapStrides:
-    sizes, strides = tensor.shape, tensor.stride()
-    if tensor.dim() == 3:
+def map_strides(sizes: Sequence[int], strides: Sequence[int], itemsize: int) -> MapStrides:
+    if len(sizes) == 3:
         (n, c, w), h = strides, 0
         flat = True
     else:
@@ -39,38 +38,34 @@ def map_strides(tensor: Tensor) -> MapStrides:
     unit, others = ("c", (n, h, w)) if c == 1 else ("s", (n, c, h)) if w == 1 else ("", (n, c, h, w))
     vector = 1
     if unit:
-        bits = 16 // tensor.element_size()
+        bits = 16 // itemsize
         for value in others:
             bits |= value
         if unit == "s":  # the last positions are masked a vector at a time
-            bits |= position_count(tensor)
-        vector = min(bits & -bits, 16 // tensor.element_size())
+            bits |= math.prod(sizes[2:])
+        vector = min(bits & -bits, 16 // itemsize)
     divided = [value if value == 1 and name == unit else value // vector for name, value in zip("ncs", (n, c, w))]
     return MapStrides(divided[0], divided[1], h // vector, divided[2], unit, vector, flat, last >= 2**31)
-
-
-def row_width(tensor: Tensor) -> int:
-    return tensor.shape[-1]
-
-
-def position_count(tensor: Tensor) -> int:
-    return math.prod(tensor.shape[2:])
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def matmul_precision(dtype: torch.dtype, head_tile: int) -> str:
-    """float32 products follow torch.backends.cuda.matmul.fp32_precision, as PyTorch's own do on the same device.
+def float32_precision(dtype: torch.dtype) -> str:
+    """What torch.backends.cuda.matmul.fp32_precision asks of a map's products: "tf32" or "ieee"."""
+    is_tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if is_tf32 else "ieee"
+
+
+def matmul_precision(dtype: torch.dtype, precision: str, head_tile: int) -> str:
+    """tl.dot's input_precision. precision: float32_precision's answer, for PyTorch's own products follow it as well.
 
     Full precision is three TF32 products on the matrix units, which keep 21 of float32's 24 bits in each term; with so
     many heads that those spill registers, plain multiplications.
     """
-    if dtype != torch.float32:
-        return "ieee"
-    if torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return "tf32"
+    if dtype != torch.float32 or precision == "tf32":
+        return precision
     return "tf32x3" if head_tile <= 64 else "ieee"
 
 
@@ -107,3 +102,19 @@ def tanh(t):
 def aligned(value, VECTOR: tl.constexpr):
     """A scalar that is a multiple of VECTOR, known as such to the compiler."""
     return value // VECTOR * VECTOR
+
+
+@triton.jit
+def load_rows(rows, heads, channels, C: tl.constexpr, HEADS: tl.constexpr):
+    """[HEADS, C] row by row → [C_tile, K_tile], 0 outside."""
+    real = (channels < C)[:, None] & (heads < HEADS)[None, :]
+    return tl.load(rows + heads[None, :] * C + channels[:, None], mask=real, other=0.0)
+
+
+@triton.jit
+def load_head_values(values, heads, HEADS: tl.constexpr, ACC: tl.constexpr):
+    """[HEADS] → [K_tile], 0 outside and for values that are None."""
+    result = tl.zeros([heads.shape[0]], ACC)
+    if values is not None:
+        result += tl.load(values + heads, mask=heads < HEADS, other=0.0).to(ACC)
+    return result

@@ -1,0 +1,120 @@
+"""What Python costs: host time of one small layer's forward and backward. python -m benchmarks.host [--profile]
+
+At N 2, C 64, 7×7, L 10, K 4 the GPU is always done before Python is, so the time of a block of calls is Python's and
+PyTorch's. It is told beside x * 2 on x [64, 256], forward and backward by torch.autograd.grad like the layer, in the
+same process: the speed of the machine cancels. Nothing is waited for inside a block; `tail_us` is what was still in the
+queue at its end, spread over its calls, and is small where the figure is the host's alone (on a CPU there is no queue).
+"""
+
+import argparse
+import cProfile
+import pstats
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from .cases import LAYOUTS, Case, Shard
+from .results import save
+from .rivals import RIVALS
+from .suite import Contender, Problem, error, our_contenders, rival_contender
+
+CASE = Case(2, 64, 7, 10)
+
+
+def blocks(call: Callable[[], object], calls: int, count: int, device: str) -> tuple[float, float]:
+    """Microseconds of a call, and of what it leaves in the queue: medians over `count` blocks of `calls` calls."""
+
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    times, tails = [], []
+    for _ in range(20):
+        call()
+    for _ in range(count):
+        wait()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        end = time.perf_counter()
+        wait()
+        times.append((end - start) * 1e6 / calls)
+        tails.append((time.perf_counter() - end) * 1e6 / calls)
+    return statistics.median(times), statistics.median(tails)
+
+
+def contenders(problem: Problem) -> list[Contender]:
+    """The layer by ours (default choice, triton, eager) and by every uncompiled rival."""
+    ours = [contender for contender in our_contenders(problem) if contender.operation == "layer"]
+    return ours + [rival_contender(problem, rival, "eager") for rival in RIVALS]
+
+
+def measure(dtype: str, layout: str, device: str, calls: int, count: int) -> list[dict]:
+    """Rows of the yardstick and of every contender; times over the yardstick, no time of a wrong result."""
+    problem = Problem(Shard(CASE, dtype, layout), device, maps=1)
+    x = torch.randn(64, 256, device=device, dtype=problem.maps[0].dtype, requires_grad=True)
+    ones = torch.ones_like(x)
+    base = {"dtype": dtype, "layout": layout}
+    yardstick, tail = blocks(lambda: torch.autograd.grad(x * 2, x, ones), calls, count, device)
+    rows = [base | {"implementation": "x * 2", "host_us": round(yardstick, 2), "tail_us": round(tail, 2)}]
+    z = problem.maps[0]
+    for contender in contenders(problem):
+        row = base | {"implementation": contender.name, "correct": error(contender, problem) <= 1}
+        if row["correct"]:
+            both, tail = blocks(partial(contender.forward_backward, z), calls, count, device)
+            with_graph, _ = blocks(partial(contender.function, z, *contender.parameters), calls, count, device)
+            forward, _ = blocks(partial(contender.forward, z), calls, count, device)
+            row |= {"host_us": round(both, 2), "tail_us": round(tail, 2), "over_yardstick": round(both / yardstick, 2)}
+            row |= {"forward_us": round(with_graph, 2), "forward_no_grad_us": round(forward, 2)}
+        rows.append(row)
+    return rows
+
+
+def profile(dtype: str, layout: str, device: str, calls: int) -> None:
+    """Prints where the host time of ours goes, by function.
+
+    The backward runs in this thread, not in autograd's own, where the profiler would not see it.
+    """
+    problem = Problem(Shard(CASE, dtype, layout), device, maps=1)
+    ours = contenders(problem)[0]
+    with torch.autograd.set_multithreading_enabled(False):
+        for _ in range(20):
+            ours.forward_backward(problem.maps[0])
+        profiler = cProfile.Profile()
+        profiler.enable()
+        for _ in range(calls):
+            ours.forward_backward(problem.maps[0])
+        profiler.disable()
+    print(f"{dtype} {layout}: {calls} calls, seconds under the profiler (tottime: in the function itself)")
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=None, help="folder of the JSON file (default: benchmarks/results)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=None, help="default: cuda where there is one")
+    parser.add_argument("--calls", type=int, default=500, help="calls in a block")
+    parser.add_argument("--blocks", type=int, default=5, help="blocks, of which the median is told")
+    parser.add_argument("--layout", choices=tuple(LAYOUTS), default="contiguous")
+    parser.add_argument("--profile", action="store_true", help="print where ours spends its time instead")
+    arguments = parser.parse_args()
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.allow_tf32 = False
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        if arguments.profile:
+            profile(dtype, arguments.layout, device, arguments.calls)
+            continue
+        for row in measure(dtype, arguments.layout, device, arguments.calls, arguments.blocks):
+            rows.append(row)
+            print(*(f"{name} {value}" for name, value in row.items()), sep="  ", flush=True)
+    if rows:
+        print(save("host", {"case": str(CASE), "rows": rows}, arguments.out))
+
+
+if __name__ == "__main__":
+    main()

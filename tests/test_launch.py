@@ -1,0 +1,168 @@
+"""Direct launches of compiled kernels: when they are taken, what they hand over, and that results are the same."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="the triton package is not installed")
+
+import triton.language as tl  # noqa: E402
+
+from ar_kernels.kernels import launch  # noqa: E402
+
+
+def add(x, y, out, length, shift, BLOCK: tl.constexpr, NEGATE: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + offsets, mask=offsets < length).to(tl.float32) + shift
+    if y is not None:
+        value += tl.load(y + offsets, mask=offsets < length).to(tl.float32)
+    if NEGATE:
+        value = -value
+    tl.store(out + offsets, value, mask=offsets < length)
+
+
+add_kernel = triton.jit(do_not_specialize=["length", "shift"])(add)
+CONSTANTS = {"BLOCK": 128, "NEGATE": True, "num_warps": 4}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Launches go to lists: `ordinary` (what JITFunction.run was given), `direct` (what a compiled kernel was)."""
+    ordinary, direct = [], []
+    current = SimpleNamespace(device=0)
+    active = SimpleNamespace(get_current_device=lambda: current.device, get_current_stream=lambda device: 7 + device)
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=active))
+
+    class Compiled(triton.compiler.CompiledKernel):
+        def __init__(self):
+            pass
+
+        def __getitem__(self, grid):
+            return lambda *arguments: direct.append((grid, arguments))
+
+    def run(*arguments, grid, warmup, **options):
+        ordinary.append((grid, arguments, options))
+        return Compiled()
+
+    kernel = triton.JITFunction(add, do_not_specialize=["length", "shift"])
+    kernel.run = run
+    return SimpleNamespace(kernel=kernel, ordinary=ordinary, direct=direct, current=current)
+
+
+def test_the_second_call_is_direct(calls):
+    x, y, out = torch.zeros(3, 256)
+    call = launch.Launch(calls.kernel, (2,), (256, 3), **CONSTANTS)
+    call(x, y, out)
+    assert calls.ordinary == [((2, 1, 1), (x, y, out, 256, 3), CONSTANTS)] and calls.direct == []
+    call(x, y, out)
+    call(x, y, x)
+    assert len(calls.ordinary) == 1
+    assert calls.direct == [
+        ((2, 1, 1), (x.data_ptr(), y.data_ptr(), out.data_ptr(), 256, 3, 128, True)),
+        ((2, 1, 1), (x.data_ptr(), y.data_ptr(), x.data_ptr(), 256, 3, 128, True)),
+    ]
+
+
+def test_what_specialises_a_kernel_compiles_its_own(calls):
+    """dtypes, None, the device; an unaligned pointer goes the ordinary way each time."""
+    x, y, out = torch.zeros(3, 256)
+    call = launch.Launch(calls.kernel, (2,), (255, 3), **CONSTANTS)
+    variants = [(x, y, out), (x.bfloat16(), y, out), (x, None, out), (x, y, out.bfloat16())]
+    for tensors in variants:
+        call(*tensors)
+        call(*tensors)
+    assert len(calls.ordinary) == len(calls.direct) == len(variants)
+    calls.current.device = 1
+    call(x, y, out)
+    assert len(calls.ordinary) == len(variants) + 1
+    for _ in range(2):
+        call(x[1:], y[1:], out[1:])
+    assert len(calls.ordinary) == len(variants) + 3 and len(calls.direct) == len(variants)
+
+
+def test_hooks_before_a_run_see_every_launch(calls):
+    call = launch.Launch(calls.kernel, (2,), (256, 3), **CONSTANTS)
+    tensors = torch.zeros(3, 256).unbind()
+    call(*tensors)
+    calls.kernel.pre_run_hooks.append(lambda *arguments, **options: None)
+    call(*tensors)
+    assert len(calls.ordinary) == 2 and calls.direct == []
+
+
+@pytest.mark.parametrize("change", ["result", "constexpr"])
+def test_another_triton_is_launched_the_ordinary_way(change, calls):
+    """Where run returns no CompiledKernel, or a constexpr is left to its default."""
+    constants = dict(CONSTANTS)
+    if change == "result":
+        run = calls.kernel.run
+        calls.kernel.run = lambda *arguments, **options: run(*arguments, **options) and None
+    else:
+        del constants["NEGATE"]
+    call = launch.Launch(calls.kernel, (2,), (256, 3), **constants)
+    for _ in range(3):
+        call(*torch.zeros(3, 256))
+    assert len(calls.ordinary) == 3 and calls.direct == []
+
+
+def test_the_installed_triton_hands_over_what_it_is_given():
+    """CompiledKernel[grid] with the device's part replaced: the stream, the hooks and every argument arrive."""
+    received = []
+    compiled = object.__new__(triton.compiler.CompiledKernel)
+    compiled.module = compiled.src = object()
+    compiled.name, compiled.function, compiled.packed_metadata = "add", "function", "metadata"
+    compiled._run = lambda *arguments: received.append(arguments)
+    compiled[(2, 1, 1)](1, 2, 0, 256, True, stream=5)
+    (arguments,) = received
+    assert arguments[:6] == (2, 1, 1, 5, "function", "metadata")
+    hooks = (triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook)
+    assert arguments[7:] == (*hooks, 1, 2, 0, 256, True)
+
+
+def test_results(device):
+    """Three calls with new tensors each: in the interpreter, or compiled once and then launched directly."""
+    call = launch.Launch(add_kernel, (2,), (200, 3), **CONSTANTS)
+    for _ in range(3):
+        x, y = torch.randn(2, 256, device=device)
+        out = torch.zeros(256, device=device)
+        call(x, y, out)
+        want = torch.where(torch.arange(256, device=device) < 200, -(x + y + 3), 0)
+        torch.testing.assert_close(out, want)
+    assert bool(call._compiled) == (device.type == "cuda")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_later_calls_are_direct(device, monkeypatch):
+    """The ordinary way is closed after the first call; streams, CUDA graphs and Triton's hooks work as before."""
+    x, y, out = torch.zeros(3, 256, device=device)
+    x += 1
+    call = launch.Launch(add_kernel, (2,), (256, 3), **CONSTANTS)
+    call(x, y, out)
+    monkeypatch.setattr(launch.Launch, "_ordinary", lambda *arguments: pytest.fail("launched the ordinary way"))
+    y += 2
+    call(x, y, out)
+    assert (out == -6).all()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        y += 1
+        call(x, y, out)
+    stream.synchronize()
+    assert (out == -7).all()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call(x, y, out)
+    out.zero_()
+    graph.replay()
+    assert (out == -7).all()
+    seen = []
+
+    def hook(metadata):
+        seen.append(metadata.get()["name"])
+
+    triton.knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        call(x, y, out)
+    finally:
+        triton.knobs.runtime.launch_enter_hook.remove(hook)
+    assert len(seen) == 1
