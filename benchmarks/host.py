@@ -4,6 +4,8 @@ At N 2, C 64, 7×7, L 10, K 4 the GPU is always done before Python is, so the ti
 PyTorch's. It is told beside x * 2 on x [64, 256], forward and backward by torch.autograd.grad like the layer, in the
 same process: the speed of the machine cancels. Nothing is waited for inside a block; `tail_us` is what was still in the
 queue at its end, spread over its calls, and is small where the figure is the host's alone (on a CPU there is no queue).
+PyTorch runs the backward of CUDA tensors in a thread of its own; `one_thread_us` is the time without it, which tells
+what handing over costs.
 """
 
 import argparse
@@ -59,16 +61,27 @@ def measure(dtype: str, layout: str, device: str, calls: int, count: int) -> lis
     x = torch.randn(64, 256, device=device, dtype=problem.maps[0].dtype, requires_grad=True)
     ones = torch.ones_like(x)
     base = {"dtype": dtype, "layout": layout}
-    yardstick, tail = blocks(lambda: torch.autograd.grad(x * 2, x, ones), calls, count, device)
+
+    def double() -> object:
+        return torch.autograd.grad(x * 2, x, ones)
+
+    def in_one_thread(call: Callable[[], object]) -> float:
+        with torch.autograd.set_multithreading_enabled(False):
+            return round(blocks(call, calls, count, device)[0], 2)
+
+    yardstick, tail = blocks(double, calls, count, device)
     rows = [base | {"implementation": "x * 2", "host_us": round(yardstick, 2), "tail_us": round(tail, 2)}]
+    rows[0]["one_thread_us"] = in_one_thread(double)
     z = problem.maps[0]
     for contender in contenders(problem):
         row = base | {"implementation": contender.name, "correct": error(contender, problem) <= 1}
         if row["correct"]:
-            both, tail = blocks(partial(contender.forward_backward, z), calls, count, device)
+            call = partial(contender.forward_backward, z)
+            both, tail = blocks(call, calls, count, device)
             with_graph, _ = blocks(partial(contender.function, z, *contender.parameters), calls, count, device)
             forward, _ = blocks(partial(contender.forward, z), calls, count, device)
             row |= {"host_us": round(both, 2), "tail_us": round(tail, 2), "over_yardstick": round(both / yardstick, 2)}
+            row["one_thread_us"] = in_one_thread(call)
             row |= {"forward_us": round(with_graph, 2), "forward_no_grad_us": round(forward, 2)}
         rows.append(row)
     return rows

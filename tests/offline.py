@@ -90,8 +90,9 @@ def compile_launch(kernel, args, kwargs, capability):
     }
 
 
-def record_layer(capability, dtype, channels, side, heads, channels_last, mean=False):
+def record_layer(capability, dtype, channels, side, heads, channels_last, mean=False, tf32=False):
     """The launches of a whole layer, forward and backward, of one shape: tapped, its logits with a gradient."""
+    torch.backends.cuda.matmul.allow_tf32 = tf32
     layout = torch.channels_last if channels_last else torch.contiguous_format
     z = torch.empty(128, channels, side, side, dtype=dtype, device="cpu").to(memory_format=layout)
     w = torch.empty(heads, channels, dtype=dtype)
@@ -158,6 +159,7 @@ def check(task):
 
 def main(capabilities):
     tasks = [(record_layer, c, d, *case) for d, case, c in itertools.product(DTYPES, LAYERS, capabilities)]
+    tasks += [(record_layer, c, torch.float32, *case, True) for case, c in itertools.product(LAYERS[:2], capabilities)]
     tasks += [(record_rectify, c, torch.bfloat16, mix) for mix, c in itertools.product(("logit", "prob"), capabilities)]
     faults = 0
     with ProcessPoolExecutor() as pool:

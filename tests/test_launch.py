@@ -166,3 +166,15 @@ def test_on_a_gpu_later_calls_are_direct(device, monkeypatch):
     finally:
         triton.knobs.runtime.launch_enter_hook.remove(hook)
     assert len(seen) == 1
+
+
+def test_prepare_compiles_once_and_launches_nothing(calls):
+    x, y, out = torch.zeros(3, 256)
+    warm = []
+    calls.kernel.warmup = lambda *arguments, grid, **options: warm.append((grid, arguments, options))
+    call = launch.Launch(calls.kernel, (2,), (256, 3), **CONSTANTS)
+    assert not call.prepared
+    call.prepare(x, y, out)
+    call.prepare(x, y, out)
+    assert call.prepared and warm == [((2, 1, 1), (x, y, out, 256, 3), CONSTANTS)]
+    assert calls.ordinary == calls.direct == []

@@ -164,10 +164,10 @@ def pooled_gradient_kernel(
 
 
 @triton.jit
-def _pair(even, odd, kind: tl.constexpr):
-    """[R, K_tile] twice → [R, 2 K_tile] in dtype kind, column by column in turn: neighbours share a thread, so nothing
-    moves. Cast after the reshape: Triton 3.7 fails on a matrix product straight from one."""
-    return tl.reshape(tl.join(even, odd), [even.shape[0], 2 * even.shape[1]]).to(kind)
+def _pair(even, odd):
+    """[R, K_tile] twice → [R, 2 K_tile], column by column in turn: neighbours share a thread, so nothing moves. Triton
+    fails to compile some matrix products straight from this: callers have a cast or a mask in between."""
+    return tl.reshape(tl.join(even, odd), [even.shape[0], 2 * even.shape[1]])
 
 
 @triton.jit
@@ -182,17 +182,17 @@ def _mask_gradient(
     both, shift, delta, s, end, n, heads, grad_logits, scale, positions,
     HEADS: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dℓ and a of one tile, [S_tile, K_tile] each, from both = W_H Z and dP Z as a pair. shift: lse − b_H."""
+    """dℓ and a of one tile as a pair, from both = W_H Z and dP Z as a pair; [S_tile, 2 K_tile]. shift: lse − b_H."""
     logit, da = tl.split(tl.reshape(both, [both.shape[0], both.shape[1] // 2, 2]))
-    real = (s < end)[:, None] & (heads < HEADS)[None, :]
-    a = tl.where(real, tl.exp(logit - shift[None, :]), 0.0)
+    attends = (heads < HEADS)[None, :]
+    a = tl.where(attends, tl.exp(logit - shift[None, :]), 0.0)
     dl = a * (da - delta[None, :])
     if grad_logits is not None:
         offsets = n * HEADS * positions + heads[None, :] * positions + s[:, None]
-        dl += scale * tl.load(grad_logits + offsets, mask=real, other=0.0)
+        dl += scale * tl.load(grad_logits + offsets, mask=(s < end)[:, None] & attends, other=0.0)
     if ROWS > HEADS:
-        a = tl.where((s < end)[:, None] & (heads == HEADS)[None, :], 1.0 / positions.to(ACC), a)
-    return tl.where(real, dl, 0.0), a
+        a = tl.where((heads == HEADS)[None, :], 1.0 / positions.to(ACC), a)
+    return tl.where((s < end)[:, None], _pair(tl.where(attends, dl, 0.0), a), 0.0)
 
 
 @triton.jit
@@ -293,7 +293,7 @@ def held_kernel(
                 )
                 dp = (dp * scale).to(kind).to(ACC)  # δ is made of dP as it is rounded, as in pooled_gradient_kernel
                 center += tl.sum(dp * load_rows(pooled + n * (HEADS * C), heads, c, C, HEADS), axis=0)
-                w_dp = w_dp + (_pair(load_rows(w, heads, c, C, HEADS).to(ACC), dp, kind),)
+                w_dp = w_dp + (_pair(load_rows(w, heads, c, C, HEADS).to(ACC), dp).to(kind),)
             else:
                 w_dp = w_dp + (load_rows(pairs + n * (2 * ROWS * C), tl.arange(0, 2 * K_TILE), c, C, 2 * ROWS),)
         if SCALED:
@@ -313,10 +313,9 @@ def held_kernel(
                 z_tile = tl.load(z_n + offsets, mask=(s < end)[:, None] & (c < C)[None, :], other=0.0)
                 both = tl.dot(z_tile, w_dp[i], both, input_precision=PRECISION, out_dtype=ACC)
                 z_tiles = z_tiles + (z_tile,)
-            dl, a = _mask_gradient(
+            dl_a = _mask_gradient(
                 both, shift, center, s, end, n, heads, grad_logits, scale, positions, HEADS, ROWS, ACC
-            )
-            dl_a = _pair(dl, a, kind)
+            ).to(kind)
             if dw is not None:
                 grown = ()
                 for i in tl.static_range(PARTS):
@@ -379,10 +378,9 @@ def chunked_kernel(
                 z_tile = tl.load(z_n + offsets, mask=(s < end)[:, None] & (c < C)[None, :], other=0.0)
                 w_dp = load_rows(pairs_n, paired, c, C, 2 * ROWS)
                 both = tl.dot(z_tile, w_dp, both, input_precision=PRECISION, out_dtype=ACC)
-            dl, a = _mask_gradient(
+            dl_a = _mask_gradient(
                 both, shift, center, s, end, n, heads, grad_logits, scale, positions, HEADS, ROWS, ACC
-            )
-            dl_a = _pair(dl, a, kind)
+            ).to(kind)
             fresh = (row == program) & (start == begin)
             tl.debug_barrier()  # this program's earlier sums in dw are written
             for first in range(0, C, C_TILE):

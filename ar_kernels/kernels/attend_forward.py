@@ -303,8 +303,8 @@ class _Plan(NamedTuple):
     """What is launched for maps of one shape, strides and dtype."""
 
     sweep: Launch
-    merge: Launch | None
-    rows: int  # (image, split), where the sweep writes parts; else 0
+    merge: Launch | None  # None: no batch of such maps needs one
+    rows: int  # (image, split), where the sweep writes parts that are to be merged; else 0
     gets_parts: bool  # or the kernel is compiled without
 
 
@@ -344,13 +344,14 @@ def _plan(
     )  # fmt: skip
     whole = not config.held and config.position_tile >= positions
     merge = None
-    if config.splits > 1 or not (config.held or whole):
+    if config.position_tile < positions:
         tile = min(next_power_of_2(channels), max(16, 2048 // config.head_tile))
         merge = Launch(
             merge_kernel, (images,), (config.splits,), **constants, C_TILE=tile, J_TILE=32,
             num_warps=4, maxnreg=MOST_REGISTERS,
         )  # fmt: skip
-    return _Plan(sweep, merge, images * config.splits if merge else 0, not whole)
+    merges = config.splits > 1 or not (config.held or whole)
+    return _Plan(sweep, merge, images * config.splits if merges else 0, not whole)
 
 
 def attend_forward(
@@ -380,4 +381,8 @@ def attend_forward(
         parts = tuple(lse.new_empty(plan.rows, rows, *more) for more in ((), (), (channels,)))
     plan.sweep(z, w, b, score_w, score_b, pooled, lse, logits, mean, scores, gates, features, *parts)
     if plan.merge is not None:
-        plan.merge(score_w, score_b, pooled, lse, mean, scores, gates, features, *parts)
+        inputs = (score_w, score_b, pooled, lse, mean, scores, gates, features, *parts)
+        if plan.rows:
+            plan.merge(*inputs)
+        elif not plan.merge.prepared:  # a smaller batch of such maps is not to wait for a compiler
+            plan.merge.prepare(*inputs)

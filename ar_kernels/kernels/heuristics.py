@@ -88,7 +88,7 @@ def sweep_config(
     half, hopper = itemsize == 2, chip.capability == 9
     # Heads are the narrow side of the matrix products, 8 the least width of one. Hopper's matrix units start at 16:
     # they read channels_last tiles better than the older instructions do, and the backward pairs each head's columns.
-    narrow = backward or (hopper and not channels_last and channels < 512)
+    narrow = backward or (half and hopper and not channels_last and channels < 512)
     head_tile = max(8 if narrow else 16, next_power_of_2(heads))
     channel_tile, parts = channel_parts(channels, 128 if backward else 256)
     padded = channel_tile * parts
@@ -119,11 +119,13 @@ def sweep_config(
         channel_tile = min(next_power_of_2(max(channels, 16)), max(32, (2048 if half else 1024) // max(head_tile, 16)))
         position_tile = 64 if half and vector > (1 if chip.capability <= 9 else 4) else 32
         num_stages = 3 if half else 2
-        if half and hopper and vector > 1 and positions <= 256 and head_tile <= 16:  # whole images
+        if half and hopper and positions <= (256 if vector > 1 else 64) and head_tile <= 16:  # whole images
             position_tile = max(64, next_power_of_2(positions))
             num_stages = 4 if channels_last else 3
-            if position_tile > 64:
-                channel_tile, num_warps = 64, 8
+            if position_tile > 64 or (backward and vector == 1):
+                channel_tile = min(channel_tile, 64)
+            if position_tile > 64 or vector == 1:
+                num_warps = 8
         elif backward and vector == 1 and tapped:
             position_tile = 16
         if head_tile > 64:

@@ -37,6 +37,7 @@ class Launch:
         self.grid = (*grid, 1, 1)[:3]
         self.sizes = sizes
         self.constants = constants
+        self.prepared = False
         self._compiled: dict[tuple, Callable] = {}
         # Triton's interpreter compiles nothing. On ROCm a kernel is specialised by its tensors' sizes too.
         self._direct = isinstance(kernel, triton.JITFunction) and torch.version.hip is None
@@ -56,6 +57,12 @@ class Launch:
             self._compile(kinds, tensors)
         else:
             run(*addresses, *self._tail)
+
+    def prepare(self, *tensors: Tensor | None) -> None:
+        """Compiles what a call with such tensors will need, once; launches nothing."""
+        if self._direct and not self.prepared:
+            self.kernel.warmup(*tensors, *self.sizes, grid=self.grid, **self.constants)
+        self.prepared = True
 
     def _ordinary(self, tensors: tuple[Tensor | None, ...]) -> Any:
         return self.kernel[self.grid](*tensors, *self.sizes, **self.constants)

@@ -1,0 +1,54 @@
+"""How sweeps are cut: everything is covered, and what is compiled does not depend on the batch."""
+
+import pytest
+
+pytest.importorskip("triton", reason="the triton package is not installed")
+
+from ar_kernels.kernels.heuristics import Chip, busiest_splits, channel_parts, sweep_config  # noqa: E402
+
+CHANNELS = (1, 3, 16, 64, 65, 96, 160, 320, 384, 640, 1024, 2048)
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("most", [128, 256])
+def test_channel_parts_hold_all_channels_and_waste_less_than_one(channels, most):
+    tile, count = channel_parts(channels, most)
+    assert tile & (tile - 1) == 0 and 16 <= tile <= most
+    assert (count - 1) * tile < channels <= count * tile
+
+
+@pytest.mark.parametrize(
+    "images, tiles, programs, splits",
+    [(128, 16, 132, 1), (128, 16, 264, 2), (64, 4, 132, 2), (8, 13, 132, 13), (256, 49, 132, 1), (1, 49, 132, 49)],
+)
+def test_splits_keep_programs_busy(images, tiles, programs, splits):
+    assert busiest_splits(images, tiles, programs) == splits
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("capability", [8, 9, 10])
+def test_splits_cover_every_position_and_tiles_are_those_of_any_batch(backward, channels_last, itemsize, capability):
+    for channels in CHANNELS:
+        for positions in (1, 49, 196, 1024, 3136):
+            compiled = set()
+            for images in (1, 2, 8, 33, 64, 128, 257):
+                arguments = (images, channels, positions, 4, itemsize, 4, channels_last, Chip(132, capability))
+                config = sweep_config(*arguments, backward=backward)
+                assert config.splits * config.split_length >= positions > (config.splits - 1) * config.split_length
+                assert config.split_length % config.position_tile == 0
+                assert not config.held or config.parts * config.channel_tile >= channels
+                assert not config.fused or config.held
+                names = (
+                    "held",
+                    "channel_tile",
+                    "parts",
+                    "head_tile",
+                    "position_tile",
+                    "fused",
+                    "num_warps",
+                    "num_stages",
+                )
+                compiled.add(tuple(getattr(config, name) for name in names))
+            assert len(compiled) == 1, (channels, positions)
