@@ -27,10 +27,10 @@ from .tiles import (
     float32_precision,
     load_head_values,
     load_rows,
+    load_tile,
     map_strides,
     matmul_precision,
     tanh,
-    tile_offsets,
 )
 
 
@@ -147,8 +147,7 @@ def held_kernel(
         z_tiles = ()
         for i in tl.static_range(PARTS):
             c = i * C_TILE + channels
-            offsets = tile_offsets(s, c, width, stride_c, stride_h, stride_w, UNIT, VECTOR, FLAT, WIDE)
-            z_tile = tl.load(z_n + offsets, mask=(s < end)[:, None] & (c < C)[None, :], other=0.0)
+            z_tile = load_tile(z_n, s, end, c, width, stride_c, stride_h, stride_w, C, UNIT, VECTOR, FLAT, WIDE)
             logit = tl.dot(z_tile, w_tiles[i], logit, input_precision=PRECISION, out_dtype=ACC)
             z_tiles = z_tiles + (z_tile,)
         logit += bias[None, :]
@@ -223,8 +222,7 @@ def chunked_kernel(
         logit = tl.zeros([S_TILE, K_TILE], ACC)
         for first in range(0, C, C_TILE):
             c = first + channels
-            offsets = tile_offsets(s, c, width, stride_c, stride_h, stride_w, UNIT, VECTOR, FLAT, WIDE)
-            z_tile = tl.load(z_n + offsets, mask=(s < end)[:, None] & (c < C)[None, :], other=0.0)
+            z_tile = load_tile(z_n, s, end, c, width, stride_c, stride_h, stride_w, C, UNIT, VECTOR, FLAT, WIDE)
             w_tile = load_rows(w, heads, c, C, HEADS).to(kind)
             logit = tl.dot(z_tile, w_tile, logit, input_precision=PRECISION, out_dtype=ACC)
         logit += bias[None, :]
@@ -236,8 +234,7 @@ def chunked_kernel(
             tl.debug_barrier()  # the sums of the tile before are written
         for first in range(0, C, C_TILE):
             c = first + channels
-            offsets = tile_offsets(s, c, width, stride_c, stride_h, stride_w, UNIT, VECTOR, FLAT, WIDE)
-            z_tile = tl.load(z_n + offsets, mask=(s < end)[:, None] & (c < C)[None, :], other=0.0)
+            z_tile = load_tile(z_n, s, end, c, width, stride_c, stride_h, stride_w, C, UNIT, VECTOR, FLAT, WIDE)
             if part_p is None:
                 p_tile = tl.dot(tl.trans(z_tile), p, input_precision=PRECISION, out_dtype=ACC) / d[None, :]
                 t += _store_pooled(p_tile, n, heads, c, pooled, mean, score_w, C, HEADS)

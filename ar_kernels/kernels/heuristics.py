@@ -86,10 +86,8 @@ def sweep_config(
     """The cut of one sweep. heads counts the mean's row too; itemsize is the feature map's, in bytes; vector is how
     many of its elements load at once; tapped: the backward also reads an upstream gradient."""
     half, hopper = itemsize == 2, chip.capability == 9
-    # Heads are the narrow side of the matrix products, 8 the least width of one. Hopper's matrix units start at 16:
-    # they read channels_last tiles better than the older instructions do, and the backward pairs each head's columns.
-    narrow = backward or (half and hopper and not channels_last and channels < 512)
-    head_tile = max(8 if narrow else 16, next_power_of_2(heads))
+    # Heads are the narrow side of the matrix products, 8 the least width of one; the backward pairs each head's columns.
+    head_tile = max(8 if backward or (half and hopper) else 16, next_power_of_2(heads))
     channel_tile, parts = channel_parts(channels, 128 if backward else 256)
     padded = channel_tile * parts
     # Hopper's matrix units read tiles from shared memory; elsewhere, in float32, and where wide tiles load element by
@@ -111,7 +109,7 @@ def sweep_config(
         if padded > 512 or (padded > 384 and (tapped or vector * itemsize < 16)):
             num_stages = 2
     elif held:
-        position_tile = 128 if padded <= 192 else 64 if padded <= 512 else 32
+        position_tile = 128 if padded <= 192 else 64 if padded <= (384 if head_tile == 8 else 512) else 32
         if padded * head_tile > 10240:
             num_warps, num_stages = 8, 2
     else:

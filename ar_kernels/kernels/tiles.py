@@ -92,6 +92,22 @@ def tile_offsets(
 
 
 @triton.jit
+def load_tile(
+    z, positions, end, channels, width, stride_c, stride_h, stride_w,
+    C: tl.constexpr, UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """[S_tile, C_tile] of an image, 0 outside. Loaded with what is adjacent in memory first: only then do both products
+    that read a tile, itself and transposed, get it copied ahead of its turn on the older matrix instructions."""
+    offsets = tile_offsets(positions, channels, width, stride_c, stride_h, stride_w, UNIT, VECTOR, FLAT, WIDE)
+    real = (positions < end)[:, None] & (channels < C)[None, :]
+    if UNIT == "c":
+        tile = tl.trans(tl.load(z + tl.trans(offsets), mask=tl.trans(real), other=0.0))
+    else:
+        tile = tl.load(z + offsets, mask=real, other=0.0)
+    return tile
+
+
+@triton.jit
 def tanh(t):
     e = tl.exp(-2.0 * tl.abs(t))
     y = (1.0 - e) / (1.0 + e)
