@@ -21,6 +21,8 @@ def attend(
     positions = maps.flatten(2)  # [N, C, S]
     if weight.dim() == 4:
         logits = F.conv2d(maps, weight, padding=1).flatten(2)
+    elif positions.stride(2) == 1:
+        logits = torch.bmm(weight.expand(positions.shape[0], -1, -1), positions)  # @ would copy the map to fold it
     else:
         logits = weight @ positions
     if mask_bias is not None:

@@ -61,6 +61,7 @@ def _rivals(shards: list[tuple[str, dict]], where: str) -> Figure:
     figure = Figure(figsize=(9, 1.9 + 0.42 * len(shards)), layout="constrained")
     axes = figure.add_subplot()
     _axes(figure, axes, [name for name, _ in shards])
+    drawn = set()
     for y, (_, rows) in enumerate(shards):
         times = {
             name: row["p50_us"]
@@ -74,17 +75,22 @@ def _rivals(shards: list[tuple[str, dict]], where: str) -> Figure:
             style = {"linestyle": "", "marker": marker, "markeredgecolor": colour, "markersize": 7, "zorder": 3}
             compiled = [us for name, us in times.items() if name.startswith(kind + "+") and is_rival(name)]
             if kind in times:
+                drawn.add(kind)
                 axes.plot(times[kind], y, markerfacecolor=colour, **style)
             if compiled:
+                drawn |= {kind, "compiled"}
                 axes.plot(min(compiled), y, markerfacecolor="none", markeredgewidth=1.5, **style)
         if "ours" in times:
             axes.plot(times["ours"], y, marker="D", markersize=9, color=OURS, zorder=4)
     axes.set_xscale("log")
     axes.set_xlabel("device time of one layer, forward and backward, µs (p50)")
     handles = [Line2D([], [], linestyle="", marker="D", color=OURS, label="ours")]
-    handles += [Line2D([], [], linestyle="", marker=m, color=c, label=text) for c, m, text in KINDS.values()]
-    hollow = {"markerfacecolor": "none", "markeredgecolor": "black"}
-    handles.append(Line2D([], [], linestyle="", marker="o", label="hollow: torch.compile", **hollow))
+    for kind, (colour, marker, text) in KINDS.items():
+        if kind in drawn:
+            handles.append(Line2D([], [], linestyle="", marker=marker, color=colour, label=text))
+    if "compiled" in drawn:
+        hollow = {"markerfacecolor": "none", "markeredgecolor": "black"}
+        handles.append(Line2D([], [], linestyle="", marker="o", label="hollow: torch.compile", **hollow))
     handles.append(
         Line2D([], [], linestyle="", marker="|", markersize=12, color=GREY, label="floor: one read, one copy")
     )

@@ -86,10 +86,12 @@ def sweep_config(
     """The cut of one sweep. heads counts the mean's row too; itemsize is the feature map's, in bytes; vector is how
     many of its elements load at once; tapped: the backward also reads an upstream gradient."""
     half, hopper = itemsize == 2, chip.capability == 9
-    # Heads are the narrow side of the matrix products, 8 the least width of one; the backward pairs each head's columns.
-    head_tile = max(8 if backward or (half and hopper) else 16, next_power_of_2(heads))
     channel_tile, parts = channel_parts(channels, 128 if backward else 256)
     padded = channel_tile * parts
+    # Heads are the narrow side of the matrix products. 8 is the least width of one, for the backward has two columns for
+    # each; 16 is the least of Hopper's own matrix units, which leave registers free for the long rows that NCHW wants.
+    narrow = backward or (half and hopper and (channels_last or not 384 < padded <= 512))
+    head_tile = max(8 if narrow else 16, next_power_of_2(heads))
     # Hopper's matrix units read tiles from shared memory; elsewhere, in float32, and where wide tiles load element by
     # element, held tiles spill registers.
     most = 128 if vector == 1 else 640 if backward or not channels_last else 1024
