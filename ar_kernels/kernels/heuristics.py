@@ -88,8 +88,8 @@ def sweep_config(
     half, hopper = itemsize == 2, chip.capability == 9
     channel_tile, parts = channel_parts(channels, 128 if backward else 256)
     padded = channel_tile * parts
-    # Heads are the narrow side of the matrix products. 8 is the least width of one, for the backward has two columns for
-    # each; 16 is the least of Hopper's own matrix units, which leave registers free for the long rows that NCHW wants.
+    # Heads are the narrow side of the matrix products. 8 is the least width of one (the backward has two columns for
+    # each head), 16 that of Hopper's own matrix units, which leave registers free for the long rows that NCHW wants.
     narrow = backward or (half and hopper and (channels_last or not 384 < padded <= 512))
     head_tile = max(8 if narrow else 16, next_power_of_2(heads))
     # Hopper's matrix units read tiles from shared memory; elsewhere, in float32, and where wide tiles load element by
