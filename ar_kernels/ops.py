@@ -14,11 +14,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 from . import eager
 from .reference import accumulator_dtype
+
+try:  # what Function.apply itself goes by, in torch 2.11 to 2.13
+    from torch._C import _are_functorch_transforms_active as _functorch_is_active
+    from torch._functorch.utils import unwrap_dead_wrappers as _unwrap_dead_wrappers
+except ImportError:  # another torch: every call goes through Function.apply
+    _functorch_is_active = _unwrap_dead_wrappers = None
 
 _library = torch.library.Library("ar_kernels", "DEF")
 
@@ -36,10 +41,10 @@ def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 
     Where nothing records, the forward alone. What torch.compile and functorch see is function.apply itself.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if _functorch_is_active is None or torch.compiler.is_compiling() or _functorch_is_active():
         return function.apply(*arguments)
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-        return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(arguments))
+        return super(torch.autograd.Function, function).apply(*_unwrap_dead_wrappers(arguments))
     return function.forward(*arguments)
 
 
