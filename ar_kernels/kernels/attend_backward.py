@@ -256,7 +256,7 @@ def held_kernel(
     channels = tl.arange(0, C_TILE)
     kind = z.dtype.element_ty
     bias = load_head_values(b, heads, HEADS, ACC)
-    dw_sums = ()
+    dw_sums = ()  # dW_H in even columns; a Zᵀ in odd ones is not used, but Hopper's matrix units start at 16 columns
     for _ in tl.static_range(PARTS):
         dw_sums = dw_sums + (tl.zeros([C_TILE, 2 * K_TILE], ACC),)
     scale = 1.0
