@@ -17,12 +17,14 @@ SHAPES = {
     "split over positions": {"n": 1, "c": 40, "h": 17, "w": 19, "k": 3},
     "more images than programs": {"n": 10, "c": 8, "h": 3, "w": 3, "k": 2},
     "aligned rows": {"n": 3, "c": 32, "h": 8, "w": 16, "k": 4, "globals": 2},
+    "channels in parts": {"n": 3, "c": 160, "h": 4, "w": 8, "k": 4, "globals": 2},
     "channels in chunks": {"n": 2, "c": 530, "h": 4, "w": 9, "k": 3, "globals": 2},
     "64 heads": {"n": 2, "c": 70, "h": 4, "w": 5, "k": 64},
     "one row": {"n": 2, "c": 6, "h": 1, "w": 37, "k": 2, "mean": False, "tap": False},
     "ungated, no biases": {"n": 2, "c": 12, "h": 4, "w": 4, "gated": False, "bias": False},
     "ungated beside global heads": {"n": 2, "c": 12, "h": 4, "w": 4, "gated": False, "globals": 2},
 }
+SHAPES_OF_BUDGET = ["global heads", "aligned rows", "split over positions", "channels in parts", "channels in chunks"]
 LAYOUTS = {"contiguous": None, "channels_last": channels_last, "batch_last": batch_last, "slice": slice_of_cat}
 
 
@@ -46,7 +48,7 @@ def test_3x3_heads_equal_the_reference(shape, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", ["global heads", "aligned rows", "split over positions", "channels in chunks"])
+@pytest.mark.parametrize("shape", SHAPES_OF_BUDGET)
 def test_error_budget(shape, layout, dtype, device):
     draws = []
     for seed in range(3):
@@ -360,3 +362,24 @@ def test_float32_follows_the_matmul_precision(tf32, device):
     error = (got - exact["attend.pooled"]).norm() / exact["attend.pooled"].norm()
     assert (error < 1e-5) != tf32
     assert error < 2e-3
+
+
+def test_a_batch_that_needs_no_merge_has_it_compiled(monkeypatch, device):
+    """A smaller batch of the same maps does need one, and is not to wait for a compiler then."""
+    from ar_kernels.kernels import attend_forward
+    from ar_kernels.kernels.heuristics import chip
+
+    prepared = []
+
+    def prepare(launch, *tensors):
+        prepared.append(launch.kernel)
+        launch.prepared = True
+
+    monkeypatch.setattr(attend_forward.Launch, "prepare", prepare)
+    attend_forward._plan.cache_clear()
+    w = torch.zeros(4, 16, dtype=torch.bfloat16, device=device)
+    z = torch.zeros(chip(w.get_device()).processors + 1, 16, 12, 12, dtype=torch.bfloat16, device=device)
+    for _ in range(2):
+        ar_kernels.attend(z, w, implementation="triton")
+    attend_forward._plan.cache_clear()
+    assert prepared == [attend_forward.merge_kernel]

@@ -30,12 +30,12 @@ from .heuristics import MOST_REGISTERS, chip, next_power_of_2, sweep_config
 from .launch import Launch
 from .tiles import (
     accumulator,
-    aligned,
     float32_precision,
     load_head_values,
     load_rows,
     map_strides,
     matmul_precision,
+    split_bounds,
     tanh,
     tile_offsets,
 )
@@ -222,17 +222,6 @@ SIZES = (
 """What changes with resolution, batch and strides, and must not compile anew."""
 
 
-@triton.jit
-def _bounds(row, positions, splits, split_length, S_TILE: tl.constexpr, UNIT: tl.constexpr, VECTOR: tl.constexpr):
-    """Image n of a row (image, split), and the positions begin..end of the split."""
-    begin = (row % splits) * split_length
-    end = tl.minimum(begin + split_length, positions)
-    if UNIT == "s":
-        begin = aligned(begin, S_TILE)
-        end = aligned(end, VECTOR)
-    return (row // splits).to(tl.int64), begin, end
-
-
 @triton.jit(do_not_specialize=SIZES)
 def held_kernel(
     z, w, b, score_w, pooled, lse, scores, gates,
@@ -262,7 +251,7 @@ def held_kernel(
     scale = 1.0
     inverse = 1.0
     for row in range(program, rows, tl.num_programs(0)):
-        n, begin, end = _bounds(row, positions, splits, split_length, S_TILE, UNIT, VECTOR)
+        n, begin, end = split_bounds(row, positions, splits, split_length, S_TILE, UNIT, VECTOR)
         z_n = z + n * (stride_n.to(tl.int64) * VECTOR)
         previous = inverse
         if pairs is None:
@@ -361,7 +350,7 @@ def chunked_kernel(
     scale = 1.0
     inverse = 1.0
     for row in range(program, rows, tl.num_programs(0)):
-        n, begin, end = _bounds(row, positions, splits, split_length, S_TILE, UNIT, VECTOR)
+        n, begin, end = split_bounds(row, positions, splits, split_length, S_TILE, UNIT, VECTOR)
         z_n = z + n * (stride_n.to(tl.int64) * VECTOR)
         pairs_n = pairs + n * (2 * ROWS * C)
         if unscale is not None:

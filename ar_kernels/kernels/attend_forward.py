@@ -23,13 +23,13 @@ from .heuristics import MOST_REGISTERS, chip, next_power_of_2, sweep_config
 from .launch import Launch
 from .tiles import (
     accumulator,
-    aligned,
     float32_precision,
     load_head_values,
     load_rows,
     load_tile,
     map_strides,
     matmul_precision,
+    split_bounds,
     tanh,
 )
 
@@ -102,21 +102,6 @@ SIZES = ("positions", "width", "stride_n", "stride_c", "stride_h", "stride_w", "
 """What changes with resolution, batch and strides, and must not compile anew."""
 
 
-@triton.jit
-def _bounds(
-    z, row, positions, stride_n, splits, split_length,
-    S_TILE: tl.constexpr, UNIT: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    """Image n of a row (image, split), where it lies, and the positions begin..end of the split."""
-    n = row // splits
-    begin = (row % splits).to(tl.int32) * split_length
-    end = tl.minimum(begin + split_length, positions)
-    if UNIT == "s":
-        begin = aligned(begin, S_TILE)
-        end = aligned(end, VECTOR)
-    return n, z + n * (stride_n.to(tl.int64) * VECTOR), begin, end
-
-
 @triton.jit(do_not_specialize=SIZES)
 def held_kernel(
     z, w, b, score_w, score_b,
@@ -129,7 +114,8 @@ def held_kernel(
 ):  # fmt: skip
     """One program: one image, or one of its splits (then merge_kernel finishes). A tile's channels are PARTS tiles."""
     row = tl.program_id(0).to(tl.int64)
-    n, z_n, begin, end = _bounds(z, row, positions, stride_n, splits, split_length, S_TILE, UNIT, VECTOR)
+    n, begin, end = split_bounds(row, positions, splits, split_length, S_TILE, UNIT, VECTOR)
+    z_n = z + n * (stride_n.to(tl.int64) * VECTOR)
     heads = tl.arange(0, K_TILE)
     channels = tl.arange(0, C_TILE)
     kind = z.dtype.element_ty
@@ -209,7 +195,8 @@ def chunked_kernel(
 ):  # fmt: skip
     """One program: one image of at most S_TILE positions; or any image or split of one, then merge_kernel finishes."""
     row = tl.program_id(0).to(tl.int64)
-    n, z_n, begin, end = _bounds(z, row, positions, stride_n, splits, split_length, S_TILE, UNIT, VECTOR)
+    n, begin, end = split_bounds(row, positions, splits, split_length, S_TILE, UNIT, VECTOR)
+    z_n = z + n * (stride_n.to(tl.int64) * VECTOR)
     heads = tl.arange(0, K_TILE)
     channels = tl.arange(0, C_TILE)
     kind = z.dtype.element_ty

@@ -121,6 +121,17 @@ def aligned(value, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def split_bounds(row, positions, splits, split_length, S_TILE: tl.constexpr, UNIT: tl.constexpr, VECTOR: tl.constexpr):
+    """Image n of a row (image, split), int64, and the positions begin..end of the split, int32."""
+    begin = (row % splits).to(tl.int32) * split_length
+    end = tl.minimum(begin + split_length, positions)
+    if UNIT == "s":
+        begin = aligned(begin, S_TILE)
+        end = aligned(end, VECTOR)
+    return (row // splits).to(tl.int64), begin, end
+
+
+@triton.jit
 def load_rows(rows, heads, channels, C: tl.constexpr, HEADS: tl.constexpr):
     """[HEADS, C] row by row → [C_tile, K_tile], 0 outside."""
     real = (channels < C)[:, None] & (heads < HEADS)[None, :]
