@@ -9,7 +9,7 @@ import torch
 
 import benchmarks.__main__ as main
 from ar_kernels import reference
-from benchmarks import bars, cases, compare, first_call, floors, host, rivals, step, suite, timing
+from benchmarks import bars, cases, compare, counters, first_call, floors, host, rivals, step, suite, timing
 from benchmarks.cases import Case, Shard
 from benchmarks.parity import _moved
 from benchmarks.results import OtherResults, Results
@@ -422,3 +422,19 @@ def test_first_call(monkeypatch, tmp_path):
     rows = first_call.first_calls("float32", "channels_last", "cpu")
     assert [row["what"] for row in rows] == [shape[0] for shape in first_call.SHAPES]
     assert all(row["seconds"] > 0 and row["new_binaries"] == 0 for row in rows)
+
+
+def test_counters_are_read_in_their_units():
+    rows = counters.rows_of(
+        "==PROF== Connected\n"
+        '"ID","Kernel Name","gpu__time_duration.sum","dram__bytes_read.sum","launch__shared_mem_per_block",'
+        '"smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio"\n'
+        '"","","usecond","Mbyte","Kbyte","inst"\n'
+        '"0","held_kernel","1,041.09","105.59","213.50","1.35"\n'
+        '"1","weight_sums_kernel","3.20","0.50","4.10","n/a"\n'
+    )
+    assert [row["kernel"] for row in rows] == ["held_kernel", "weight_sums_kernel"]
+    first, second = rows
+    assert (first["us"], first["memory_read_mb"], first["shared_kb"]) == (1041.09, 105.59, 213.5)
+    assert first["memory_written_mb"] is None, "a counter that the chip does not have"
+    assert first["stalls"]["barrier"] == 1.35 and second["stalls"]["barrier"] is None
