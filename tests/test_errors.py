@@ -95,8 +95,8 @@ OF_MODULE = [
     (
         {name: zeros(K, C, 3, 3) for name in ("mask_weight", "gate_weight")},
         ValueError,
-        "output_weight must be [L, K·C·9] or [K, L, C, 3, 3] with L of at least 1 and K·C·9 = 270 to match mask_weight, "
-        "got [7, 30]",
+        "output_weight must be [L, K·C·9] or [K, L, C, 3, 3] with L of at least 1 and K·C·9 = 270 to match "
+        "mask_weight, got [7, 30]",
     ),
     (
         {"output_weight": zeros(L, K * C, dtype=HALF)},

@@ -55,20 +55,20 @@ class _WideNet(nn.Module):
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
         self.depth, self.width, self.num_classes, self.dropout = depth, width, num_classes, dropout
         self.channels = (16 * width, 32 * width, 64 * width)
-        blocks = (depth - 4) // 6
         self.conv0 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+
+    def _add_rest(self, norm: str) -> None:
+        """Adds the groups, the last normalisation under the name `norm` and the classifier; draws all weights."""
         in_channels = 16
         for group, channels in enumerate(self.channels):
-            blocks_of_group = nn.Sequential()
-            for index in range(blocks):
+            blocks = nn.Sequential()
+            for index in range((self.depth - 4) // 6):
                 stride = 2 if index == 0 and group > 0 else 1
-                blocks_of_group.add_module(f"block_{index}", Block(in_channels, channels, stride, dropout))
+                blocks.add_module(f"block_{index}", Block(in_channels, channels, stride, self.dropout))
                 in_channels = channels
-            self.add_module(f"group_{group}", blocks_of_group)
-
-    def _add_last(self, norm: str) -> None:
-        self.add_module(norm, nn.BatchNorm2d(self.channels[-1]))
-        self.classifier = nn.Linear(self.channels[-1], self.num_classes)
+            self.add_module(f"group_{group}", blocks)
+        self.add_module(norm, nn.BatchNorm2d(in_channels))
+        self.classifier = nn.Linear(in_channels, self.num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -98,7 +98,7 @@ class WideResNet(_WideNet):
 
     def __init__(self, depth: int, width: int, num_classes: int, dropout: float = 0.0) -> None:
         super().__init__(depth, width, num_classes, dropout)
-        self._add_last("bn")
+        self._add_rest("bn")
 
     def forward(self, images: Tensor) -> Tensor:
         """images: [N, 3, H, W] → class scores [N, L]."""
@@ -140,7 +140,7 @@ class WideAttentiveResNet(_WideNet):
         _check_positive("attention_width", attention_width)
         _check_mix(mix, gating)
         self.attention_depth, self.mix, self.gating = attention_depth, mix, gating
-        self._add_last("bn_g2")
+        self._add_rest("bn_g2")
         self.attention = nn.ModuleList(
             AttentionModule(channels, num_classes, attention_width, gated=gated, kernel_size=kernel_size)
             for channels in self.channels[3 - attention_depth :]
