@@ -75,19 +75,6 @@ def gated_attend(
     return pooled, lse, logits, scores, gates, features, average
 
 
-def head_hypotheses(features: Tensor, output_weight: Tensor) -> Tensor:
-    """One product for each head, of features [N, K, C] or [N, K, C, 9] with its output_weight [K, L, C] or
-    [K, L, C, 3, 3], rounded to their dtype → [N, K, L]. Taps come first in memory where the weight has channels last:
-    it is the features, which are small, that are put in the weight's order.
-    """
-    weight = output_weight.to(features.dtype)
-    if weight.dim() == 5:
-        if weight.stride(2) < weight.stride(4):
-            weight, features = weight.permute(0, 1, 3, 4, 2), features.mT
-        weight = weight.flatten(2)
-    return torch.bmm(features.flatten(2).transpose(0, 1), weight.mT).transpose(0, 1)
-
-
 def rectify(hypotheses: Tensor, scores: Tensor, mix: str, gating: str | None) -> Tensor:
     """The rectified output [N, L] from hypotheses [N, D+1, L] and scores [N, D+1]; mixes as in reference.rectify."""
     dtype = accumulator_dtype(hypotheses.dtype)

@@ -341,7 +341,7 @@ def attention_module(
             hypothesis, gates, average, tapped = fused.hypothesis, fused.gates, fused.mean, fused.feature_map
             if by_head:
                 features = fused.features.unflatten(1, (heads, feature_map.shape[1], -1))
-                products = eager.head_hypotheses(features, output_weight)
+                products = ops.head_hypotheses(features, output_weight)
                 hypothesis = products.sum(dim=1, dtype=gates.dtype).to(feature_map.dtype)
             if output_bias is not None:
                 hypothesis = hypothesis + (gates @ output_bias.to(gates.dtype)).to(hypothesis.dtype)
@@ -371,7 +371,7 @@ def head_hypotheses(pooled: Tensor, output_weight: Tensor) -> Tensor:
     if output_weight.device != pooled.device:
         raise ValueError(f"output_weight must be on {pooled.device} like pooled, got {output_weight.device}")
     with ops.autocast_off(pooled):
-        return eager.head_hypotheses(pooled, output_weight)
+        return ops.head_hypotheses(pooled, output_weight)
 
 
 # ---------------------------------------------------------------------------------------------- rectify

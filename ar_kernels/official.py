@@ -50,6 +50,8 @@ class AttendedLayer(NamedTuple):
     """Spatial mean of the feature map: [N, C], dtype as gates."""
     feature_map: Tensor | None
     """The tapped map: the input's values; let later layers read this one, not the input."""
+    reg_loss: Tensor | None
+    """What reg_loss() would return; None unless in training with reg_w > 0."""
 
 
 class _Heads(nn.Module):
@@ -90,18 +92,17 @@ class AttentionModule(nn.Module):
             self.score = _Heads(in_ch, nheads)
         self._pooled_masks: Tensor | None = None
 
-    @property
-    def is_regularised(self) -> bool:
-        """Whether a forward leaves masks for reg_loss(): in training with reg_w > 0."""
-        return self.training and self.reg_w > 0
-
     def forward(self, feature_map: Tensor, *, mean: bool = False, tap: bool = False) -> Tensor | AttendedLayer:
         """feature_map: [N, C, H, W], any strides → the hypotheses [N, 1, L], or [N, K, L] without self_attention.
 
+        In training with reg_w > 0 the pooled masks are held for reg_loss() to take, else nothing is.
+
         mean, tap: also return the map's spatial mean, pooled in the same pass, and the map for later layers to read
-        (see ar_kernels.attend); then the whole AttendedLayer is returned. Raises what ar_kernels.attend raises.
+        (see ar_kernels.attend); then the whole AttendedLayer is returned, reg_loss included, and nothing is held.
+        Raises what ar_kernels.attend raises.
         """
-        options = {"masks": self.is_regularised, "mean": mean, "tap": tap}
+        is_regularised = self.training and self.reg_w > 0
+        options = {"masks": is_regularised, "mean": mean, "tap": tap}
         output_weight = self.out_head.conv.weight.unflatten(0, (self.nheads, self.nlabels))
         if self.self_attention:
             attended = attention_module(
@@ -111,10 +112,13 @@ class AttentionModule(nn.Module):
         else:
             attended = attend(feature_map, self.att_head.conv.weight, **options)
             outputs, gates = head_hypotheses(attended.pooled.to(feature_map.dtype), output_weight), None
-        self._pooled_masks = pooled_masks(attended.masks) if self.is_regularised else None
-        if mean or tap:
-            return AttendedLayer(outputs, gates, attended.mean, attended.feature_map)
-        return outputs
+        pooled = pooled_masks(attended.masks) if is_regularised else None
+        if not torch.compiler.is_exporting():  # an exported program has no module to leave anything in
+            self._pooled_masks = None if mean or tap else pooled
+        if not (mean or tap):
+            return outputs
+        loss = None if pooled is None else gram_penalty(pooled, self.reg_w)
+        return AttendedLayer(outputs, gates, attended.mean, attended.feature_map, loss)
 
     def reg_loss(self) -> Tensor:
         """reg_w times ar_kernels.mask_regulariser of the last forward's masks, a scalar; takes them, so that nothing
@@ -247,26 +251,25 @@ class WideResNetAttention(_WideNet):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """images: [N, 3, H, W] → the log mix [N, L], and the regulariser's loss or None."""
-        outputs: dict[int, Tensor] = {}
+        attended: dict[int, AttendedLayer] = {}
 
         def attend_to(group: int, feature_map: Tensor) -> Tensor:
             if group not in self._attended_groups():
                 return feature_map
-            layer = self.get_submodule(f"att{group}")(feature_map, tap=True)
-            outputs[group] = layer.outputs
-            return layer.feature_map
+            attended[group] = self.get_submodule(f"att{group}")(feature_map, tap=True)
+            return attended[group].feature_map
 
         last = F.relu(self.bn_g2(self._last_of_groups(images, attend_to)), inplace=True)
         if self.attention_depth == 0:
             mean = last.mean(dim=(2, 3))
         else:
-            layer = self.att2(last, mean=True)
-            outputs[2], mean = layer.outputs, layer.mean.to(last.dtype)
-        hypotheses = [outputs[group] for group in self._attended_groups()] + [self.classifier(mean)]
+            attended[2] = self.att2(last, mean=True)
+            mean = attended[2].mean.to(last.dtype)
+        layers = [attended[group] for group in self._attended_groups()]
+        hypotheses = [layer.outputs for layer in layers] + [self.classifier(mean)]
         gates = None if self.attention_type is None else self.output_gate(mean)
         output = AttentionModule.aggregate(hypotheses, gates, self.attention_type or "softmax")
-        layers = [self.get_submodule(f"att{group}") for group in self._attended_groups()]
-        losses = [layer.reg_loss() for layer in layers if layer.is_regularised]
+        losses = [layer.reg_loss for layer in layers if layer.reg_loss is not None]
         return output, torch.stack(losses).mean() if losses else None
 
 
@@ -350,12 +353,12 @@ def _matched(model: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
         faults.append(f"lacks {_names(lacking)}")
     if unknown := state.keys() - own.keys():
         faults.append(f"has {_names(unknown)}, which the model does not know")
-    for name in own.keys() & state.keys():
+    for name in sorted(own.keys() & state.keys()):
         if own[name].shape != state[name].shape:
             faults.append(f"has {name} of {list(state[name].shape)} where the model has {list(own[name].shape)}")
     if faults:
         more = f" (and {len(faults) - 4} more)" if len(faults) > 4 else ""
-        raise ValueError(f"file must fit the model, but its state_dict {'; '.join(sorted(faults)[:4])}{more}")
+        raise ValueError(f"file must fit the model, but its state_dict {'; '.join(faults[:4])}{more}")
     return state
 
 

@@ -1,5 +1,5 @@
-"""The official form in plain PyTorch: its layer, gates and nets as issue and docs/porting.md describe them, written from
-that description alone. What ar_kernels.official is checked against and measured against; it uses nothing of ar_kernels.
+"""The official form in plain PyTorch: layer, gates and attentive net, written from the description in docs/porting.md
+alone. What ar_kernels.official is checked against and measured against; it uses nothing of ar_kernels.
 """
 
 import torch
@@ -107,7 +107,7 @@ class WideResNetAttention(nn.Module):
         attention_depth: int,
         attention_width: int,
         reg_w: float = 0,
-        attention_type: str = "softmax",
+        attention_type: str | None = "softmax",
     ) -> None:
         super().__init__()
         self.reg_w, self.attention_type = reg_w, attention_type
@@ -129,7 +129,8 @@ class WideResNetAttention(nn.Module):
         for group in self.attended:
             channels = 16 * width * 2**group
             self.add_module(f"att{group}", AttentionModule(channels, num_classes, attention_width, reg_w))
-        self.output_gate = Gate(before, attention_depth + 1)
+        if attention_type is not None:
+            self.output_gate = Gate(before, attention_depth + 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         x, maps = self.conv0(images), []
@@ -143,7 +144,8 @@ class WideResNetAttention(nn.Module):
         layers = [getattr(self, f"att{group}") for group in self.attended]
         outputs = [layer(maps[group]) for layer, group in zip(layers, self.attended)]
         outputs.append(self.classifier(features).unsqueeze(1))
-        output = AttentionModule.aggregate(outputs, self.output_gate(features), self.attention_type)
-        if not (self.training and self.reg_w > 0):
+        gates = None if self.attention_type is None else self.output_gate(features)
+        output = AttentionModule.aggregate(outputs, gates, self.attention_type)
+        if not (self.training and self.reg_w > 0 and layers):
             return output, None
         return output, sum(layer.reg_loss() for layer in layers) / len(layers)
