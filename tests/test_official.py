@@ -55,6 +55,12 @@ def assert_same(got, expected, tolerance=1e-11):
         torch.testing.assert_close(got[name], truth, rtol=0, atol=bound, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def skip_unless_it_can(implementation, feature_map, mask_weight):
+    found = ar_kernels.explain(feature_map, mask_weight, implementation=implementation)
+    if found.chosen is None:
+        pytest.skip(f"{implementation}: {found.reasons[implementation]}")
+
+
 # ---------------------------------------------------------------------------------------------- the layer
 
 
@@ -76,8 +82,7 @@ def test_layer(shape, heads, self_attention, layout, device, implementation):
     theirs, ours = layers(device, shape[1], 6, heads, 100.0, self_attention)
     ours.to(memory_format=layout)
     z = draw(*shape, device=device)
-    if implementation == "triton" and ar_kernels.explain(z, ours.att_head.conv.weight).reasons["triton"] != "can run":
-        implementation = None  # whatever the default is where 3×3 heads are not fused
+    skip_unless_it_can(implementation, z, ours.att_head.conv.weight)
     with use_implementation(implementation):
         got = measured(ours, z.contiguous(memory_format=layout))
     assert_same(got, measured(theirs, z))
@@ -175,24 +180,38 @@ def test_the_output_head_is_not_copied(layout, self_attention, device):
     assert max(forward.found + backward.found) < 2 * 3 * 200 * 81 and z.grad is not None
 
 
-def test_output_weight_head_by_head_is_the_linear_one(device, implementation):
+@pytest.mark.parametrize("taps", [(), (3, 3)], ids=["1×1", "3×3"])
+def test_output_weight_head_by_head_is_the_linear_one(taps, device, implementation):
     """attention_module takes W_O [K, L, C] and [K, L, C, 3, 3] for the same as [L, K·C] and [L, K·C·9]."""
-    for taps in ((), (3, 3)):
-        if taps and implementation == "triton":
-            continue  # not fused: eager has it
-        z, mask, gate = draw(2, 4, 5, 6), draw(3, 4, *taps, seed=2), draw(3, 4, *taps, seed=3)
-        z, mask, gate = (value.to(device).requires_grad_() for value in (z, mask, gate))
-        by_head, bias = draw(3, 7, 4, *taps, seed=4).to(device), draw(3, 7, seed=5).to(device)
-        linear = by_head.transpose(0, 1).reshape(7, -1)
-        results = []
-        for name, weight in ((implementation, by_head), ("reference", by_head), ("reference", linear)):
-            weight = weight.detach().requires_grad_()
-            layer = ar_kernels.attention_module(z, mask, weight, gate, output_bias=bias, implementation=name)
-            *grads, dw = torch.autograd.grad(layer.hypothesis.square().sum(), (z, mask, gate, weight))
-            dw = dw.transpose(0, 1).reshape(7, -1) if dw.dim() > 2 else dw
-            results.append(dict(enumerate((layer.hypothesis.detach(), *grads, dw))))
-        assert_same(results[0], results[2])
-        assert_same(results[1], results[2])
+    z, mask, gate = draw(2, 4, 5, 6), draw(3, 4, *taps, seed=2), draw(3, 4, *taps, seed=3)
+    z, mask, gate = (value.to(device).requires_grad_() for value in (z, mask, gate))
+    skip_unless_it_can(implementation, z, mask)
+    by_head, bias = draw(3, 7, 4, *taps, seed=4).to(device), draw(3, 7, seed=5).to(device)
+    linear = by_head.transpose(0, 1).reshape(7, -1)
+    results = []
+    for name, weight in ((implementation, by_head), ("reference", by_head), ("reference", linear)):
+        weight = weight.detach().requires_grad_()
+        layer = ar_kernels.attention_module(z, mask, weight, gate, output_bias=bias, implementation=name)
+        *grads, dw = torch.autograd.grad(layer.hypothesis.square().sum(), (z, mask, gate, weight))
+        dw = dw.transpose(0, 1).reshape(7, -1) if dw.dim() > 2 else dw
+        results.append(dict(enumerate((layer.hypothesis.detach(), *grads, dw))))
+    assert_same(results[0], results[2])
+    assert_same(results[1], results[2])
+
+
+@pytest.mark.parametrize("self_attention", [True, False])
+def test_derivatives(self_attention, device):
+    """First and second, of hypotheses and regulariser, by finite differences."""
+    _, layer = layers(device, 2, 3, 2, 10.0, self_attention)
+    names, weights = zip(*layer.named_parameters())
+
+    def function(z, *weights):
+        outputs = torch.func.functional_call(layer, dict(zip(names, weights)), (z,))
+        return outputs, layer.reg_loss()
+
+    inputs = [value.detach().requires_grad_() for value in (draw(1, 2, 3, 2, device=device), *weights)]
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
 def test_attributes_keys_and_first_weights():
@@ -352,6 +371,20 @@ def test_network(arguments, training, device):
         found |= dict(net.named_buffers()) | {"output": output.detach()}
         results.append(found | ({"reg_loss": reg_loss.detach()} if regularised else {}))
     assert_same(*results)
+
+
+def test_network_in_half_precision(device):
+    """Under autocast and in bfloat16 throughout: log mix and regulariser are float32, near those of float64."""
+    theirs, ours = nets(device, 10, 1, 5, 0, 3, 2, 10.0)
+    z = draw(8, 3, 16, 16, device=device)
+    expected = theirs(z)
+    with torch.autocast(device.type, torch.bfloat16):
+        cast = copy.deepcopy(ours).float()(z.float())
+    half = ours.bfloat16()(z.bfloat16())
+    for got in (cast, half):
+        for value, truth in zip(got, expected):
+            assert value.dtype == torch.float32
+            assert (value.double() - truth).norm() <= 0.1 * truth.norm()
 
 
 def test_plain_network_and_keys():
