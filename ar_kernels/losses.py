@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .functional import _check_float, _check_tensor, _gated_hypotheses, _shape
-from .ops import autocast_off
+from .ops import _apply, autocast_off
 from .reference import accumulator_dtype, global_gates
 
 _REDUCTIONS = ("mean", "sum", "none")
@@ -45,7 +45,7 @@ def gated_cross_entropy(
         raise ValueError(f"target must be [N] = [{hypotheses.shape[0]}] to match hypotheses, got {_shape(target)}")
     _check_device("target", target, hypotheses)
     with autocast_off(hypotheses):
-        return _reduced(_GatedCrossEntropy.apply(hypotheses, gates, target)[0], reduction)
+        return _reduced(_apply(_GatedCrossEntropy, hypotheses, gates, target)[0], reduction)
 
 
 def gated_binary_cross_entropy(
@@ -75,7 +75,7 @@ def gated_binary_cross_entropy(
         raise ValueError(f"target must be [N, L] = {list(expected)} to match hypotheses, got {_shape(target)}")
     _check_device("target", target, hypotheses)
     with autocast_off(hypotheses):
-        return _reduced(_GatedBinaryCrossEntropy.apply(hypotheses, gates, target.to(gates.dtype)), reduction)
+        return _reduced(_apply(_GatedBinaryCrossEntropy, hypotheses, gates, target.to(gates.dtype)), reduction)
 
 
 def _gated(
@@ -192,7 +192,7 @@ def pooled_masks(masks: Tensor) -> Tensor:
 def gram_penalty(pooled: Tensor, weight: float = 1.0) -> Tensor:
     """weight times the mean of E² over N·K·K entries, E = M Mᵀ with a zero diagonal; pooled: M [N, K, S]."""
     with autocast_off(pooled):
-        return _GramPenalty.apply(pooled, weight)[0]
+        return _apply(_GramPenalty, pooled, weight)[0]
 
 
 class _GramPenalty(torch.autograd.Function):

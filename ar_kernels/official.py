@@ -364,7 +364,8 @@ def _matched(model: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _reordered(optimizer: object, given: dict[str, Tensor], model: nn.Module) -> dict:
     """The file's optimizer state, whose parameters are in the order of its own net, in the order of model's."""
-    if not isinstance(optimizer, dict) or not isinstance(groups := optimizer.get("param_groups"), list):
+    groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
+    if not isinstance(groups, list) or not all(isinstance(group, dict) and "params" in group for group in groups):
         raise ValueError(f"file must hold an optimizer's state_dict as optimizer, got {_kind(optimizer)}")
     own = [name for name, _ in model.named_parameters()]
     theirs = [name for name in given if name in set(own)]
@@ -433,7 +434,7 @@ def swap(model: nn.Module) -> SwapReport:
     twins: dict[int, nn.Module] = {}
     for path, parent in list(holder.named_modules()):
         for child, module in list(parent._modules.items()):
-            name = f"{path}.{child}".removeprefix(".model").removeprefix(".").removeprefix("model.")
+            name = f"{path}.{child}".removeprefix(".").partition(".")[2]  # as model itself knows it
             try:
                 if id(module) not in twins:
                     twins[id(module)] = _twin(module)
@@ -533,6 +534,6 @@ def _compare(module: nn.Module, twin: AttentionModule, weight: Tensor) -> None:
     if not isinstance(expected, Tensor) or expected.shape != got.shape:
         returned = list(expected.shape) if isinstance(expected, Tensor) else type(expected).__name__
         raise _NotSwapped(f"it returns {returned} where the official module returns {list(got.shape)}")
-    difference = (expected.double() - got.double()).abs().max() / expected.double().abs().max()
-    if not difference <= _AGREEMENT[weight.dtype]:
-        raise _NotSwapped(f"its formula is another: outputs differ by {difference:.1g} of the largest")
+    difference, largest = (expected.double() - got.double()).abs().max(), expected.double().abs().max()
+    if not difference <= _AGREEMENT[weight.dtype] * largest:
+        raise _NotSwapped(f"its formula is another: outputs differ by {difference:.1g}, the largest is {largest:.1g}")
