@@ -147,7 +147,7 @@ class AttentionModule(nn.Module):
         if len(outputs) == 0 or any(output.dim() not in (2, 3) for output in outputs):
             shapes = [list(output.shape) for output in outputs]
             raise ValueError(f"outputs must be tensors [N, m, L] or [N, L], at least one, got {shapes}")
-        hypotheses = torch.cat([output.view(output.shape[0], -1, output.shape[-1]) for output in outputs], dim=1)
+        hypotheses = torch.cat([output if output.dim() == 3 else output.unsqueeze(1) for output in outputs], dim=1)
         if gates is None:
             return rectify(hypotheses, hypotheses.new_zeros(hypotheses.shape[:2]), mix="log", gating=None)
         return rectify(hypotheses, gates, mix="log", gating=function)

@@ -97,6 +97,17 @@ def test_any_strides(layout, device):
 
 
 @pytest.mark.parametrize("self_attention", [True, False])
+def test_no_images(self_attention, device):
+    """Outputs of no rows, and gradients of 0."""
+    _, ours = layers(device, 3, 4, 2, 0.0, self_attention)
+    found = measured(ours, draw(0, 3, 4, 5, device=device))
+    assert found["outputs"].shape == (0, 1 if self_attention else 2, 4)
+    assert all(value.eq(0).all() for name, value in found.items() if name.startswith("d "))
+    net = official.WideResNetAttention(10, 1, 5, 0, 3, 2).to(device).eval()
+    assert net(torch.zeros(0, 3, 8, 8, device=device))[0].shape == (0, 5)
+
+
+@pytest.mark.parametrize("self_attention", [True, False])
 def test_gates_mean_and_tap(self_attention, device):
     theirs, ours = layers(device, 4, 5, 3, 100.0, self_attention)
     z = draw(2, 4, 5, 6, device=device).requires_grad_()
