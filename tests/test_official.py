@@ -396,7 +396,7 @@ def test_network_in_half_precision(device):
     for got in (cast, half):
         for value, truth in zip(got, expected):
             assert value.dtype == torch.float32
-            assert (value.double() - truth).norm() <= 0.1 * truth.norm()
+            assert (value.double() - truth).norm() <= 0.02 * truth.norm()
 
 
 def test_plain_network_and_keys():
@@ -550,7 +550,7 @@ def test_checkpoint(prefix, legacy, tmp_path):
         read = official.load_checkpoint(ours, path)
         assert (read.epoch, read.training_time) == (7, 12.5)
         for name, value in getattr(ours, "module", ours).state_dict().items():
-            torch.testing.assert_close(value, theirs.state_dict()[name].to(value.dtype), rtol=0, atol=0)
+            assert torch.equal(value, theirs.state_dict()[name].to(value)), name  # DataParallel moves to a GPU
     with pytest.warns(UserWarning, match="bn0 has normalised something"):
         theirs.bn0.running_mean += 1
         official.load_checkpoint(official.WideResNetAttention(*SMALL), checkpoint(theirs))
