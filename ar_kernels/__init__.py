@@ -13,6 +13,7 @@ from .functional import (
     rectify,
     use_implementation,
 )
+from .losses import gated_binary_cross_entropy, gated_cross_entropy, mask_regulariser
 from .modules import AttentionModule, GlobalGates
 
 __version__ = "0.1.0"
@@ -30,6 +31,9 @@ __all__ = [
     "attend",
     "attention_module",
     "explain",
+    "gated_binary_cross_entropy",
+    "gated_cross_entropy",
+    "mask_regulariser",
     "rectify",
     "use_implementation",
 ]

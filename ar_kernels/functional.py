@@ -278,7 +278,8 @@ def attention_module(
 
     feature_map, mask_weight, mask_bias: as attend takes them.
     output_weight: W_O [L, K·C] as a Linear over the concatenated heads stores it; 3×3 heads: [L, K·C·9], ordered
-        (k, c, tap). output_bias: b_O [K, L].
+        (k, c, tap). Or head by head, [K, L, C] (3×3: [K, L, C, 3, 3], taps or channels last in memory); neither form
+        is rearranged. output_bias: b_O [K, L].
     gate_weight: W_G, the shape of mask_weight; None counts every head alike (g_k = 1/K). gate_bias: b_G [K].
     global_mask_weight, global_gate_weight: the D+1 heads of the global gates, [D+1, C] (3×3: [D+1, C, 3, 3]), to
         look at this map in the same pass; their tanh(t) comes back as global_scores.
@@ -296,7 +297,9 @@ def attention_module(
     if gate_bias is not None and gate_weight is None:
         raise ValueError("gate_bias must come with gate_weight, got gate_weight=None")
     _check_output_weight(feature_map, mask_weight, output_weight)
-    _check_weight("output_bias", output_bias, feature_map, (heads, output_weight.shape[0]))
+    by_head = output_weight.dim() > 2
+    labels = output_weight.shape[1 if by_head else 0]
+    _check_weight("output_bias", output_bias, feature_map, (heads, labels))
     if (global_mask_weight is None) != (global_gate_weight is None):
         missing = "global_mask_weight" if global_mask_weight is None else "global_gate_weight"
         raise ValueError(f"global_mask_weight and global_gate_weight must come together, got {missing}=None")
@@ -308,8 +311,9 @@ def attention_module(
     name = _choose(implementation, feature_map, mask_weight)
     with ops.autocast_off(feature_map):
         if name == "reference":
+            rows = output_weight.transpose(0, 1).reshape(labels, -1) if by_head else output_weight
             hypothesis, gates, logits = reference.attention_module(
-                feature_map, mask_weight, output_weight, gate_weight, mask_bias, output_bias, gate_bias
+                feature_map, mask_weight, rows, gate_weight, mask_bias, output_bias, gate_bias
             )
             attention = reference.attention_masks(logits) if masks else None
             average = feature_map.to(gates.dtype).flatten(2).mean(dim=2) if mean else None
@@ -326,13 +330,19 @@ def attention_module(
                 bias = None if mask_bias is None else F.pad(mask_bias, (0, extra))
                 score_bias = None if gate_bias is None else F.pad(gate_bias, (0, extra))
             arguments = (feature_map, weight, bias, score_weight, score_bias)
+            rows = None if by_head else output_weight
             if name == "triton":
-                fused = ops.gated_attend(*arguments, output_weight, heads, masks, mean, tap)
+                fused = ops.gated_attend(*arguments, rows, heads, masks, mean, tap)
             else:
                 *pooled, features, average = eager.gated_attend(*arguments, heads, mean)
-                hypothesis = F.linear(features.flatten(1), output_weight.to(feature_map.dtype))
+                features = features.flatten(1)
+                hypothesis = None if by_head else F.linear(features, rows.to(feature_map.dtype))
                 fused = ops.GatedAttended(*pooled, features, average, hypothesis, feature_map)
             hypothesis, gates, average, tapped = fused.hypothesis, fused.gates, fused.mean, fused.feature_map
+            if by_head:
+                features = fused.features.unflatten(1, (heads, feature_map.shape[1], -1))
+                products = ops.head_hypotheses(features, output_weight)
+                hypothesis = products.sum(dim=1, dtype=gates.dtype).to(feature_map.dtype)
             if output_bias is not None:
                 hypothesis = hypothesis + (gates @ output_bias.to(gates.dtype)).to(hypothesis.dtype)
             attention = _masks(fused.logits[:, :heads], fused.lse[:, :heads]) if masks else None
@@ -340,6 +350,28 @@ def attention_module(
         if masks:
             attention = attention.reshape(attention.shape[:2] + feature_map.shape[2:])
         return AttentionOutput(hypothesis, gates, attention, average, scores, tapped if tap else None)
+
+
+def head_hypotheses(pooled: Tensor, output_weight: Tensor) -> Tensor:
+    """o_k = W_O[k] P_k: what each head makes of the features that attend pooled for it, without gates.
+
+    pooled: P [N, K, C] (3×3 heads: [N, K, C, 9]). output_weight: W_O head by head, [K, L, C] (3×3: [K, L, C, 3, 3]),
+        rounded to the dtype of pooled, not rearranged.
+    Returns [N, K, L] in that dtype. Raises TypeError and ValueError naming the argument.
+    """
+    _check_float("pooled", pooled)
+    _check_float("output_weight", output_weight)
+    if pooled.dim() not in (3, 4) or (pooled.dim() == 4 and pooled.shape[3] != 9):
+        raise ValueError(f"pooled must be [N, K, C] or [N, K, C, 9], got {_shape(pooled)}")
+    kernel = (3, 3) if pooled.dim() == 4 else ()
+    heads, channels = pooled.shape[1:3]
+    if output_weight.dim() < 3 or tuple(output_weight.shape) != (heads, output_weight.shape[1], channels, *kernel):
+        expected = ", ".join(map(str, (heads, "L", channels, *kernel)))
+        raise ValueError(f"output_weight must be [{expected}] to match pooled, got {_shape(output_weight)}")
+    if output_weight.device != pooled.device:
+        raise ValueError(f"output_weight must be on {pooled.device} like pooled, got {output_weight.device}")
+    with ops.autocast_off(pooled):
+        return ops.head_hypotheses(pooled, output_weight)
 
 
 # ---------------------------------------------------------------------------------------------- rectify
@@ -364,6 +396,18 @@ def rectify(
     Returns [N, L], float32 for half hypotheses. Raises TypeError and ValueError naming the argument,
     ImplementationUnavailable as attend does.
     """
+    hypotheses = _gated_hypotheses(hypotheses, scores, gating)
+    if mix not in _MIXES:
+        raise ValueError(f"mix must be one of {', '.join(_MIXES)}, got {mix!r}")
+    name = _choose(implementation, hypotheses, None)
+    with ops.autocast_off(hypotheses):
+        if name == "triton":
+            return ops.rectify(hypotheses, scores, mix, gating)
+        return (eager if name == "eager" else reference).rectify(hypotheses, scores, mix, gating)
+
+
+def _gated_hypotheses(hypotheses: Tensor | Sequence[Tensor], scores: Tensor, gating: str | None) -> Tensor:
+    """Hypotheses as one tensor [N, D+1, L], after the checks of it, scores and gating."""
     if not isinstance(hypotheses, Tensor):
         hypotheses = _stack(hypotheses)
     _check_float("hypotheses", hypotheses)
@@ -376,15 +420,9 @@ def rectify(
         )
     if scores.device != hypotheses.device:
         raise ValueError(f"scores must be on {hypotheses.device} like hypotheses, got {scores.device}")
-    if mix not in _MIXES:
-        raise ValueError(f"mix must be one of {', '.join(_MIXES)}, got {mix!r}")
     if gating not in _GATINGS:
         raise ValueError(f"gating must be 'softmax', 'sigmoid' or None, got {gating!r}")
-    name = _choose(implementation, hypotheses, None)
-    with ops.autocast_off(hypotheses):
-        if name == "triton":
-            return ops.rectify(hypotheses, scores, mix, gating)
-        return (eager if name == "eager" else reference).rectify(hypotheses, scores, mix, gating)
+    return hypotheses
 
 
 def _stack(hypotheses: Sequence[Tensor]) -> Tensor:
@@ -451,11 +489,13 @@ def _check_mask_weight(feature_map: Tensor, mask_weight: Tensor) -> None:
 
 def _check_output_weight(feature_map: Tensor, mask_weight: Tensor, output_weight: Tensor) -> None:
     _check_tensor("output_weight", output_weight)
-    columns = mask_weight.numel()
-    if output_weight.dim() != 2 or output_weight.shape[0] == 0 or output_weight.shape[1] != columns:
-        taps = "·9" if mask_weight.dim() == 4 else ""
+    columns, shape = mask_weight.numel(), tuple(output_weight.shape)
+    as_linear = len(shape) == 2 and shape[1] == columns
+    by_head = len(shape) == mask_weight.dim() + 1 and shape[:1] + shape[2:] == tuple(mask_weight.shape)
+    if not (as_linear or by_head) or 0 in shape:
+        taps, kernel = ("·9", ", 3, 3") if mask_weight.dim() == 4 else ("", "")
         raise ValueError(
-            f"output_weight must be [L, K·C{taps}] with L of at least 1 and K·C{taps} = {columns} "
+            f"output_weight must be [L, K·C{taps}] or [K, L, C{kernel}] with L of at least 1 and K·C{taps} = {columns} "
             f"to match mask_weight, got {_shape(output_weight)}"
         )
     _check_kind("output_weight", output_weight, feature_map)

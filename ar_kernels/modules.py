@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .functional import _GATINGS, _MIXES, AttentionOutput, attend, attention_module
+from .functional import _GATINGS, _MIXES, AttentionOutput, _check_implementation, attend, attention_module
 
 
 def _check_positive(name: str, value: object) -> int:
@@ -42,6 +42,7 @@ class AttentionModule(nn.Module):
     gated: False counts every head alike (g_k = 1/K) instead of softmax over heads of tanh(t).
     kernel_size: 1, or 3 for heads that see each position's neighbours (the official code's).
     bias: adds b_O [K, L] and b_G [K]. The masks need none: it would cancel in their softmax.
+    implementation: as ar_kernels.attend takes it; "reference" makes this one module the paper's convolutions.
 
     Parameters: mask_weight [K, C], gate_weight [K, C] (3×3: [K, C, 3, 3]), output_weight [L, K·C] (3×3: [L, K·C·9]).
     Weights start from a normal distribution of variance 2/fan-in, biases from 0.
@@ -57,10 +58,13 @@ class AttentionModule(nn.Module):
         gated: bool = True,
         kernel_size: int = 1,
         bias: bool = False,
+        implementation: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        _check_implementation(implementation)
+        self.implementation = implementation
         self.in_channels = _check_positive("in_channels", in_channels)
         self.num_classes = _check_positive("num_classes", num_classes)
         self.heads = _check_positive("heads", heads)
@@ -109,6 +113,7 @@ class AttentionModule(nn.Module):
             masks=masks,
             mean=mean,
             tap=tap,
+            implementation=self.implementation,
         )
 
     def extra_repr(self) -> str:
@@ -123,6 +128,7 @@ class GlobalGates(nn.Module):
 
     t_i = W_γ[i]·(Σ_s A'_is Z_s); forward returns tanh(t) [N, D+1], which ar_kernels.rectify takes as scores.
     in_channels: C of that map. hypotheses: D+1, the attended layers and the network's own output. kernel_size: 1 or 3.
+    implementation: as ar_kernels.attend takes it; in an AttentionModule's pass that module's counts.
 
     Parameters: mask_weight and gate_weight, [D+1, C] (3×3: [D+1, C, 3, 3]), drawn as AttentionModule draws its own.
     """
@@ -133,10 +139,13 @@ class GlobalGates(nn.Module):
         hypotheses: int,
         *,
         kernel_size: int = 1,
+        implementation: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        _check_implementation(implementation)
+        self.implementation = implementation
         self.in_channels = _check_positive("in_channels", in_channels)
         self.hypotheses = _check_positive("hypotheses", hypotheses)
         self.kernel_size = kernel_size
@@ -153,7 +162,7 @@ class GlobalGates(nn.Module):
 
     def forward(self, feature_map: Tensor) -> Tensor:
         """feature_map: [N, C, H, W] or [N, C, S] → tanh(t) [N, D+1], float32 for half maps."""
-        pooled = attend(feature_map, self.mask_weight).pooled
+        pooled = attend(feature_map, self.mask_weight, implementation=self.implementation).pooled
         weight = self.gate_weight.to(pooled.dtype).reshape(pooled.shape[1:])
         return torch.tanh((pooled * weight).flatten(2).sum(dim=2))
 

@@ -375,6 +375,48 @@ def gated_attend(
     return GatedAttended(*outputs, tapped if through else z)
 
 
+# ---------------------------------------------------------------------------------------------- head_hypotheses
+
+
+class _HeadHypotheses(torch.autograd.Function):
+    """(features [N, K, F], weight [K, L, F]) → [K, N, L]: a batched product whose gradients lie in memory as their
+    inputs do. Autograd's own would lie transposed, and the weight's would be copied when it is added to .grad.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(features, weight):
+        return torch.bmm(features.transpose(0, 1), weight.mT)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        features, weight = ctx.saved_tensors
+        needs_features, needs_weight = ctx.needs_input_grad
+        with autocast_off(grad):
+            return (
+                torch.bmm(grad, weight).transpose(0, 1) if needs_features else None,
+                torch.bmm(grad.mT, features.transpose(0, 1)) if needs_weight else None,
+            )
+
+
+def head_hypotheses(features: Tensor, output_weight: Tensor) -> Tensor:
+    """One product for each head, of features [N, K, C] or [N, K, C, 9] with its output_weight [K, L, C] or
+    [K, L, C, 3, 3], rounded to their dtype → [N, K, L]. Where the weight has channels last in memory, it is the
+    features, which are small, that are put in its order.
+    """
+    weight = output_weight.to(features.dtype)
+    if weight.dim() == 5:
+        if weight.stride(2) < weight.stride(4):
+            weight, features = weight.permute(0, 1, 3, 4, 2), features.mT
+        weight = weight.flatten(2)
+    return _apply(_HeadHypotheses, features.flatten(2), weight).transpose(0, 1)
+
+
 # ---------------------------------------------------------------------------------------------- rectify
 
 

@@ -2,8 +2,9 @@
 
 Batch 128 of 32×32 images, 100 labels, bfloat16 autocast, channels_last, attention depth 3 and width 4, plain SGD:
 eager; captured, which is the eager step replayed as a CUDA graph, so the device's time alone; under torch.compile.
-Blocks of steps of the two nets take turns, so that clocks and heat meet both; the ratio is between neighbours. Peak
-memory is a net's own: weights, what a step saves, gradients.
+--model official: ar_kernels.official's WARN with 3×3 heads, regulariser on, and the official form in plain PyTorch.
+Blocks of steps of the nets take turns, so that clocks and heat meet all; ratios are between neighbours, over the plain
+net. Peak memory is a net's own: weights, what a step saves, gradients.
 """
 
 import argparse
@@ -14,11 +15,27 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from ar_kernels import official
 from ar_kernels.models import WideAttentiveResNet, WideResNet
 
+from . import official_form
 from .results import save
 
 MODES = ("eager", "captured", "compiled")
+
+REG_W = 0.001
+"""The weight of the official nets' mask regulariser."""
+
+MODELS = {
+    "attentive": {
+        "attentive": lambda *sizes: WideAttentiveResNet(*sizes, attention_depth=3, attention_width=4),
+    },
+    "official": {
+        "official": lambda *sizes: official.WideResNetAttention(*sizes, 0, 3, 4, REG_W),
+        "official_form": lambda *sizes: official_form.WideResNetAttention(*sizes, 0, 3, 4, REG_W),
+    },
+}
+"""What --model compares with the plain net: by name, (depth, width, labels) → net. The first is ours."""
 
 
 class Training:
@@ -43,7 +60,11 @@ class Training:
 
     def step(self) -> torch.Tensor:
         with torch.autocast(self.device, torch.bfloat16):
-            loss = F.cross_entropy(self._model(self._images), self._labels)
+            output = self._model(self._images)
+            if isinstance(output, tuple):  # the official nets': a log mix, and the regulariser
+                loss = F.nll_loss(output[0], self._labels) + output[1]
+            else:
+                loss = F.cross_entropy(output, self._labels)
         loss.backward()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -100,31 +121,55 @@ class Training:
         return (torch.cuda.max_memory_allocated() - self._before) / 1e6
 
 
-def compare(mode: str, blocks: int, steps: int, depth: int, width: int, batch: int, labels: int, device: str) -> dict:
-    """Milliseconds of a step of both nets, block by block, and the attentive net's share over the plain one's."""
+def _check_same(ours: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Gives other the weights of ours; raises RuntimeError unless both then make the same of two images (float32)."""
+    other.load_state_dict(ours.state_dict(), strict=True)
+    with torch.no_grad():
+        images = torch.randn(2, 3, 32, 32)
+        outputs = [net.eval()(images)[0] for net in (ours, other)]
+    if not torch.allclose(*outputs, rtol=1e-3, atol=1e-3):
+        raise RuntimeError("the nets do not compute the same: no time is told of them")
+
+
+def compare(
+    mode: str,
+    blocks: int,
+    steps: int,
+    depth: int,
+    width: int,
+    batch: int,
+    labels: int,
+    device: str,
+    model: str = "attentive",
+) -> dict:
+    """Milliseconds of a step of each net, block by block, and the share of the attentive ones over the plain one."""
     torch.manual_seed(0)
     torch.compiler.reset()
-    nets, seconds, peaks, times = {}, {}, {}, {"plain": [], "attentive": []}
-    for name, model in (
-        ("plain", WideResNet(depth, width, labels)),
-        ("attentive", WideAttentiveResNet(depth, width, labels, attention_depth=3, attention_width=4)),
-    ):
-        nets[name] = Training(model, mode, batch, labels, device)
+    ours, *others = MODELS[model]
+    nets, seconds, peaks, times = {}, {}, {}, {name: [] for name in ("plain", ours, *others)}
+    made = {name: make(depth, width, labels) for name, make in ({"plain": WideResNet} | MODELS[model]).items()}
+    for name in others:
+        _check_same(made[ours], made[name])
+    for name, net in made.items():
+        nets[name] = Training(net, mode, batch, labels, device)
         seconds[name] = round(nets[name].warm_up(min(10, steps)), 2)
         peaks[name] = nets[name].peak_mb() if mode != "captured" else None  # a graph's memory stays allocated
     for index in range(blocks):
-        for name in ("plain", "attentive") if index % 2 == 0 else ("attentive", "plain"):
+        for name in times if index % 2 == 0 else reversed(times):
             times[name].append(nets[name].block(steps))
-    ratios = [own / plain for own, plain in zip(times["attentive"], times["plain"])]
-    row = {"mode": mode, "depth": depth, "width": width, "batch": batch, "L": labels, "steps": steps}
+    row = {"model": model, "mode": mode, "depth": depth, "width": width, "batch": batch, "L": labels, "steps": steps}
     for name, found in times.items():
         row[f"{name}_ms"] = round(statistics.median(found), 3)
         row[f"{name}_blocks_ms"] = [round(value, 3) for value in found]
-    row |= {"ratio": round(statistics.median(ratios), 4), "ratio_min": round(min(ratios), 4)}
-    row |= {"ratio_max": round(max(ratios), 4), "first_steps_seconds": seconds}
+    for name in (ours, *others):
+        ratio = "ratio" if name == ours else f"{name}_ratio"
+        ratios = [own / plain for own, plain in zip(times[name], times["plain"])]
+        row |= {ratio: round(statistics.median(ratios), 4), f"{ratio}_min": round(min(ratios), 4)}
+        row |= {f"{ratio}_max": round(max(ratios), 4)}
+    row["first_steps_seconds"] = seconds
     if all(peaks.values()):
         row["peak_mb"] = {name: round(value, 1) for name, value in peaks.items()}
-        row["peak_ratio"] = round(peaks["attentive"] / peaks["plain"], 4)
+        row["peak_ratio"] = round(peaks[ours] / peaks["plain"], 4)
     return row
 
 
@@ -132,6 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=None, help="folder of the JSON file (default: benchmarks/results)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default=None, help="default: cuda where there is one")
+    parser.add_argument("--model", choices=MODELS, default="attentive", help="what is compared with the plain net")
     parser.add_argument("--mode", choices=MODES, action="append", help="default: all")
     parser.add_argument("--blocks", type=int, default=10, help="blocks of either net")
     parser.add_argument("--steps", type=int, default=50, help="steps in a block")
@@ -145,10 +191,11 @@ def main() -> None:
     rows = []
     for mode in (arguments.mode or MODES) if device == "cuda" else MODES[:1]:
         sizes = (arguments.depth, arguments.width, arguments.batch, arguments.labels)
-        row = compare(mode, arguments.blocks, arguments.steps, *sizes, device)
+        row = compare(mode, arguments.blocks, arguments.steps, *sizes, device, arguments.model)
         rows.append(row)
         print(*(f"{name} {value}" for name, value in row.items() if "blocks" not in name), sep="  ", flush=True)
-        path = save("step", {"rows": rows}, arguments.out)  # now: compiling the next may take what time is left
+        name = "step" if arguments.model == "attentive" else f"step-{arguments.model}"
+        path = save(name, {"rows": rows}, arguments.out)  # now: compiling the next may take what time is left
     print(path)
 
 

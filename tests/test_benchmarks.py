@@ -416,6 +416,16 @@ def test_step():
     assert len(row["plain_blocks_ms"]) == 2 and row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
 
 
+def test_step_of_the_official_nets(monkeypatch):
+    sizes = {"depth": 10, "width": 1, "batch": 2, "labels": 3, "device": "cpu", "model": "official"}
+    row = step.compare("eager", blocks=2, steps=1, **sizes)
+    assert row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
+    assert row["official_form_ratio"] > 0 and len(row["official_form_blocks_ms"]) == 2
+    monkeypatch.setattr(step.official_form.Gate, "forward", lambda gate, x: gate.gates(x))
+    with pytest.raises(RuntimeError, match="the nets do not compute the same"):
+        step.compare("eager", blocks=2, steps=1, **sizes)
+
+
 def test_first_call(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(first_call, "_count_compilations", lambda: [])

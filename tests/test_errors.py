@@ -32,7 +32,7 @@ SIZES = "feature_map must have at least one channel and position, got "
 MASKS = "mask_weight must be [K, C] or [K, C, 3, 3] with K of at least 1 and C = 6 to match feature_map, got "
 FLOATS = " must be float16, bfloat16, float32 or float64, got "
 HYPOTHESES = "hypotheses must be [N, D+1, L] with D+1 and L of at least 1, got "
-OUTPUTS = "output_weight must be [L, K·C] with L of at least 1 and K·C = 30 to match mask_weight, got "
+OUTPUTS = "output_weight must be [L, K·C] or [K, L, C] with L of at least 1 and K·C = 30 to match mask_weight, got "
 HALF = torch.float16
 
 OF_ATTEND = [
@@ -95,7 +95,8 @@ OF_MODULE = [
     (
         {name: zeros(K, C, 3, 3) for name in ("mask_weight", "gate_weight")},
         ValueError,
-        "output_weight must be [L, K·C·9] with L of at least 1 and K·C·9 = 270 to match mask_weight, got [7, 30]",
+        "output_weight must be [L, K·C·9] or [K, L, C, 3, 3] with L of at least 1 and K·C·9 = 270 to match "
+        "mask_weight, got [7, 30]",
     ),
     (
         {"output_weight": zeros(L, K * C, dtype=HALF)},

@@ -1,5 +1,7 @@
 """Wide Residual Networks (arXiv 1605.07146) and WARN, their attentive twins of "Attend and Rectify"."""
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -40,7 +42,7 @@ class Block(nn.Module):
 
 
 class _WideNet(nn.Module):
-    """What WideResNet and WideAttentiveResNet share: everything but the last normalisation and the attention."""
+    """What the plain and the attentive nets share: everything but the last normalisation and the attention."""
 
     def __init__(self, depth: int, width: int, num_classes: int, dropout: float) -> None:
         super().__init__()
@@ -51,27 +53,39 @@ class _WideNet(nn.Module):
             raise ValueError(f"depth must be 6n + 4 with n of at least 1 (10, 16, 22, 28, 40, ...), got {depth}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
-        self.depth, self.width, self.num_classes = depth, width, num_classes
+        self.depth, self.width, self.num_classes, self.dropout = depth, width, num_classes, dropout
         self.channels = (16 * width, 32 * width, 64 * width)
-        blocks = (depth - 4) // 6
         self.conv0 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+
+    def _add_rest(self, norm: str) -> None:
+        """Adds the groups, the last normalisation under the name `norm` and the classifier; draws all weights."""
         in_channels = 16
         for group, channels in enumerate(self.channels):
-            blocks_of_group = nn.Sequential()
-            for index in range(blocks):
+            blocks = nn.Sequential()
+            for index in range((self.depth - 4) // 6):
                 stride = 2 if index == 0 and group > 0 else 1
-                blocks_of_group.add_module(f"block_{index}", Block(in_channels, channels, stride, dropout))
+                blocks.add_module(f"block_{index}", Block(in_channels, channels, stride, self.dropout))
                 in_channels = channels
-            self.add_module(f"group_{group}", blocks_of_group)
-
-    def _add_last(self, norm: str) -> None:
-        self.add_module(norm, nn.BatchNorm2d(self.channels[-1]))
-        self.classifier = nn.Linear(self.channels[-1], self.num_classes)
+            self.add_module(f"group_{group}", blocks)
+        self.add_module(norm, nn.BatchNorm2d(in_channels))
+        self.classifier = nn.Linear(in_channels, self.num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         nn.init.kaiming_normal_(self.classifier.weight, nonlinearity="linear")
         nn.init.zeros_(self.classifier.bias)
+
+    def _last_of_groups(self, images: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """What group 2 returns. attend(i, a) is shown the output of group i = 0, 1 as the next group's first block
+        normalises it, a = relu(bn0(x)), and returns the map that this block goes on with: a, or its tap.
+        """
+        x = self.group_0(self.conv0(images))
+        for index, group in enumerate((self.group_1, self.group_2)):
+            first, *others = group
+            x = first(x, attend(index, first.activate(x)))
+            for block in others:
+                x = block(x)
+        return x
 
 
 class WideResNet(_WideNet):
@@ -84,7 +98,7 @@ class WideResNet(_WideNet):
 
     def __init__(self, depth: int, width: int, num_classes: int, dropout: float = 0.0) -> None:
         super().__init__(depth, width, num_classes, dropout)
-        self._add_last("bn")
+        self._add_rest("bn")
 
     def forward(self, images: Tensor) -> Tensor:
         """images: [N, 3, H, W] → class scores [N, L]."""
@@ -126,7 +140,7 @@ class WideAttentiveResNet(_WideNet):
         _check_positive("attention_width", attention_width)
         _check_mix(mix, gating)
         self.attention_depth, self.mix, self.gating = attention_depth, mix, gating
-        self._add_last("bn_g2")
+        self._add_rest("bn_g2")
         self.attention = nn.ModuleList(
             AttentionModule(channels, num_classes, attention_width, gated=gated, kernel_size=kernel_size)
             for channels in self.channels[3 - attention_depth :]
@@ -138,17 +152,15 @@ class WideAttentiveResNet(_WideNet):
     def forward(self, images: Tensor, return_details: bool = False) -> Tensor | Rectified:
         """images: [N, 3, H, W] → the rectified output [N, L], or Rectified with all that led to it."""
         attended: list[AttentionOutput] = []
-        x = self.group_0(self.conv0(images))
-        for index, group in enumerate((self.group_1, self.group_2)):
-            activated = group.block_0.activate(x)
-            if self.attention_depth >= 3 - index:
-                layer = self.attention[len(attended)](activated, masks=return_details, tap=True)
-                activated = layer.feature_map
-                attended.append(layer)
-            x = group.block_0(x, activated)
-            for block in list(group)[1:]:
-                x = block(x)
-        last = F.relu(self.bn_g2(x), inplace=True)
+
+        def attend(group: int, feature_map: Tensor) -> Tensor:
+            if self.attention_depth < 3 - group:
+                return feature_map
+            layer = self.attention[len(attended)](feature_map, masks=return_details, tap=True)
+            attended.append(layer)
+            return layer.feature_map
+
+        last = F.relu(self.bn_g2(self._last_of_groups(images, attend)), inplace=True)
         if self.attention_depth == 0:
             return rectified((), self.classifier(last.mean(dim=(2, 3))), None, self.mix, self.gating, return_details)
         layer = self.attention[-1](last, global_gates=self.global_gates, masks=return_details, mean=True)
