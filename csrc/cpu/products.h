@@ -1,0 +1,197 @@
+// The three products of a tile of the feature map with few rows of weights or masks, blocked for registers.
+//
+// A tile is `rows` rows of `columns` adjacent elements, row_step apart: channels by positions for NCHW, positions by
+// channels for channels_last. The few rows on the other side (heads) lie as [head][...], `step` apart, padded with
+// zeros to whole vectors.
+//
+//   sum_rows     out[k][x]  = sum over i of u[k][i] z[i][x]         (adds to out where `add`)
+//   dot_rows     out[k][i] += sum over x of v[k][x] z[i][x]         (sets out where not `add`)
+//   outer_rows   dz[i][x]   = sum over k of u[k][i] v[k][x] + upstream[i][x]
+#pragma once
+
+#include "simd.h"
+
+namespace ar_kernels::AR_TARGET {
+
+template <class T>
+struct Tile {
+  T* data;
+  int64_t row_step;
+  int64_t rows;
+  int64_t columns;
+};
+
+// ------------------------------------------------------------------------------------------- sum_rows
+
+template <class T, class A, int Heads, int Vectors, bool Tail>
+inline void sum_rows_block(const A* u, int64_t u_step, const Tile<const T>& z, int64_t x, int last, A* out,
+                           int64_t out_step, bool add) {
+  constexpr int kStep = kLanes<A>;
+  Vector<A> sums[Heads][Vectors] = {};
+  const T* row = z.data + x;
+  for (int64_t i = 0; i < z.rows; ++i, row += z.row_step) {
+    Vector<A> values[Vectors];
+    AR_UNROLL for (int j = 0; j < Vectors; ++j)
+        values[j] = Tail && j == Vectors - 1 ? load(row + j * kStep, last) : load(row + j * kStep);
+    AR_UNROLL for (int k = 0; k < Heads; ++k) {
+      const Vector<A> weight = all<A>(u[k * u_step + i]);
+      AR_UNROLL for (int j = 0; j < Vectors; ++j) sums[k][j] += weight * values[j];
+    }
+  }
+  AR_UNROLL for (int k = 0; k < Heads; ++k) {
+    AR_UNROLL for (int j = 0; j < Vectors; ++j) {
+      A* target = out + k * out_step + x + j * kStep;
+      store(target, add ? load(target) + sums[k][j] : sums[k][j]);
+    }
+  }
+}
+
+template <class T, class A, int Heads, int Vectors>
+inline void sum_rows_end(const A* u, int64_t u_step, const Tile<const T>& z, int64_t x, A* out, int64_t out_step,
+                         bool add) {
+  const int64_t left = z.columns - x - (Vectors - 1) * kLanes<A>;
+  if (left > 0)
+    sum_rows_block<T, A, Heads, Vectors, true>(u, u_step, z, x, (int)left, out, out_step, add);
+  else if constexpr (Vectors > 1)
+    sum_rows_end<T, A, Heads, Vectors - 1>(u, u_step, z, x, out, out_step, add);
+}
+
+template <class T, class A, int Heads, int Vectors>
+inline void sum_rows_of(const A* u, int64_t u_step, const Tile<const T>& z, int64_t x, A* out, int64_t out_step,
+                        bool add) {
+  if (x + Vectors * kLanes<A> <= z.columns)
+    sum_rows_block<T, A, Heads, Vectors, false>(u, u_step, z, x, 0, out, out_step, add);
+  else
+    sum_rows_end<T, A, Heads, Vectors>(u, u_step, z, x, out, out_step, add);
+}
+
+template <class T, class A>
+void sum_rows(const A* u, int64_t u_step, int64_t heads, const Tile<const T>& z, A* out, int64_t out_step, bool add) {
+  constexpr int kVectors = kManyRegisters ? 4 : 2;
+  int64_t k = 0;
+  for (; k + 4 <= heads; k += 4)
+    for (int64_t x = 0; x < z.columns; x += kVectors * kLanes<A>)
+      sum_rows_of<T, A, 4, kVectors>(u + k * u_step, u_step, z, x, out + k * out_step, out_step, add);
+  if (k + 2 <= heads) {
+    for (int64_t x = 0; x < z.columns; x += kVectors * kLanes<A>)
+      sum_rows_of<T, A, 2, kVectors>(u + k * u_step, u_step, z, x, out + k * out_step, out_step, add);
+    k += 2;
+  }
+  if (k < heads)
+    for (int64_t x = 0; x < z.columns; x += kVectors * kLanes<A>)
+      sum_rows_of<T, A, 1, kVectors>(u + k * u_step, u_step, z, x, out + k * out_step, out_step, add);
+}
+
+// ------------------------------------------------------------------------------------------- dot_rows
+
+template <class T, class A, int Heads, int Rows>
+inline void dot_rows_block(const A* v, int64_t v_step, const Tile<const T>& z, int64_t i, A* out, int64_t out_step,
+                           bool add) {
+  constexpr int kStep = kLanes<A>;
+  const int64_t real = z.rows - i < Rows ? z.rows - i : Rows;
+  const T* rows[Rows];
+  AR_UNROLL for (int j = 0; j < Rows; ++j) rows[j] = z.data + (i + (j < real ? j : real - 1)) * z.row_step;
+  Vector<A> sums[Heads * Rows] = {};
+  const auto step = [&](int64_t x, auto&& loaded) {
+    Vector<A> values[Rows];
+    AR_UNROLL for (int j = 0; j < Rows; ++j) values[j] = loaded(rows[j] + x);
+    AR_UNROLL for (int k = 0; k < Heads; ++k) {
+      const Vector<A> weight = load(v + k * v_step + x);
+      AR_UNROLL for (int j = 0; j < Rows; ++j) sums[k * Rows + j] += weight * values[j];
+    }
+  };
+  int64_t x = 0;
+  for (; x + kStep <= z.columns; x += kStep) step(x, [](const T* from) { return load(from); });
+  if (x < z.columns) {
+    const int last = (int)(z.columns - x);
+    step(x, [last](const T* from) { return load(from, last); });
+  }
+  sums_of_vectors<A, Heads * Rows>(sums);
+  A totals[Heads * Rows];
+  AR_UNROLL for (int j = 0; j < Heads * Rows / kStep; ++j) store(totals + j * kStep, sums[j]);
+  for (int k = 0; k < Heads; ++k) {
+    A* target = out + k * out_step + i;
+    for (int64_t j = 0; j < real; ++j) target[j] = add ? target[j] + totals[k * Rows + j] : totals[k * Rows + j];
+  }
+}
+
+template <class T, class A>
+void dot_rows(const A* v, int64_t v_step, int64_t heads, const Tile<const T>& z, A* out, int64_t out_step, bool add) {
+  constexpr int kSums = kManyRegisters ? 16 : 8;
+  for (int64_t i = 0; i < z.rows; i += kSums / 4)
+    for (int64_t k = 0; k + 4 <= heads; k += 4)
+      dot_rows_block<T, A, 4, kSums / 4>(v + k * v_step, v_step, z, i, out + k * out_step, out_step, add);
+  int64_t k = heads / 4 * 4;
+  if (k + 2 <= heads) {
+    for (int64_t i = 0; i < z.rows; i += kSums / 2)
+      dot_rows_block<T, A, 2, kSums / 2>(v + k * v_step, v_step, z, i, out + k * out_step, out_step, add);
+    k += 2;
+  }
+  if (k < heads)
+    for (int64_t i = 0; i < z.rows; i += kSums)
+      dot_rows_block<T, A, 1, kSums>(v + k * v_step, v_step, z, i, out + k * out_step, out_step, add);
+}
+
+// ------------------------------------------------------------------------------------------- outer_rows
+
+template <class T, class A, int Rows, int Vectors, bool Tail>
+inline void outer_rows_block(const A* u, int64_t u_step, const A* v, int64_t v_step, int64_t heads,
+                             const Tile<const T>* upstream, const Tile<T>& dz, int64_t i, int64_t x, int last) {
+  constexpr int kStep = kLanes<A>;
+  const int64_t real = dz.rows - i < Rows ? dz.rows - i : Rows;
+  Vector<A> sums[Rows][Vectors] = {};
+  if (upstream != nullptr) {
+    AR_UNROLL for (int j = 0; j < Rows; ++j) {
+      if (j < real) {
+        const T* from = upstream->data + (i + j) * upstream->row_step + x;
+        AR_UNROLL for (int l = 0; l < Vectors; ++l)
+            sums[j][l] = Tail && l == Vectors - 1 ? load(from + l * kStep, last) : load(from + l * kStep);
+      }
+    }
+  }
+  int64_t offsets[Rows];
+  AR_UNROLL for (int j = 0; j < Rows; ++j) offsets[j] = i + (j < real ? j : real - 1);
+  for (int64_t k = 0; k < heads; ++k) {
+    Vector<A> values[Vectors];
+    AR_UNROLL for (int l = 0; l < Vectors; ++l) values[l] = load(v + k * v_step + x + l * kStep);
+    AR_UNROLL for (int j = 0; j < Rows; ++j) {
+      const Vector<A> weight = all<A>(u[k * u_step + offsets[j]]);
+      AR_UNROLL for (int l = 0; l < Vectors; ++l) sums[j][l] += weight * values[l];
+    }
+  }
+  AR_UNROLL for (int j = 0; j < Rows; ++j) {
+    if (j < real) {
+      T* to = dz.data + (i + j) * dz.row_step + x;
+      AR_UNROLL for (int l = 0; l < Vectors; ++l) {
+        if (Tail && l == Vectors - 1)
+          store(to + l * kStep, sums[j][l], last);
+        else
+          store(to + l * kStep, sums[j][l]);
+      }
+    }
+  }
+}
+
+template <class T, class A, int Rows, int Vectors>
+inline void outer_rows_end(const A* u, int64_t u_step, const A* v, int64_t v_step, int64_t heads,
+                           const Tile<const T>* upstream, const Tile<T>& dz, int64_t i, int64_t x) {
+  const int64_t left = dz.columns - x - (Vectors - 1) * kLanes<A>;
+  if (left > 0)
+    outer_rows_block<T, A, Rows, Vectors, true>(u, u_step, v, v_step, heads, upstream, dz, i, x, (int)left);
+  else if constexpr (Vectors > 1)
+    outer_rows_end<T, A, Rows, Vectors - 1>(u, u_step, v, v_step, heads, upstream, dz, i, x);
+}
+
+template <class T, class A>
+void outer_rows(const A* u, int64_t u_step, const A* v, int64_t v_step, int64_t heads, const Tile<const T>* upstream,
+                const Tile<T>& dz) {
+  constexpr int kRows = 4, kVectors = kManyRegisters ? 4 : 2;
+  for (int64_t i = 0; i < dz.rows; i += kRows) {
+    int64_t x = 0;
+    for (; x + kVectors * kLanes<A> <= dz.columns; x += kVectors * kLanes<A>)
+      outer_rows_block<T, A, kRows, kVectors, false>(u, u_step, v, v_step, heads, upstream, dz, i, x, 0);
+    if (x < dz.columns) outer_rows_end<T, A, kRows, kVectors>(u, u_step, v, v_step, heads, upstream, dz, i, x);
+  }
+}
+
+}  // namespace ar_kernels::AR_TARGET
