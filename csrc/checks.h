@@ -50,8 +50,8 @@ inline void check_like(const char* name, const Tensor& tensor, const char* other
   bool same = tensor.dim() == other.dim();
   for (int64_t i = 0; same && i < other.dim(); ++i) same = tensor.size(i) == other.size(i);
   STD_TORCH_CHECK(same && tensor.scalar_type() == other.scalar_type(), name, " must be ",
-                  torch::headeronly::toString(other.scalar_type()), " ", shape_of(other), " like ", other_name, ", got ",
-                  torch::headeronly::toString(tensor.scalar_type()), " ", shape_of(tensor));
+                  torch::headeronly::toString(other.scalar_type()), " ", shape_of(other), " like ", other_name,
+                  ", got ", torch::headeronly::toString(tensor.scalar_type()), " ", shape_of(tensor));
 }
 
 // The dtype that sums are kept in.

@@ -44,9 +44,11 @@ struct BackwardArguments {
   const void *grad_gates, *grad_scores, *grad_pooled, *grad_lse, *grad_logits, *grad_mean;
   void* dz;  // the map's dtype
   bool channels_last;
-  // Sums over images: every group of items adds up its share, sum_shares adds the shares in order.
+  bool streams;  // writes dz past the caches
+  void* dt;      // [N, K]
+  // Every group of items adds up its share of dW_H; weight_sums adds the shares in order.
   int64_t groups;
-  void *dw_shares, *dscore_w_shares, *dscore_b_shares;  // [groups, K, C], [groups, K, C], [groups, K]
+  void* dw_shares;  // [groups, K, C]
 };
 
 // One target's kernels. An item is one split of one image; memory is aligned to 64 bytes, one thread's own.
@@ -58,9 +60,10 @@ struct Kernels {
   void (*merge_splits)(const ForwardArguments&, int64_t begin, int64_t end);                  // images, of their parts
   int64_t (*backward_scratch)(const BackwardArguments&);
   void (*attend_backward)(const BackwardArguments&, int64_t begin, int64_t end, void* memory);  // groups
-  // out[i] = sum over g of shares[g * size + i], for i in [begin, end)
-  void (*sum_shares)(Kind kind, const void* shares, int64_t groups, int64_t size, void* out, int64_t begin,
-                     int64_t end);
+  // out[k][c] = sum over r of weights[r][k] rows[r][k][c], always in the same order, for elements [begin, end) of out;
+  // weights null: 1.
+  void (*weight_sums)(Kind kind, const void* rows, const void* weights, int64_t count, int64_t heads, int64_t channels,
+                      void* out, int64_t begin, int64_t end);
 };
 
 // The kernels for this machine: of the widest target that it has instructions for, or of AR_KERNELS_TARGET.

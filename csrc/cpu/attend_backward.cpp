@@ -87,7 +87,8 @@ void pooled_gradient(const BackwardArguments& a, int64_t n, const Rows<A>& rows)
   for (int64_t k = 0; k < heads; ++k) {
     A* dp = rows.weights + (heads + k) * c_step;
     if (a.grad_pooled != nullptr) add_scaled(dp, A(1), (const A*)a.grad_pooled + (n * heads + k) * channels, channels);
-    if (a.score_w != nullptr && rows.dt[k] != 0) add_scaled(dp, rows.dt[k], (const A*)a.score_w + k * channels, channels);
+    if (a.score_w != nullptr && rows.dt[k] != 0)
+      add_scaled(dp, rows.dt[k], (const A*)a.score_w + k * channels, channels);
     if (a.grad_features != nullptr && k < gated) {
       const A gate = ((const A*)a.gates)[n * gated + k];
       add_scaled(dp, gate, (const T*)a.grad_features + (n * gated + k) * channels, channels);
@@ -145,10 +146,10 @@ void sweep(const BackwardArguments& a, int64_t n, int64_t begin, int64_t end, co
     if (gathered.dz == nullptr) {
       const Tile<const T> place = read_tile<T>(layer, dz_map, n, start, count, nullptr);
       const Tile<T> dz = {const_cast<T*>(place.data), place.row_step, place.rows, place.columns};
-      spread<T, A>(layer, rows.weights, rows.masks, used, tapped ? &upstream : nullptr, dz);
+      spread<T, A>(layer, rows.weights, rows.masks, used, tapped ? &upstream : nullptr, dz, a.streams);
     } else {
       const Tile<T> dz = gathered_tile(layer, gathered.dz, count);
-      spread<T, A>(layer, rows.weights, rows.masks, used, tapped ? &upstream : nullptr, dz);
+      spread<T, A>(layer, rows.weights, rows.masks, used, tapped ? &upstream : nullptr, dz, false);
       for_each_element(layer, dz_map, n, start, count, dz.row_step,
                        [&](int64_t to, int64_t from) { ((T*)a.dz)[to] = dz.data[from]; });
     }
@@ -182,22 +183,12 @@ void backward(const BackwardArguments& a, int64_t first, int64_t last, void* mem
   copy_rows(layer, (const A*)a.w, heads, rows.weights);
   for (int64_t s = 0; s < s_step; ++s) rows.masks[2 * heads * s_step + s] = 1 / A(layer.positions());
   for (int64_t group = first; group < last; ++group) {
-    A* dscore_w = a.dscore_w_shares == nullptr ? nullptr : (A*)a.dscore_w_shares + group * size;
-    A* dscore_b = a.dscore_b_shares == nullptr ? nullptr : (A*)a.dscore_b_shares + group * heads;
     if (dw != nullptr) memset(dw, 0, heads * c_step * sizeof(A));
-    if (dscore_w != nullptr) memset(dscore_w, 0, size * sizeof(A));
-    if (dscore_b != nullptr) memset(dscore_b, 0, heads * sizeof(A));
     const int64_t items = layer.items();
     for (int64_t item = items * group / a.groups; item < items * (group + 1) / a.groups; ++item) {
       const int64_t n = item / layer.splits, begin = item % layer.splits * layer.split_length;
       gate_gradient<T, A>(a, n, rows);
-      if (dscore_w != nullptr && begin == 0) {
-        for (int64_t k = 0; k < heads; ++k) {
-          const A* pooled = (const A*)a.pooled + (n * heads + k) * channels;
-          for (int64_t c = 0; c < channels; ++c) dscore_w[k * channels + c] += rows.dt[k] * pooled[c];
-          dscore_b[k] += rows.dt[k];
-        }
-      }
+      if (a.dt != nullptr && begin == 0) memcpy((A*)a.dt + n * heads, rows.dt, heads * sizeof(A));
       if (dw == nullptr && a.dz == nullptr) continue;
       pooled_gradient<T, A>(a, n, rows);
       const int64_t end = smaller(begin + layer.split_length, layer.positions());
@@ -207,6 +198,7 @@ void backward(const BackwardArguments& a, int64_t first, int64_t last, void* mem
     for (int64_t k = 0; k < heads; ++k)
       memcpy((A*)a.dw_shares + group * size + k * channels, dw + k * c_step, channels * sizeof(A));
   }
+  if (a.streams) streamed();
 }
 
 void run(const BackwardArguments& a, int64_t begin, int64_t end, void* memory, int64_t* used) {
@@ -219,10 +211,16 @@ void run(const BackwardArguments& a, int64_t begin, int64_t end, void* memory, i
 }
 
 template <class A>
-void add_up(const A* shares, int64_t groups, int64_t size, A* out, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) out[i] = shares[i];
-  for (int64_t group = 1; group < groups; ++group)
-    for (int64_t i = begin; i < end; ++i) out[i] += shares[group * size + i];
+void sum_rows_of_heads(const A* rows, const A* weights, int64_t count, int64_t heads, int64_t channels, A* out,
+                       int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) out[i] = 0;
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t i = begin; i < end;) {
+      const int64_t k = i / channels, stop = smaller(end, (k + 1) * channels);
+      const A weight = weights == nullptr ? A(1) : weights[r * heads + k];
+      for (; i < stop; ++i) out[i] += weight * rows[r * heads * channels + i];
+    }
+  }
 }
 
 }  // namespace
@@ -237,11 +235,12 @@ void attend_backward(const BackwardArguments& a, int64_t begin, int64_t end, voi
   run(a, begin, end, memory, nullptr);
 }
 
-void sum_shares(Kind kind, const void* shares, int64_t groups, int64_t size, void* out, int64_t begin, int64_t end) {
+void weight_sums(Kind kind, const void* rows, const void* weights, int64_t count, int64_t heads, int64_t channels,
+                 void* out, int64_t begin, int64_t end) {
   if (kind == Kind::kDouble)
-    add_up((const double*)shares, groups, size, (double*)out, begin, end);
+    sum_rows_of_heads((const double*)rows, (const double*)weights, count, heads, channels, (double*)out, begin, end);
   else
-    add_up((const float*)shares, groups, size, (float*)out, begin, end);
+    sum_rows_of_heads((const float*)rows, (const float*)weights, count, heads, channels, (float*)out, begin, end);
 }
 
 }  // namespace ar_kernels::AR_TARGET

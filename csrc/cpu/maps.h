@@ -106,9 +106,9 @@ template <class T, class A>
 void project(const Layer& layer, const A* weights, int64_t rows, const Tile<const T>& z, A* out) {
   const int64_t c_step = channel_step<A>(layer), s_step = position_step<A>(layer);
   if (layer.positions_adjacent)
-    sum_rows<T, A>(weights, c_step, rows, z, out, s_step, false);
+    sum_rows<T, A>(weights, c_step, rows, z, out, s_step, false, true);
   else
-    dot_rows<T, A>(weights, c_step, rows, z, out, s_step, false);
+    dot_rows<T, A>(weights, c_step, rows, z, out, s_step, false, true);
 }
 
 // out[k][c] += sum over s of masks[k][s] Z[c][s]
@@ -116,20 +116,20 @@ template <class T, class A>
 void pool(const Layer& layer, const A* masks, int64_t rows, const Tile<const T>& z, A* out) {
   const int64_t c_step = channel_step<A>(layer), s_step = position_step<A>(layer);
   if (layer.positions_adjacent)
-    dot_rows<T, A>(masks, s_step, rows, z, out, c_step, true);
+    dot_rows<T, A>(masks, s_step, rows, z, out, c_step, true, false);
   else
-    sum_rows<T, A>(masks, s_step, rows, z, out, c_step, true);
+    sum_rows<T, A>(masks, s_step, rows, z, out, c_step, true, false);
 }
 
 // dZ[c][s] = sum over k of weights[k][c] masks[k][s] + upstream[c][s]
 template <class T, class A>
 void spread(const Layer& layer, const A* weights, const A* masks, int64_t rows, const Tile<const T>* upstream,
-            const Tile<T>& dz) {
+            const Tile<T>& dz, bool streams) {
   const int64_t c_step = channel_step<A>(layer), s_step = position_step<A>(layer);
   if (layer.positions_adjacent)
-    outer_rows<T, A>(weights, c_step, masks, s_step, rows, upstream, dz);
+    outer_rows<T, A>(weights, c_step, masks, s_step, rows, upstream, dz, streams);
   else
-    outer_rows<T, A>(masks, s_step, weights, c_step, rows, upstream, dz);
+    outer_rows<T, A>(masks, s_step, weights, c_step, rows, upstream, dz, streams);
 }
 
 // Rows of a [rows, channels] matrix, padded with zeros to whole vectors.

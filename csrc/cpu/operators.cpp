@@ -28,8 +28,10 @@ constexpr int64_t kFewestPositions = 16;  // of a tile, if the map has them
 constexpr int64_t kMostPositions = 128;   // of channels_last, where one sum runs over all of them: it rounds less so
 // Parts that the work is cut into for threads to share: by shape alone, so that sums don't depend on the threads.
 constexpr int64_t kItems = 32;
-constexpr int64_t kGroups = 128;
-constexpr int64_t kElementsPerThread = 1 << 15;  // less is not worth another thread
+constexpr int64_t kElementsOfGroup = 1 << 16, kMostGroups = 128;
+constexpr int64_t kStreamedBytes = 1 << 23;       // of dZ: a larger one leaves the caches before it is read again
+constexpr int64_t kElementsPerThread = 1 << 15;   // less is not worth another thread
+constexpr int64_t kAdditionsPerThread = 1 << 20;  // likewise, of the last sums
 
 Kind kind_of(ScalarType dtype) {
   switch (dtype) {
@@ -129,23 +131,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_attend(
   const Tensor logits = wants_logits ? empty({images, heads, layer.positions()}, dtype) : empty({0}, dtype);
   const Tensor scores = gated ? empty({images, heads}, dtype) : empty({0}, dtype);
   const Tensor gates = gated ? empty({images, gated_heads}, dtype) : empty({0}, dtype);
-  const Tensor features = gated ? empty({images, gated_heads * channels}, z.scalar_type()) : empty({0}, z.scalar_type());
+  const Tensor features =
+      gated ? empty({images, gated_heads * channels}, z.scalar_type()) : empty({0}, z.scalar_type());
   const Tensor mean = wants_mean ? empty({images, channels}, dtype) : empty({0}, dtype);
 
   if (images > 0) {
     const MaybeTensor weights[] = {accumulated(w, dtype), accumulated(b, dtype), accumulated(score_w, dtype),
                                    accumulated(score_b, dtype)};
-    ForwardArguments arguments = {layer,          map_of(z),       data(weights[0]), data(weights[1]), data(weights[2]),
-                                  data(weights[3]), written(pooled), written(lse),    written(logits),  written(mean),
-                                  written(scores), written(gates),  written(features), nullptr};
+    ForwardArguments arguments = {layer,
+                                  map_of(z),
+                                  data(weights[0]),
+                                  data(weights[1]),
+                                  data(weights[2]),
+                                  data(weights[3]),
+                                  written(pooled),
+                                  written(lse),
+                                  written(logits),
+                                  written(mean),
+                                  written(scores),
+                                  written(gates),
+                                  written(features),
+                                  nullptr};
     const Kernels& target = kernels();
     Tensor parts;
     if (layer.splits > 1) {
       parts = empty({layer.items(), target.forward_part(arguments)}, ScalarType::Byte);
       arguments.parts = parts.mutable_data_ptr();
     }
-    in_parallel(layer.items(), z.numel(), target.forward_scratch(arguments),
-                [&](int64_t begin, int64_t end, void* memory) { target.attend_forward(arguments, begin, end, memory); });
+    in_parallel(
+        layer.items(), z.numel(), target.forward_scratch(arguments),
+        [&](int64_t begin, int64_t end, void* memory) { target.attend_forward(arguments, begin, end, memory); });
     if (layer.splits > 1)
       in_parallel(images, layer.items() * heads * channels, 1,
                   [&](int64_t begin, int64_t end, void*) { target.merge_splits(arguments, begin, end); });
@@ -155,7 +170,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_attend(
 
 // z's gradient, contiguous or channels_last.
 Tensor empty_gradient(const Tensor& z, bool channels_last) {
-  const int64_t channels = z.size(1), width = z.size(-1), positions = z.numel() / std::max<int64_t>(z.size(0) * channels, 1);
+  const int64_t channels = z.size(1), width = z.size(-1),
+                positions = z.numel() / std::max<int64_t>(z.size(0) * channels, 1);
   const int64_t step = channels_last ? channels : 1;
   std::vector<int64_t> strides = {channels * positions, channels_last ? 1 : positions};
   if (z.dim() == 4) strides.push_back(step * width);
@@ -167,18 +183,20 @@ Tensor empty_gradient(const Tensor& z, bool channels_last) {
                                     torch::stable::detail::from(std::optional<torch::headeronly::Layout>()),
                                     torch::stable::detail::from(std::optional<torch::stable::Device>()),
                                     torch::stable::detail::from(std::optional<bool>())};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::new_empty_strided", "", stack.data(), TORCH_ABI_VERSION));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::new_empty_strided", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// The shares of a sum over images, added up and converted.
-Tensor added_up(const Kernels& target, const Tensor& shares, ScalarType dtype, std::initializer_list<int64_t> sizes) {
-  const Kind kind = kind_of(shares.scalar_type());
-  const int64_t groups = shares.size(0), size = shares.numel() / groups;
-  const Tensor sums = empty(sizes, shares.scalar_type());
-  torch::stable::parallel_for(0, size, std::max<int64_t>(64, kElementsPerThread / groups), [&](int64_t begin, int64_t end) {
-    target.sum_shares(kind, shares.const_data_ptr(), groups, size, sums.mutable_data_ptr(), begin, end);
+// sum over r of weights[r][k] rows[r][k][c] in `dtype`, [K, C] of rows [R, K, C]; of rows [R, K], [K].
+Tensor summed(const Kernels& target, const Tensor& rows, const MaybeTensor& weights, ScalarType dtype) {
+  const int64_t count = rows.size(0), heads = rows.size(1), channels = rows.dim() == 3 ? rows.size(2) : 1;
+  const Tensor sums =
+      rows.dim() == 3 ? empty({heads, channels}, rows.scalar_type()) : empty({heads}, rows.scalar_type());
+  const Kind kind = kind_of(rows.scalar_type());
+  const void *from = rows.const_data_ptr(), *weight = data(weights);
+  void* to = sums.mutable_data_ptr();
+  torch::stable::parallel_for(0, heads * channels, kAdditionsPerThread / count + 1, [&](int64_t begin, int64_t end) {
+    target.weight_sums(kind, from, weight, count, heads, channels, to, begin, end);
   });
   return sums.scalar_type() == dtype ? sums : torch::stable::to(sums, dtype);
 }
@@ -225,32 +243,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_attend_backward(
     for (Tensor* sums : {&dw, &dscore_w, &dscore_b}) torch::stable::zero_(*sums);
     return {dz, dw, dscore_w, dscore_b};
   }
-  const MaybeTensor small[] = {accumulated(w, dtype),           accumulated(b, dtype),
-                               accumulated(score_w, dtype),     accumulated(pooled, dtype),
-                               accumulated(lse, dtype),         accumulated(scores, dtype),
-                               accumulated(gates, dtype),       contiguous(grad_features),
-                               accumulated(grad_gates, dtype),  accumulated(grad_scores, dtype),
-                               accumulated(grad_pooled, dtype), accumulated(grad_lse, dtype),
-                               accumulated(grad_logits, dtype), accumulated(grad_mean, dtype)};
-  const int64_t groups = std::min(layer.items(), kGroups);
+  const MaybeTensor small[] = {
+      accumulated(w, dtype),           accumulated(b, dtype),           accumulated(score_w, dtype),
+      accumulated(pooled, dtype),      accumulated(lse, dtype),         accumulated(scores, dtype),
+      accumulated(gates, dtype),       contiguous(grad_features),       accumulated(grad_gates, dtype),
+      accumulated(grad_scores, dtype), accumulated(grad_pooled, dtype), accumulated(grad_lse, dtype),
+      accumulated(grad_logits, dtype), accumulated(grad_mean, dtype)};
+  const int64_t groups = std::clamp<int64_t>(z.numel() / kElementsOfGroup, 1, std::min(layer.items(), kMostGroups));
   const Tensor none = empty({0}, dtype);
   const Tensor dw_shares = needs_w ? empty({groups, heads, channels}, dtype) : none;
-  const Tensor dscore_w_shares = scored ? empty({groups, heads, channels}, dtype) : none;
-  const Tensor dscore_b_shares = scored ? empty({groups, heads}, dtype) : none;
+  const Tensor dt = scored ? empty({images, heads}, dtype) : none;
   const Map tap = upstream.has_value() ? map_of(*upstream) : Map{};
-  const BackwardArguments arguments = {
-      layer,          map_of(z),      tap,            data(small[0]), data(small[1]),     data(small[2]),
-      data(small[3]), data(small[4]), data(small[5]), data(small[6]), data(small[7]),     data(small[8]),
-      data(small[9]), data(small[10]), data(small[11]), data(small[12]), data(small[13]), written(dz),
-      channels_last,  groups,         written(dw_shares), written(dscore_w_shares), written(dscore_b_shares)};
+  const bool streams = needs_z && z.numel() * static_cast<int64_t>(z.element_size()) >= kStreamedBytes;
+  const BackwardArguments arguments = {layer,           map_of(z),         tap,
+                                       data(small[0]),  data(small[1]),    data(small[2]),
+                                       data(small[3]),  data(small[4]),    data(small[5]),
+                                       data(small[6]),  data(small[7]),    data(small[8]),
+                                       data(small[9]),  data(small[10]),   data(small[11]),
+                                       data(small[12]), data(small[13]),   written(dz),
+                                       channels_last,   streams,           written(dt),
+                                       groups,          written(dw_shares)};
   const Kernels& target = kernels();
   in_parallel(groups, z.numel(), target.backward_scratch(arguments),
               [&](int64_t begin, int64_t end, void* memory) { target.attend_backward(arguments, begin, end, memory); });
-  return {dz,
-          needs_w ? added_up(target, dw_shares, w.scalar_type(), {heads, channels}) : empty({0}, w.scalar_type()),
-          scored ? added_up(target, dscore_w_shares, score_w->scalar_type(), {heads, channels})
-                 : empty({0}, w.scalar_type()),
-          scored ? added_up(target, dscore_b_shares, dtype, {heads}) : none};
+  return {dz, needs_w ? summed(target, dw_shares, std::nullopt, w.scalar_type()) : empty({0}, w.scalar_type()),
+          scored ? summed(target, *small[3], dt, score_w->scalar_type()) : empty({0}, w.scalar_type()),
+          scored ? summed(target, dt, std::nullopt, dtype) : none};
 }
 
 }  // namespace

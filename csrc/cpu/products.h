@@ -6,12 +6,20 @@
 //
 //   sum_rows     out[k][x]  = sum over i of u[k][i] z[i][x]         (adds to out where `add`)
 //   dot_rows     out[k][i] += sum over x of v[k][x] z[i][x]         (sets out where not `add`)
-//   outer_rows   dz[i][x]   = sum over k of u[k][i] v[k][x] + upstream[i][x]
+//   (z is `fresh` where it comes from memory and not from cache: then what is needed soon is sent for)
+//   outer_rows   dz[i][x]   = sum over k of u[k][i] v[k][x] + upstream[i][x]   (past the caches where `streams`)
 #pragma once
 
 #include "simd.h"
 
 namespace ar_kernels::AR_TARGET {
+
+// Sends for the lines of `Bytes` bytes; to memory that is not there too, nothing comes of it then.
+template <int Bytes>
+inline void fetch(const void* from) {
+  AR_UNROLL for (int i = 0; i < Bytes; i += 64)
+    __builtin_prefetch((const char*)from + i, 0, 2);
+}
 
 template <class T>
 struct Tile {
@@ -25,17 +33,24 @@ struct Tile {
 
 template <class T, class A, int Heads, int Vectors, bool Tail>
 inline void sum_rows_block(const A* u, int64_t u_step, const Tile<const T>& z, int64_t x, int last, A* out,
-                           int64_t out_step, bool add) {
+                           int64_t out_step, bool add, bool fresh) {
   constexpr int kStep = kLanes<A>;
+  constexpr int64_t kAhead = 32;  // rows
   Vector<A> sums[Heads][Vectors] = {};
   const T* row = z.data + x;
   for (int64_t i = 0; i < z.rows; ++i, row += z.row_step) {
+    if (fresh) {  // the same columns some rows on, then the next columns
+      const T* next =
+          row + (i + kAhead < z.rows ? kAhead * z.row_step : (kAhead - z.rows) * z.row_step + Vectors * kStep);
+      fetch<Vectors * kStep * sizeof(T)>(next);
+    }
     Vector<A> values[Vectors];
     AR_UNROLL for (int j = 0; j < Vectors; ++j)
-        values[j] = Tail && j == Vectors - 1 ? load(row + j * kStep, last) : load(row + j * kStep);
+      values[j] = Tail && j == Vectors - 1 ? load(row + j * kStep, last) : load(row + j * kStep);
     AR_UNROLL for (int k = 0; k < Heads; ++k) {
       const Vector<A> weight = all<A>(u[k * u_step + i]);
-      AR_UNROLL for (int j = 0; j < Vectors; ++j) sums[k][j] += weight * values[j];
+      AR_UNROLL for (int j = 0; j < Vectors; ++j)
+        sums[k][j] += weight * values[j];
     }
   }
   AR_UNROLL for (int k = 0; k < Heads; ++k) {
@@ -46,58 +61,70 @@ inline void sum_rows_block(const A* u, int64_t u_step, const Tile<const T>& z, i
   }
 }
 
+// As many vectors as are left, the last one perhaps in part.
 template <class T, class A, int Heads, int Vectors>
 inline void sum_rows_end(const A* u, int64_t u_step, const Tile<const T>& z, int64_t x, A* out, int64_t out_step,
-                         bool add) {
+                         bool add, bool fresh) {
   const int64_t left = z.columns - x - (Vectors - 1) * kLanes<A>;
   if (left > 0)
-    sum_rows_block<T, A, Heads, Vectors, true>(u, u_step, z, x, (int)left, out, out_step, add);
+    sum_rows_block<T, A, Heads, Vectors, true>(u, u_step, z, x, (int)left, out, out_step, add, fresh);
   else if constexpr (Vectors > 1)
-    sum_rows_end<T, A, Heads, Vectors - 1>(u, u_step, z, x, out, out_step, add);
+    sum_rows_end<T, A, Heads, Vectors - 1>(u, u_step, z, x, out, out_step, add, fresh);
 }
 
 template <class T, class A, int Heads, int Vectors>
 inline void sum_rows_of(const A* u, int64_t u_step, const Tile<const T>& z, int64_t x, A* out, int64_t out_step,
-                        bool add) {
+                        bool add, bool fresh) {
   if (x + Vectors * kLanes<A> <= z.columns)
-    sum_rows_block<T, A, Heads, Vectors, false>(u, u_step, z, x, 0, out, out_step, add);
+    sum_rows_block<T, A, Heads, Vectors, false>(u, u_step, z, x, 0, out, out_step, add, fresh);
   else
-    sum_rows_end<T, A, Heads, Vectors>(u, u_step, z, x, out, out_step, add);
+    sum_rows_end<T, A, Heads, Vectors>(u, u_step, z, x, out, out_step, add, fresh);
 }
 
 template <class T, class A>
-void sum_rows(const A* u, int64_t u_step, int64_t heads, const Tile<const T>& z, A* out, int64_t out_step, bool add) {
+void sum_rows(const A* u, int64_t u_step, int64_t heads, const Tile<const T>& z, A* out, int64_t out_step, bool add,
+              bool fresh) {
   constexpr int kVectors = kManyRegisters ? 4 : 2;
-  int64_t k = 0;
-  for (; k + 4 <= heads; k += 4)
-    for (int64_t x = 0; x < z.columns; x += kVectors * kLanes<A>)
-      sum_rows_of<T, A, 4, kVectors>(u + k * u_step, u_step, z, x, out + k * out_step, out_step, add);
-  if (k + 2 <= heads) {
-    for (int64_t x = 0; x < z.columns; x += kVectors * kLanes<A>)
-      sum_rows_of<T, A, 2, kVectors>(u + k * u_step, u_step, z, x, out + k * out_step, out_step, add);
-    k += 2;
+  for (int64_t x = 0; x < z.columns; x += kVectors * kLanes<A>) {
+    int64_t k = 0;
+    for (; k + 4 <= heads; k += 4)
+      sum_rows_of<T, A, 4, kVectors>(u + k * u_step, u_step, z, x, out + k * out_step, out_step, add, fresh && k == 0);
+    if (k + 2 <= heads) {
+      sum_rows_of<T, A, 2, kVectors>(u + k * u_step, u_step, z, x, out + k * out_step, out_step, add, fresh && k == 0);
+      k += 2;
+    }
+    if (k < heads)
+      sum_rows_of<T, A, 1, kVectors>(u + k * u_step, u_step, z, x, out + k * out_step, out_step, add, fresh && k == 0);
   }
-  if (k < heads)
-    for (int64_t x = 0; x < z.columns; x += kVectors * kLanes<A>)
-      sum_rows_of<T, A, 1, kVectors>(u + k * u_step, u_step, z, x, out + k * out_step, out_step, add);
 }
 
 // ------------------------------------------------------------------------------------------- dot_rows
 
 template <class T, class A, int Heads, int Rows>
 inline void dot_rows_block(const A* v, int64_t v_step, const Tile<const T>& z, int64_t i, A* out, int64_t out_step,
-                           bool add) {
+                           bool add, bool fresh) {
   constexpr int kStep = kLanes<A>;
   const int64_t real = z.rows - i < Rows ? z.rows - i : Rows;
   const T* rows[Rows];
-  AR_UNROLL for (int j = 0; j < Rows; ++j) rows[j] = z.data + (i + (j < real ? j : real - 1)) * z.row_step;
+  AR_UNROLL for (int j = 0; j < Rows; ++j)
+    rows[j] = z.data + (i + (j < real ? j : real - 1)) * z.row_step;
+  // So far ahead that memory has answered when the sweep gets there: some rows of every group of Rows.
+  constexpr int64_t kAheadBytes = 8192;
+  const int64_t group = Rows * z.row_step;
+  const int64_t ahead = group * (kAheadBytes / (group * (int64_t)sizeof(T) + 1) + 1);
   Vector<A> sums[Heads * Rows] = {};
   const auto step = [&](int64_t x, auto&& loaded) {
+    if (fresh) {
+      AR_UNROLL for (int j = 0; j < Rows; ++j)
+        fetch<1>(rows[j] + x + ahead);
+    }
     Vector<A> values[Rows];
-    AR_UNROLL for (int j = 0; j < Rows; ++j) values[j] = loaded(rows[j] + x);
+    AR_UNROLL for (int j = 0; j < Rows; ++j)
+      values[j] = loaded(rows[j] + x);
     AR_UNROLL for (int k = 0; k < Heads; ++k) {
       const Vector<A> weight = load(v + k * v_step + x);
-      AR_UNROLL for (int j = 0; j < Rows; ++j) sums[k * Rows + j] += weight * values[j];
+      AR_UNROLL for (int j = 0; j < Rows; ++j)
+        sums[k * Rows + j] += weight * values[j];
     }
   };
   int64_t x = 0;
@@ -108,7 +135,8 @@ inline void dot_rows_block(const A* v, int64_t v_step, const Tile<const T>& z, i
   }
   sums_of_vectors<A, Heads * Rows>(sums);
   A totals[Heads * Rows];
-  AR_UNROLL for (int j = 0; j < Heads * Rows / kStep; ++j) store(totals + j * kStep, sums[j]);
+  AR_UNROLL for (int j = 0; j < Heads * Rows / kStep; ++j)
+    store(totals + j * kStep, sums[j]);
   for (int k = 0; k < Heads; ++k) {
     A* target = out + k * out_step + i;
     for (int64_t j = 0; j < real; ++j) target[j] = add ? target[j] + totals[k * Rows + j] : totals[k * Rows + j];
@@ -116,27 +144,31 @@ inline void dot_rows_block(const A* v, int64_t v_step, const Tile<const T>& z, i
 }
 
 template <class T, class A>
-void dot_rows(const A* v, int64_t v_step, int64_t heads, const Tile<const T>& z, A* out, int64_t out_step, bool add) {
+void dot_rows(const A* v, int64_t v_step, int64_t heads, const Tile<const T>& z, A* out, int64_t out_step, bool add,
+              bool fresh) {
   constexpr int kSums = kManyRegisters ? 16 : 8;
   for (int64_t i = 0; i < z.rows; i += kSums / 4)
     for (int64_t k = 0; k + 4 <= heads; k += 4)
-      dot_rows_block<T, A, 4, kSums / 4>(v + k * v_step, v_step, z, i, out + k * out_step, out_step, add);
+      dot_rows_block<T, A, 4, kSums / 4>(v + k * v_step, v_step, z, i, out + k * out_step, out_step, add,
+                                         fresh && k == 0);
   int64_t k = heads / 4 * 4;
+  fresh = fresh && k == 0;
   if (k + 2 <= heads) {
     for (int64_t i = 0; i < z.rows; i += kSums / 2)
-      dot_rows_block<T, A, 2, kSums / 2>(v + k * v_step, v_step, z, i, out + k * out_step, out_step, add);
+      dot_rows_block<T, A, 2, kSums / 2>(v + k * v_step, v_step, z, i, out + k * out_step, out_step, add, fresh);
     k += 2;
   }
   if (k < heads)
     for (int64_t i = 0; i < z.rows; i += kSums)
-      dot_rows_block<T, A, 1, kSums>(v + k * v_step, v_step, z, i, out + k * out_step, out_step, add);
+      dot_rows_block<T, A, 1, kSums>(v + k * v_step, v_step, z, i, out + k * out_step, out_step, add, fresh && k == 0);
 }
 
 // ------------------------------------------------------------------------------------------- outer_rows
 
 template <class T, class A, int Rows, int Vectors, bool Tail>
 inline void outer_rows_block(const A* u, int64_t u_step, const A* v, int64_t v_step, int64_t heads,
-                             const Tile<const T>* upstream, const Tile<T>& dz, int64_t i, int64_t x, int last) {
+                             const Tile<const T>* upstream, const Tile<T>& dz, bool streams, int64_t i, int64_t x,
+                             int last) {
   constexpr int kStep = kLanes<A>;
   const int64_t real = dz.rows - i < Rows ? dz.rows - i : Rows;
   Vector<A> sums[Rows][Vectors] = {};
@@ -145,18 +177,21 @@ inline void outer_rows_block(const A* u, int64_t u_step, const A* v, int64_t v_s
       if (j < real) {
         const T* from = upstream->data + (i + j) * upstream->row_step + x;
         AR_UNROLL for (int l = 0; l < Vectors; ++l)
-            sums[j][l] = Tail && l == Vectors - 1 ? load(from + l * kStep, last) : load(from + l * kStep);
+          sums[j][l] = Tail && l == Vectors - 1 ? load(from + l * kStep, last) : load(from + l * kStep);
       }
     }
   }
   int64_t offsets[Rows];
-  AR_UNROLL for (int j = 0; j < Rows; ++j) offsets[j] = i + (j < real ? j : real - 1);
+  AR_UNROLL for (int j = 0; j < Rows; ++j)
+    offsets[j] = i + (j < real ? j : real - 1);
   for (int64_t k = 0; k < heads; ++k) {
     Vector<A> values[Vectors];
-    AR_UNROLL for (int l = 0; l < Vectors; ++l) values[l] = load(v + k * v_step + x + l * kStep);
+    AR_UNROLL for (int l = 0; l < Vectors; ++l)
+      values[l] = load(v + k * v_step + x + l * kStep);
     AR_UNROLL for (int j = 0; j < Rows; ++j) {
       const Vector<A> weight = all<A>(u[k * u_step + offsets[j]]);
-      AR_UNROLL for (int l = 0; l < Vectors; ++l) sums[j][l] += weight * values[l];
+      AR_UNROLL for (int l = 0; l < Vectors; ++l)
+        sums[j][l] += weight * values[l];
     }
   }
   AR_UNROLL for (int j = 0; j < Rows; ++j) {
@@ -165,6 +200,8 @@ inline void outer_rows_block(const A* u, int64_t u_step, const A* v, int64_t v_s
       AR_UNROLL for (int l = 0; l < Vectors; ++l) {
         if (Tail && l == Vectors - 1)
           store(to + l * kStep, sums[j][l], last);
+        else if (streams)
+          stream(to + l * kStep, sums[j][l]);
         else
           store(to + l * kStep, sums[j][l]);
       }
@@ -174,23 +211,23 @@ inline void outer_rows_block(const A* u, int64_t u_step, const A* v, int64_t v_s
 
 template <class T, class A, int Rows, int Vectors>
 inline void outer_rows_end(const A* u, int64_t u_step, const A* v, int64_t v_step, int64_t heads,
-                           const Tile<const T>* upstream, const Tile<T>& dz, int64_t i, int64_t x) {
+                           const Tile<const T>* upstream, const Tile<T>& dz, bool streams, int64_t i, int64_t x) {
   const int64_t left = dz.columns - x - (Vectors - 1) * kLanes<A>;
   if (left > 0)
-    outer_rows_block<T, A, Rows, Vectors, true>(u, u_step, v, v_step, heads, upstream, dz, i, x, (int)left);
+    outer_rows_block<T, A, Rows, Vectors, true>(u, u_step, v, v_step, heads, upstream, dz, streams, i, x, (int)left);
   else if constexpr (Vectors > 1)
-    outer_rows_end<T, A, Rows, Vectors - 1>(u, u_step, v, v_step, heads, upstream, dz, i, x);
+    outer_rows_end<T, A, Rows, Vectors - 1>(u, u_step, v, v_step, heads, upstream, dz, streams, i, x);
 }
 
 template <class T, class A>
 void outer_rows(const A* u, int64_t u_step, const A* v, int64_t v_step, int64_t heads, const Tile<const T>* upstream,
-                const Tile<T>& dz) {
+                const Tile<T>& dz, bool streams) {
   constexpr int kRows = 4, kVectors = kManyRegisters ? 4 : 2;
   for (int64_t i = 0; i < dz.rows; i += kRows) {
     int64_t x = 0;
     for (; x + kVectors * kLanes<A> <= dz.columns; x += kVectors * kLanes<A>)
-      outer_rows_block<T, A, kRows, kVectors, false>(u, u_step, v, v_step, heads, upstream, dz, i, x, 0);
-    if (x < dz.columns) outer_rows_end<T, A, kRows, kVectors>(u, u_step, v, v_step, heads, upstream, dz, i, x);
+      outer_rows_block<T, A, kRows, kVectors, false>(u, u_step, v, v_step, heads, upstream, dz, streams, i, x, 0);
+    if (x < dz.columns) outer_rows_end<T, A, kRows, kVectors>(u, u_step, v, v_step, heads, upstream, dz, streams, i, x);
   }
 }
 

@@ -1,4 +1,5 @@
-// Vectors of one target, whichever it is: the compiler's own vector types, and intrinsics only where these have no word.
+// Vectors of one target, whichever it is: the compiler's own vector types, and intrinsics only where these have no
+// word.
 //
 // Every file that includes this is compiled once per target (setup.py) with -DAR_TARGET=portable, avx2 or avx512 and
 // that target's flags, into a namespace of that name. Nothing here may come from a template of the standard library:
@@ -11,7 +12,7 @@
 
 #include <utility>
 
-#if defined(__AVX2__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -224,12 +225,38 @@ inline void store(T* to, Vector<Accumulator<T>> value, int count) {
 #endif
 }
 
+// A store past the caches: memory that is written and not read again soon need not be read first. Where the address
+// is not aligned, and where a target has no such instruction, it is a plain store. streamed() ends a run of them.
 template <class T>
-inline Accumulator<T> widened_scalar(T value) {
-  if constexpr (sizeof(T) == 2)
-    return load(&value, 1)[0];
-  else
-    return value;
+inline void stream(T* to, Vector<Accumulator<T>> value) {
+#if defined(__x86_64__)
+  constexpr int kBytes = kLanes<Accumulator<T>> * sizeof(T);
+  if ((uintptr_t)to % kBytes == 0) {
+    if constexpr (kBytes == kVectorBytes) {
+#if defined(__AVX512F__)
+      return _mm512_stream_ps((float*)to, (__m512)value);
+#elif defined(__AVX2__)
+      return _mm256_stream_ps((float*)to, (__m256)value);
+#else
+      return _mm_stream_ps((float*)to, (__m128)value);
+#endif
+    } else if constexpr (kBytes >= 16) {
+      const Halves halves = narrowed(value, T{});
+#if defined(__AVX512F__)
+      return _mm256_stream_si256((__m256i*)to, (__m256i)halves);
+#elif defined(__AVX2__)
+      return _mm_stream_si128((__m128i*)to, (__m128i)halves);
+#endif
+    }
+  }
+#endif
+  store(to, value);
+}
+
+inline void streamed() {
+#if defined(__x86_64__)
+  _mm_sfence();  // other threads see what was streamed before they see what comes next
+#endif
 }
 
 // ------------------------------------------------------------------------------------------- functions
@@ -242,7 +269,8 @@ inline Vector<A> maximum(Vector<A> a, Vector<A> b) {  // b where a is NaN
 template <class A>
 inline A sum(Vector<A> value) {
   A total = 0;
-  AR_UNROLL for (int lane = 0; lane < kLanes<A>; ++lane) total += value[lane];
+  AR_UNROLL for (int lane = 0; lane < kLanes<A>; ++lane)
+    total += value[lane];
   return total;
 }
 
@@ -262,9 +290,11 @@ inline Vector<A> exponential(Vector<A> x) {
   const Vector<A> n = shifted - kMagic;
   const Vector<A> r = (clamped - n * kHigh) - n * kLow;
   A inverse_factorials[kTerms + 1] = {1};
-  AR_UNROLL for (int i = 1; i <= kTerms; ++i) inverse_factorials[i] = inverse_factorials[i - 1] / A(i);
+  AR_UNROLL for (int i = 1; i <= kTerms; ++i)
+    inverse_factorials[i] = inverse_factorials[i - 1] / A(i);
   Vector<A> result = all<A>(inverse_factorials[kTerms]);
-  AR_UNROLL for (int i = kTerms - 1; i >= 0; --i) result = result * r + inverse_factorials[i];
+  AR_UNROLL for (int i = kTerms - 1; i >= 0; --i)
+    result = result * r + inverse_factorials[i];
   const Vector<A> scaled = of_bits<A>(bits_of<A>(result) + (bits_of<A>(shifted) << kMantissa));
   return x < kLowest ? Vector<A>{} : scaled;
 }
@@ -280,12 +310,13 @@ inline double hyperbolic_tangent(double x) { return tanh(x); }
 template <int Group, bool Second, class V, int... Lane>
 inline V halves_of_groups(V a, V b, std::integer_sequence<int, Lane...>) {
   constexpr int kCount = sizeof...(Lane), kHalf = kCount / 2;
-  return __builtin_shufflevector(a, b,
-                                 (Lane / kHalf * kCount + Lane % kHalf / (Group / 2) * Group + Lane % (Group / 2) +
-                                  (Second ? Group / 2 : 0))...);
+  return __builtin_shufflevector(
+      a, b,
+      (Lane / kHalf * kCount + Lane % kHalf / (Group / 2) * Group + Lane % (Group / 2) + (Second ? Group / 2 : 0))...);
 }
 
-// The sums over lanes of `Count` vectors, a vector's lanes of them at a time: sums[i] has those of values[i * lanes...].
+// The sums over lanes of `Count` vectors, a vector's lanes of them at a time: sums[i] has those of values[i *
+// lanes...].
 template <class A, int Count, int Group = kLanes<A>>
 inline void sums_of_vectors(Vector<A>* values) {
   if constexpr (Group > 1) {

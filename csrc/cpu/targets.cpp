@@ -7,17 +7,18 @@
 
 #include "attend.h"
 
-#define AR_DECLARE_TARGET(target)                                                                                   \
-  namespace target {                                                                                                \
-  int64_t forward_scratch(const ForwardArguments&);                                                                 \
-  int64_t forward_part(const ForwardArguments&);                                                                    \
-  void attend_forward(const ForwardArguments&, int64_t begin, int64_t end, void* memory);                           \
-  void merge_splits(const ForwardArguments&, int64_t begin, int64_t end);                                           \
-  int64_t backward_scratch(const BackwardArguments&);                                                               \
-  void attend_backward(const BackwardArguments&, int64_t begin, int64_t end, void* memory);                         \
-  void sum_shares(Kind, const void* shares, int64_t groups, int64_t size, void* out, int64_t begin, int64_t end);   \
-  inline constexpr Kernels kKernels = {#target,        &forward_scratch,  &forward_part,    &attend_forward,        \
-                                       &merge_splits, &backward_scratch, &attend_backward, &sum_shares};            \
+#define AR_DECLARE_TARGET(target)                                                                               \
+  namespace target {                                                                                            \
+  int64_t forward_scratch(const ForwardArguments&);                                                             \
+  int64_t forward_part(const ForwardArguments&);                                                                \
+  void attend_forward(const ForwardArguments&, int64_t begin, int64_t end, void* memory);                       \
+  void merge_splits(const ForwardArguments&, int64_t begin, int64_t end);                                       \
+  int64_t backward_scratch(const BackwardArguments&);                                                           \
+  void attend_backward(const BackwardArguments&, int64_t begin, int64_t end, void* memory);                     \
+  void weight_sums(Kind, const void* rows, const void* weights, int64_t count, int64_t heads, int64_t channels, \
+                   void* out, int64_t begin, int64_t end);                                                      \
+  inline constexpr Kernels kKernels = {#target,       &forward_scratch,  &forward_part,    &attend_forward,     \
+                                       &merge_splits, &backward_scratch, &attend_backward, &weight_sums};       \
   }
 
 namespace ar_kernels {
