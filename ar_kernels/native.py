@@ -13,6 +13,9 @@ import torch
 NAMESPACE = "ar_kernels_native"
 PATH = Path(__file__).with_name("_native.so")
 
+NOTE = PATH.with_suffix(".txt")
+"""What setup.py has to say about the library: for what it was built, or why it was not."""
+
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 
@@ -20,12 +23,20 @@ _KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 def _load() -> str | None:
     """Loads the library, once; None, or why that failed."""
     if not PATH.exists():
-        return "the native library is not built (python -m ar_kernels.env tells more)"
+        return f"the native library is {build_note()}"
     try:
         torch.ops.load_library(str(PATH))
     except OSError as error:
         return f"the native library cannot be loaded: {error}"
     return None
+
+
+def build_note() -> str:
+    """'built for ...' or 'not built: ...', as setup.py left it."""
+    try:
+        return NOTE.read_text(encoding="utf-8").strip()
+    except OSError:
+        return "built, nothing says for what" if PATH.exists() else "not built: ar_kernels was not installed from csrc"
 
 
 def has_kernels(device_type: str, operator: str = "gated_attend") -> bool:

@@ -36,14 +36,18 @@ inline void check_shape(const char* name, const std::optional<Tensor>& tensor, s
   if (tensor.has_value()) check_shape(name, *tensor, sizes);
 }
 
+inline void check_float(const char* name, const Tensor& tensor) {
+  const ScalarType dtype = tensor.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16 || dtype == ScalarType::Float ||
+                      dtype == ScalarType::Double,
+                  name, " must be float16, bfloat16, float32 or float64, got ", torch::headeronly::toString(dtype));
+}
+
 // A feature map [N, C, H, W] or [N, C, S], or what has another's shape.
 inline void check_map(const char* name, const Tensor& z) {
   const bool is_map = (z.dim() == 3 || z.dim() == 4) && z.size(1) > 0 && z.size(2) > 0 && z.size(-1) > 0;
   STD_TORCH_CHECK(is_map, name, " must be [N, C, H, W] or [N, C, S] with a channel and a position, got ", shape_of(z));
-  const ScalarType dtype = z.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16 || dtype == ScalarType::Float ||
-                      dtype == ScalarType::Double,
-                  name, " must be float16, bfloat16, float32 or float64, got ", torch::headeronly::toString(dtype));
+  check_float(name, z);
 }
 
 inline void check_like(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) {

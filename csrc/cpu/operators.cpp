@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "../checks.h"
-#include "attend.h"
+#include "targets.h"
 
 namespace ar_kernels {
 
@@ -271,11 +271,80 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_attend_backward(
           scored ? summed(target, dt, std::nullopt, dtype) : none};
 }
 
+RectifyArguments rectify_arguments(const Tensor& hypotheses, const Tensor& scores, const std::string& mix,
+                                   const std::optional<std::string>& gating) {
+  STD_TORCH_CHECK(hypotheses.dim() == 3 && hypotheses.size(1) > 0 && hypotheses.size(2) > 0,
+                  "hypotheses must be [N, D+1, L], got ", shape_of(hypotheses));
+  check_float("hypotheses", hypotheses);
+  check_shape("scores", scores, {hypotheses.size(0), hypotheses.size(1)});
+  RectifyArguments arguments = {};
+  STD_TORCH_CHECK(mix == "logit" || mix == "log" || mix == "prob", "mix must be logit, log or prob, got ", mix);
+  arguments.mix = mix == "logit" ? Mix::kLogit : mix == "log" ? Mix::kLog : Mix::kProb;
+  STD_TORCH_CHECK(!gating.has_value() || *gating == "softmax" || *gating == "sigmoid",
+                  "gating must be softmax, sigmoid or None, got ", gating.value_or(""));
+  arguments.gating = !gating.has_value() ? Gating::kEqual : *gating == "softmax" ? Gating::kSoftmax : Gating::kSigmoid;
+  arguments.kind = kind_of(hypotheses.scalar_type());
+  arguments.images = hypotheses.size(0);
+  arguments.hypotheses = hypotheses.size(1);
+  arguments.labels = hypotheses.size(2);
+  return arguments;
+}
+
+int64_t rectify_scratch(const RectifyArguments& arguments) {
+  return 2 * arguments.hypotheses * static_cast<int64_t>(sizeof(double));
+}
+
+std::tuple<Tensor, Tensor> rectify(const Tensor& hypotheses, const Tensor& scores, const std::string& mix,
+                                   const std::optional<std::string>& gating) {
+  RectifyArguments arguments = rectify_arguments(hypotheses, scores, mix, gating);
+  const ScalarType dtype = accumulator_dtype(hypotheses.scalar_type());
+  const Tensor output = empty({arguments.images, arguments.labels}, dtype);
+  const Tensor lse =
+      arguments.mix == Mix::kLogit ? empty({0}, dtype) : empty({arguments.images, arguments.hypotheses}, dtype);
+  const MaybeTensor inputs[] = {contiguous(hypotheses), accumulated(scores, dtype)};
+  arguments.h = data(inputs[0]);
+  arguments.scores = data(inputs[1]);
+  arguments.output = written(output);
+  arguments.lse = written(lse);
+  const Kernels& target = kernels();
+  in_parallel(arguments.images, hypotheses.numel(), rectify_scratch(arguments),
+              [&](int64_t begin, int64_t end, void* memory) { target.rectify_forward(arguments, begin, end, memory); });
+  return {output, lse};
+}
+
+std::tuple<Tensor, Tensor> rectify_backward(const Tensor& grad, const Tensor& hypotheses, const Tensor& scores,
+                                            const Tensor& output, const Tensor& lse, const std::string& mix,
+                                            const std::optional<std::string>& gating) {
+  RectifyArguments arguments = rectify_arguments(hypotheses, scores, mix, gating);
+  const ScalarType dtype = accumulator_dtype(hypotheses.scalar_type());
+  check_shape("grad", grad, {arguments.images, arguments.labels});
+  check_shape("output", output, {arguments.images, arguments.labels});
+  if (arguments.mix != Mix::kLogit) check_shape("lse", lse, {arguments.images, arguments.hypotheses});
+  const Tensor dh = empty({arguments.images, arguments.hypotheses, arguments.labels}, hypotheses.scalar_type());
+  const Tensor ds = empty({arguments.images, arguments.hypotheses}, dtype);
+  const MaybeTensor inputs[] = {contiguous(hypotheses), accumulated(scores, dtype), accumulated(grad, dtype),
+                                accumulated(output, dtype), accumulated(lse, dtype)};
+  arguments.h = data(inputs[0]);
+  arguments.scores = data(inputs[1]);
+  arguments.grad = data(inputs[2]);
+  arguments.output = const_cast<void*>(data(inputs[3]));
+  arguments.lse = const_cast<void*>(data(inputs[4]));
+  arguments.dh = written(dh);
+  arguments.ds = written(ds);
+  const Kernels& target = kernels();
+  in_parallel(
+      arguments.images, hypotheses.numel(), rectify_scratch(arguments),
+      [&](int64_t begin, int64_t end, void* memory) { target.rectify_backward(arguments, begin, end, memory); });
+  return {dh, scores.scalar_type() == dtype ? ds : torch::stable::to(ds, scores.scalar_type())};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ar_kernels_native, CPU, m) {
   m.impl("gated_attend", TORCH_BOX(&gated_attend));
   m.impl("gated_attend_backward", TORCH_BOX(&gated_attend_backward));
+  m.impl("rectify", TORCH_BOX(&rectify));
+  m.impl("rectify_backward", TORCH_BOX(&rectify_backward));
 }
 
 }  // namespace ar_kernels

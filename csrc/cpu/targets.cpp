@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <string>
 
-#include "attend.h"
+#include "targets.h"
 
 #define AR_DECLARE_TARGET(target)                                                                               \
   namespace target {                                                                                            \
@@ -17,8 +17,11 @@
   void attend_backward(const BackwardArguments&, int64_t begin, int64_t end, void* memory);                     \
   void weight_sums(Kind, const void* rows, const void* weights, int64_t count, int64_t heads, int64_t channels, \
                    void* out, int64_t begin, int64_t end);                                                      \
-  inline constexpr Kernels kKernels = {#target,       &forward_scratch,  &forward_part,    &attend_forward,     \
-                                       &merge_splits, &backward_scratch, &attend_backward, &weight_sums};       \
+  void rectify_forward(const RectifyArguments&, int64_t begin, int64_t end, void* memory);                      \
+  void rectify_backward(const RectifyArguments&, int64_t begin, int64_t end, void* memory);                     \
+  inline constexpr Kernels kKernels = {#target,          &forward_scratch,  &forward_part,    &attend_forward,  \
+                                       &merge_splits,    &backward_scratch, &attend_backward, &weight_sums,     \
+                                       &rectify_forward, &rectify_backward};                                    \
   }
 
 namespace ar_kernels {
