@@ -21,6 +21,9 @@ inline void fetch(const void* from) {
     __builtin_prefetch((const char*)from + i, 0, 2);
 }
 
+inline constexpr int kBlockVectors = kManyRegisters ? 4 : 2;  // of a block of columns
+inline constexpr int kBlockSums = kManyRegisters ? 16 : 8;     // of a block of dot products
+
 template <class T>
 struct Tile {
   T* data;
@@ -31,31 +34,36 @@ struct Tile {
 
 // ------------------------------------------------------------------------------------------- sum_rows
 
+// Rows [begin, end), and a block of columns from x on.
+struct Block {
+  int64_t begin, end, x;
+};
+
 template <class T, class A, int Heads, int Vectors, bool Tail>
-inline void sum_rows_block(const A* u, int64_t u_step, const Tile<const T>& z, int64_t x, int last, A* out,
+inline void sum_rows_block(const A* u, int64_t u_step, const Tile<const T>& z, const Block& block, A* out,
                            int64_t out_step, bool add, bool fresh) {
   constexpr int kStep = kLanes<A>;
   constexpr int64_t kAhead = 32;  // rows
+  const int last = (int)(z.columns - block.x - (Vectors - 1) * kStep);
   Vector<A> sums[Heads][Vectors] = {};
-  const T* row = z.data + x;
-  for (int64_t i = 0; i < z.rows; ++i, row += z.row_step) {
+  const T* row = z.data + block.begin * z.row_step + block.x;
+  for (int64_t i = block.begin; i < block.end; ++i, row += z.row_step) {
     if (fresh) {  // the same columns some rows on, then the next columns
-      const T* next =
-          row + (i + kAhead < z.rows ? kAhead * z.row_step : (kAhead - z.rows) * z.row_step + Vectors * kStep);
-      fetch<Vectors * kStep * sizeof(T)>(next);
+      const int64_t rows = i + kAhead < z.rows ? kAhead : kAhead - z.rows;
+      fetch<Vectors * kStep * sizeof(T)>(row + rows * z.row_step + (rows < 0 ? Vectors * kStep : 0));
     }
     Vector<A> values[Vectors];
-    AR_UNROLL for (int j = 0; j < Vectors; ++j)
+    AR_UNROLL for (int j = 0; j < Vectors; ++j) {
       values[j] = Tail && j == Vectors - 1 ? load(row + j * kStep, last) : load(row + j * kStep);
+    }
     AR_UNROLL for (int k = 0; k < Heads; ++k) {
       const Vector<A> weight = all<A>(u[k * u_step + i]);
-      AR_UNROLL for (int j = 0; j < Vectors; ++j)
-        sums[k][j] += weight * values[j];
+      AR_UNROLL for (int j = 0; j < Vectors; ++j) sums[k][j] += weight * values[j];
     }
   }
   AR_UNROLL for (int k = 0; k < Heads; ++k) {
     AR_UNROLL for (int j = 0; j < Vectors; ++j) {
-      A* target = out + k * out_step + x + j * kStep;
+      A* target = out + k * out_step + block.x + j * kStep;
       store(target, add ? load(target) + sums[k][j] : sums[k][j]);
     }
   }
@@ -63,38 +71,40 @@ inline void sum_rows_block(const A* u, int64_t u_step, const Tile<const T>& z, i
 
 // As many vectors as are left, the last one perhaps in part.
 template <class T, class A, int Heads, int Vectors>
-inline void sum_rows_end(const A* u, int64_t u_step, const Tile<const T>& z, int64_t x, A* out, int64_t out_step,
-                         bool add, bool fresh) {
-  const int64_t left = z.columns - x - (Vectors - 1) * kLanes<A>;
-  if (left > 0)
-    sum_rows_block<T, A, Heads, Vectors, true>(u, u_step, z, x, (int)left, out, out_step, add, fresh);
+inline void sum_rows_end(const A* u, int64_t u_step, const Tile<const T>& z, const Block& block, A* out,
+                         int64_t out_step, bool add, bool fresh) {
+  if (z.columns - block.x > (Vectors - 1) * kLanes<A>)
+    sum_rows_block<T, A, Heads, Vectors, true>(u, u_step, z, block, out, out_step, add, fresh);
   else if constexpr (Vectors > 1)
-    sum_rows_end<T, A, Heads, Vectors - 1>(u, u_step, z, x, out, out_step, add, fresh);
+    sum_rows_end<T, A, Heads, Vectors - 1>(u, u_step, z, block, out, out_step, add, fresh);
 }
 
-template <class T, class A, int Heads, int Vectors>
-inline void sum_rows_of(const A* u, int64_t u_step, const Tile<const T>& z, int64_t x, A* out, int64_t out_step,
-                        bool add, bool fresh) {
-  if (x + Vectors * kLanes<A> <= z.columns)
-    sum_rows_block<T, A, Heads, Vectors, false>(u, u_step, z, x, 0, out, out_step, add, fresh);
+template <class T, class A, int Heads>
+inline void sum_rows_of(const A* u, int64_t u_step, const Tile<const T>& z, const Block& block, A* out,
+                        int64_t out_step, bool add, bool fresh) {
+  if (block.x + kBlockVectors * kLanes<A> <= z.columns)
+    sum_rows_block<T, A, Heads, kBlockVectors, false>(u, u_step, z, block, out, out_step, add, fresh);
   else
-    sum_rows_end<T, A, Heads, Vectors>(u, u_step, z, x, out, out_step, add, fresh);
+    sum_rows_end<T, A, Heads, kBlockVectors>(u, u_step, z, block, out, out_step, add, fresh);
 }
 
 template <class T, class A>
 void sum_rows(const A* u, int64_t u_step, int64_t heads, const Tile<const T>& z, A* out, int64_t out_step, bool add,
               bool fresh) {
-  constexpr int kVectors = kManyRegisters ? 4 : 2;
-  for (int64_t x = 0; x < z.columns; x += kVectors * kLanes<A>) {
-    int64_t k = 0;
-    for (; k + 4 <= heads; k += 4)
-      sum_rows_of<T, A, 4, kVectors>(u + k * u_step, u_step, z, x, out + k * out_step, out_step, add, fresh && k == 0);
-    if (k + 2 <= heads) {
-      sum_rows_of<T, A, 2, kVectors>(u + k * u_step, u_step, z, x, out + k * out_step, out_step, add, fresh && k == 0);
-      k += 2;
+  constexpr int64_t kRows = 128;  // as many as one sum runs over: a longer one would round worse
+  for (int64_t x = 0; x < z.columns; x += kBlockVectors * kLanes<A>) {
+    for (int64_t begin = 0; begin < z.rows; begin += kRows) {
+      const Block block = {begin, begin + kRows < z.rows ? begin + kRows : z.rows, x};
+      const bool adds = add || begin > 0;
+      int64_t k = 0;
+      const auto next = [&](auto&& product, int count) {
+        product(u + k * u_step, u_step, z, block, out + k * out_step, out_step, adds, fresh && k == 0);
+        k += count;
+      };
+      while (k + 4 <= heads) next(sum_rows_of<T, A, 4>, 4);
+      if (k + 2 <= heads) next(sum_rows_of<T, A, 2>, 2);
+      if (k < heads) next(sum_rows_of<T, A, 1>, 1);
     }
-    if (k < heads)
-      sum_rows_of<T, A, 1, kVectors>(u + k * u_step, u_step, z, x, out + k * out_step, out_step, add, fresh && k == 0);
   }
 }
 
@@ -146,7 +156,7 @@ inline void dot_rows_block(const A* v, int64_t v_step, const Tile<const T>& z, i
 template <class T, class A>
 void dot_rows(const A* v, int64_t v_step, int64_t heads, const Tile<const T>& z, A* out, int64_t out_step, bool add,
               bool fresh) {
-  constexpr int kSums = kManyRegisters ? 16 : 8;
+  constexpr int kSums = kBlockSums;
   for (int64_t i = 0; i < z.rows; i += kSums / 4)
     for (int64_t k = 0; k + 4 <= heads; k += 4)
       dot_rows_block<T, A, 4, kSums / 4>(v + k * v_step, v_step, z, i, out + k * out_step, out_step, add,
@@ -222,7 +232,7 @@ inline void outer_rows_end(const A* u, int64_t u_step, const A* v, int64_t v_ste
 template <class T, class A>
 void outer_rows(const A* u, int64_t u_step, const A* v, int64_t v_step, int64_t heads, const Tile<const T>* upstream,
                 const Tile<T>& dz, bool streams) {
-  constexpr int kRows = 4, kVectors = kManyRegisters ? 4 : 2;
+  constexpr int kRows = 4, kVectors = kBlockVectors;
   for (int64_t i = 0; i < dz.rows; i += kRows) {
     int64_t x = 0;
     for (; x + kVectors * kLanes<A> <= dz.columns; x += kVectors * kLanes<A>)
