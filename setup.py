@@ -108,8 +108,8 @@ class BuildNative(build_ext):
             folder.mkdir(parents=True, exist_ok=True)
         sanitize = os.environ.get("AR_KERNELS_SANITIZE")
         strict = os.environ.get("AR_KERNELS_STRICT") == "1"
-        include = ["-isystem", str(torch / "include"), f"-DTORCH_TARGET_VERSION={TORCH_VERSION}", "-std=c++17", "-O3"]
-        own = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *(["-Werror"] if strict else [])]
+        include = ["-isystem", str(torch / "include"), f"-DTORCH_TARGET_VERSION={TORCH_VERSION}", "-std=c++17"]
+        own = ["-O1" if sanitize else "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *(["-Werror"] if strict else [])]
         if sanitize:
             own += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-g"]
         commands, built = [], "CPU (" + ", ".join(TARGETS) + ")"
@@ -128,7 +128,7 @@ class BuildNative(build_ext):
             host = ["-Xcompiler", "-fPIC,-fvisibility=hidden", *(["-Werror", "all-warnings"] if strict else [])]
             for source in cuda:
                 output = objects / f"{source.stem}-cuda.o"
-                flags = ["--threads", "2", "--expt-relaxed-constexpr", *host, *code]
+                flags = ["-O3", "--threads", "2", "--expt-relaxed-constexpr", *host, *code]
                 commands.append([nvcc, *include, *flags, "-c", str(source), "-o", str(output)])
             built += f", CUDA ({', '.join(archs)})"
         with ThreadPoolExecutor(os.cpu_count()) as pool:

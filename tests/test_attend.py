@@ -5,7 +5,7 @@ import torch
 from layers import Layer, assert_within_budget, batch_last, channels_last, slice_of_cat
 
 import ar_kernels
-from ar_kernels import eager, ops
+from ar_kernels import eager, native, ops
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -307,17 +307,20 @@ def test_a_named_implementation_runs(monkeypatch, device):
         with ar_kernels.use_implementation("reference"):
             ar_kernels.attention_module(**layer.tensors)
     ar_kernels.attention_module(**layer.tensors)
-    default = "eager" if device.type == "cpu" else "ops"  # never the interpreter
+    default = "eager" if device.type == "cpu" and native.why_not("cpu") else "ops"
     assert ran == ["ops", "eager", "ops", "eager", default]
 
 
 def test_explain_says_what_runs_and_why(device):
     z, w = torch.randn(1, 4, 2, 2, device=device).bfloat16(), torch.randn(2, 4, device=device)
     explanation = ar_kernels.explain(z, w)
-    assert explanation.chosen == ("eager" if device.type == "cpu" else "triton")
-    if device.type == "cpu":
+    if device.type == "cpu":  # the native library where it is built, never the interpreter
+        missing = native.why_not("cpu")
+        assert explanation.chosen == ("eager" if missing else "native")
+        assert explanation.reasons["native"] == (missing or "can run")
         assert "CPU" in explanation.reasons["triton"]
     else:
+        assert explanation.chosen == "triton"
         assert ar_kernels.explain(z.float(), w).chosen == "eager"  # measured faster there
     spatial = ar_kernels.explain(z, torch.randn(2, 4, 3, 3, device=device))
     assert spatial.chosen == "eager" and spatial.reasons["reference"] == "can run"
@@ -329,6 +332,8 @@ def test_a_named_implementation_raises_where_it_cannot_run(device):
     z = torch.randn(1, 4, 3, 3, device=device)
     with pytest.raises(ar_kernels.ImplementationUnavailable, match="'triton' cannot run: 3×3 heads"):
         ar_kernels.attend(z, torch.randn(2, 4, 3, 3, device=device), implementation="triton")
+    with pytest.raises(ar_kernels.ImplementationUnavailable, match="'native' cannot run: 3×3 heads|is not built"):
+        ar_kernels.attend(z, torch.randn(2, 4, 3, 3, device=device), implementation="native")
     with pytest.raises(ar_kernels.ImplementationUnavailable, match="at most 64 heads"):
         ar_kernels.attend(z, torch.randn(65, 4, device=device), implementation="triton")
 
