@@ -22,7 +22,7 @@ inline void fetch(const void* from) {
 }
 
 inline constexpr int kBlockVectors = kManyRegisters ? 4 : 2;  // of a block of columns
-inline constexpr int kBlockSums = kManyRegisters ? 16 : 8;     // of a block of dot products
+inline constexpr int kBlockSums = kManyRegisters ? 16 : 8;    // of a block of dot products
 
 template <class T>
 struct Tile {
@@ -58,7 +58,8 @@ inline void sum_rows_block(const A* u, int64_t u_step, const Tile<const T>& z, c
     }
     AR_UNROLL for (int k = 0; k < Heads; ++k) {
       const Vector<A> weight = all<A>(u[k * u_step + i]);
-      AR_UNROLL for (int j = 0; j < Vectors; ++j) sums[k][j] += weight * values[j];
+      AR_UNROLL for (int j = 0; j < Vectors; ++j)
+        sums[k][j] += weight * values[j];
     }
   }
   AR_UNROLL for (int k = 0; k < Heads; ++k) {
@@ -206,14 +207,18 @@ inline void outer_rows_block(const A* u, int64_t u_step, const A* v, int64_t v_s
   }
   AR_UNROLL for (int j = 0; j < Rows; ++j) {
     if (j < real) {
-      T* to = dz.data + (i + j) * dz.row_step + x;
+      T* const row = dz.data + (i + j) * dz.row_step;
+      // What passes the caches does so in whole lines: half of one by the other way is slower than either.
+      const uintptr_t begin = ((uintptr_t)row + 63) / 64 * 64;
+      const uintptr_t end = (uintptr_t)(row + dz.columns / kStep * kStep) / 64 * 64;
       AR_UNROLL for (int l = 0; l < Vectors; ++l) {
-        if (Tail && l == Vectors - 1)
-          store(to + l * kStep, sums[j][l], last);
-        else if (streams)
-          stream(to + l * kStep, sums[j][l]);
+        T* to = row + x + l * kStep;
+        if (Tail && l == Vectors - 1 && last < kStep)
+          store(to, sums[j][l], last);
+        else if (streams && (uintptr_t)to >= begin && (uintptr_t)to < end)
+          stream(to, sums[j][l]);
         else
-          store(to + l * kStep, sums[j][l]);
+          store(to, sums[j][l]);
       }
     }
   }
