@@ -30,7 +30,7 @@ constexpr int64_t kMostPositions = 128;   // of channels_last, where one sum run
 constexpr int64_t kItems = 32;
 constexpr int64_t kElementsOfGroup = 1 << 16, kMostGroups = 128;
 constexpr int64_t kStreamedBytes = 1 << 23;       // of dZ: a larger one leaves the caches before it is read again
-constexpr int64_t kElementsPerThread = 1 << 15;   // less is not worth another thread
+constexpr int64_t kElementsPerThread = 1 << 17;   // less is not worth another thread
 constexpr int64_t kAdditionsPerThread = 1 << 20;  // likewise, of the last sums
 
 Kind kind_of(ScalarType dtype) {
