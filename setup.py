@@ -109,7 +109,8 @@ class BuildNative(build_ext):
         sanitize = os.environ.get("AR_KERNELS_SANITIZE")
         strict = os.environ.get("AR_KERNELS_STRICT") == "1"
         include = ["-isystem", str(torch / "include"), f"-DTORCH_TARGET_VERSION={TORCH_VERSION}", "-std=c++17"]
-        own = ["-O1" if sanitize else "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *(["-Werror"] if strict else [])]
+        own = ["-O1" if sanitize else "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        own += ["-Werror"] if strict else []
         if sanitize:
             own += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-g"]
         commands, built = [], "CPU (" + ", ".join(TARGETS) + ")"
@@ -120,7 +121,7 @@ class BuildNative(build_ext):
                 define = [f"-DAR_TARGET={target}"] if target else []
                 commands.append([compiler, *include, *own, *define, *flags, "-c", str(source), "-o", str(output)])
         cuda = sorted((CSRC / "cuda").glob("*.cu"))
-        archs = [arch for arch in os.environ.get("AR_KERNELS_CUDA_ARCHS", CUDA_ARCHS).replace(",", ";").split(";") if arch]
+        archs = os.environ.get("AR_KERNELS_CUDA_ARCHS", CUDA_ARCHS).replace(";", " ").split()
         if cuda and nvcc and archs:
             code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
             ptx = min(archs, key=lambda arch: int("".join(filter(str.isdigit, arch))))

@@ -1,4 +1,4 @@
-"""The library built from csrc/: finds it, loads it when it is first needed, and says why it is not used where it is not.
+"""The library built from csrc/: finds it, loads it when it is first needed, and says why where it is not used.
 
 It is built by `pip install` where there is a C++ compiler (setup.py) and needed by nothing: every other implementation
 runs without it. It holds kernels for the operators that ops.py defines in the namespace ar_kernels_native.
@@ -55,7 +55,7 @@ def why_not(device_type: str) -> str | None:
 
 
 def target() -> str:
-    """The instructions that the CPU kernels use on this machine: avx512, avx2 or portable; the library must be loaded."""
+    """The instructions that the CPU kernels use here: avx512, avx2 or portable; the library must be loaded."""
     name = ctypes.CDLL(str(PATH)).ar_kernels_target
     name.restype = ctypes.c_char_p
     return name().decode()

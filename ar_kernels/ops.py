@@ -36,7 +36,8 @@ def _define(schema: str, implementation: Callable, fake: Callable) -> None:
     Its kernels read any strides, so Inductor need not copy inputs into the layout it traced.
     """
     name = schema.split("(")[0]
-    for library, python in ((_triton_library, implementation), (_native_library, functools.partial(_load_native, name))):
+    stand_in = functools.partial(_load_native, name)
+    for library, python in ((_triton_library, implementation), (_native_library, stand_in)):
         library.define(schema, tags=(torch.Tag.flexible_layout,))
         library.impl(name, python, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
@@ -393,8 +394,9 @@ def gated_attend(
     were not asked for are None."""
     through = tap and z.requires_grad  # a frozen map stays frozen
     *outputs, tapped = _apply(
-        _GatedAttend, z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, through, implementation
-    )
+        _GatedAttend, z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, through,
+        implementation,
+    )  # fmt: skip
     return GatedAttended(*outputs, tapped if through else z)
 
 

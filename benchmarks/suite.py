@@ -4,7 +4,7 @@ A row is one implementation on one shard in one direction:
 
 operation       attend (P from Z and W_H), layer (attention_module with mask, gate and output weights), floor
 direction       forward (no graph of autograd), forward_backward (all gradients), for floors read and copy
-implementation  ours (the default choice; `chosen` names it), triton, native and eager (ours, by name), a rival's name, with
+implementation  ours (the default choice; `chosen` names it), triton, native and eager (by name), a rival's name, with
                 +compile (torch.compile) or +max-autotune (mode="max-autotune-no-cudagraphs"), for floors floor
 p20_us ...      timing.measure's figures; host_us is Python's share, peak_mb is above the inputs, 10⁶ bytes
 floor_us        read (forward) or read + copy (forward_backward) of the same bytes; read_us, copy_us

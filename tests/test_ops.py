@@ -117,14 +117,13 @@ def test_opcheck(dtype, fused, device):
         (channels_last(z), w, w[:, 0], None, None, 0, False, False),
     ):
         torch.library.opcheck(operators.gated_attend, arguments)
-    pooled, lse, logits, scores, gates, features, mean = operators.gated_attend(z, w, None, score_w, None, 3, True, True)
+    outputs = operators.gated_attend(z, w, None, score_w, None, 3, True, True)
+    pooled, lse, logits, scores, gates, features, mean = outputs
     saved = (z, w, None, score_w, pooled, lse, scores, gates)
     grads = (pooled, lse, logits, scores, gates, features, mean, z)
     torch.library.opcheck(operators.gated_attend_backward, (*saved, *grads, True, True, True, True))
     none = (None,) * 7
-    torch.library.opcheck(
-        operators.gated_attend_backward, (*saved, pooled, *none, True, False, False, False)
-    )
+    torch.library.opcheck(operators.gated_attend_backward, (*saved, pooled, *none, True, False, False, False))
     h, s = torch.randn(2, 3, 5, device=device).to(dtype), torch.randn(2, 3, device=device)
     for mix in MIXES:
         torch.library.opcheck(operators.rectify, (h, s, mix, "softmax"))
