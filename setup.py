@@ -61,11 +61,6 @@ def find_compiler() -> str:
     raise CannotBuild("there is no C++ compiler (CXX, c++, g++ or clang++)")
 
 
-def find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
-
-
 class BuildNative(build_ext):
     """One shared library, of no Python version: it uses torch's stable ABI alone."""
 
@@ -101,7 +96,7 @@ class BuildNative(build_ext):
         shutil.copy(Path(self.build_lib, "ar_kernels", "_native.txt"), folder)
 
     def build_extension(self, extension: Extension) -> None:
-        torch, compiler, nvcc = find_torch(), find_compiler(), find_nvcc()
+        torch, compiler = find_torch(), find_compiler()
         library = Path(self.get_ext_fullpath(extension.name))
         objects = Path(self.build_temp)
         for folder in (library.parent, objects):
@@ -113,40 +108,64 @@ class BuildNative(build_ext):
         own += ["-Werror"] if strict else []
         if sanitize:
             own += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-g"]
-        commands, built = [], "CPU (" + ", ".join(TARGETS) + ")"
+        commands = []
         for source in sorted((CSRC / "cpu").glob("*.cpp")):
             each = TARGETS.items() if source.name in PER_TARGET else [("", [])]
             for target, flags in each:
                 output = objects / f"{source.stem}{target and '-' + target}.o"
                 define = [f"-DAR_TARGET={target}"] if target else []
                 commands.append([compiler, *include, *own, *define, *flags, "-c", str(source), "-o", str(output)])
+        run_all(commands)
+        built = f"CPU ({', '.join(TARGETS)})"
+
+        linker = [compiler]
         cuda = sorted((CSRC / "cuda").glob("*.cu"))
         archs = os.environ.get("AR_KERNELS_CUDA_ARCHS", CUDA_ARCHS).replace(";", " ").split()
-        if cuda and nvcc and archs:
-            code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-            ptx = min(archs, key=lambda arch: int("".join(filter(str.isdigit, arch))))
-            code.append(f"-gencode=arch=compute_{ptx},code=compute_{ptx}")  # for GPUs that are not named
-            host = ["-Xcompiler", "-fPIC,-fvisibility=hidden", *(["-Werror", "all-warnings"] if strict else [])]
-            for source in cuda:
-                output = objects / f"{source.stem}-cuda.o"
-                flags = ["-O3", "--threads", "2", "--expt-relaxed-constexpr", *host, *code]
-                commands.append([nvcc, *include, *flags, "-c", str(source), "-o", str(output)])
-            built += f", CUDA ({', '.join(archs)})"
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for _ in pool.map(run, commands):
-                pass
-        link = [compiler, "-shared", *(command[-1] for command in commands), "-o", str(library), f"-L{torch / 'lib'}"]
+        if cuda and archs:
+            try:
+                added = cuda_commands(cuda, archs, include, objects, strict)
+                run_all(added)
+                commands += added
+                linker = [added[0][0], "-cudart", "static"]  # nvcc knows where its libraries are
+                built += f", CUDA ({', '.join(archs)})"
+            except (CannotBuild, subprocess.CalledProcessError) as error:
+                if MODE == "1" and not isinstance(error, CannotBuild):
+                    raise
+                built += f"; not for CUDA: {reason(error)}"
+
+        link = [*linker, "-shared", *(command[-1] for command in commands), "-o", str(library), f"-L{torch / 'lib'}"]
         if sys.platform == "linux":
-            link += ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu"]
+            link += ["-Xlinker", "--no-as-needed", "-ltorch", "-Xlinker", "--as-needed", "-ltorch_cpu"]
         else:
             link += ["-undefined", "dynamic_lookup"]
         if sanitize:
-            link += [f"-fsanitize={sanitize}"]
-        if "CUDA" in built:
-            home = Path(nvcc).resolve().parent.parent
-            link += [f"-L{home / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+            link += [*(["-Xcompiler"] if len(linker) > 1 else []), f"-fsanitize={sanitize}"]
         run(link)
         self.tell(extension, f"built for {built}")
+
+
+def cuda_commands(
+    sources: list[Path], archs: list[str], include: list[str], objects: Path, strict: bool
+) -> list[list[str]]:
+    """How nvcc compiles each source for every arch, and for GPUs that are not named as PTX of the oldest."""
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
+    if nvcc is None:
+        raise CannotBuild("there is no nvcc")
+    code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    oldest = min(archs, key=lambda arch: int("".join(filter(str.isdigit, arch))))
+    code.append(f"-gencode=arch=compute_{oldest},code=compute_{oldest}")
+    flags = ["-O3", "--threads", "2", "-Xcompiler", "-fPIC,-fvisibility=hidden", *code]
+    flags += ["-Werror", "all-warnings"] if strict else []
+    return [
+        [nvcc, *include, *flags, "-c", str(source), "-o", str(objects / f"{source.stem}-cuda.o")] for source in sources
+    ]
+
+
+def run_all(commands: list[list[str]]) -> None:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(run, commands):
+            pass
 
 
 def run(command: list[str]) -> None:

@@ -30,7 +30,7 @@ def report() -> dict[str, object]:
         "native": {
             "library": str(native.PATH) if native.PATH.exists() else None,
             "note": native.build_note(),
-            "cpu": reasons["cpu"] or f"can run ({native.target()})",
+            "cpu": reasons["cpu"] or f"can run ({native.target() or 'AR_KERNELS_TARGET names nothing that runs here'})",
             "cuda": reasons["cuda"] or "can run",
         },
         "runs": {device: _runs(device) for device in devices},

@@ -22,7 +22,7 @@ IMPLEMENTATIONS = ("triton", "native", "eager", "reference")
 """Every implementation, the one preferred by default first."""
 
 MAX_FUSED_HEADS = 64
-"""The most attention heads that the fused kernels take (global masks come on top)."""
+"""The most attention heads that the Triton kernels take (global masks come on top)."""
 
 _FUSED = ("triton", "native")
 """Implementations behind the operators of ops.py."""

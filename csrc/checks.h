@@ -50,6 +50,14 @@ inline void check_map(const char* name, const Tensor& z) {
   check_float(name, z);
 }
 
+inline void check_dtype(const char* name, const std::optional<Tensor>& tensor, const char* other_name,
+                        const Tensor& other) {
+  if (!tensor.has_value()) return;
+  STD_TORCH_CHECK(tensor->scalar_type() == other.scalar_type(), name, " must be ",
+                  torch::headeronly::toString(other.scalar_type()), " like ", other_name, ", got ",
+                  torch::headeronly::toString(tensor->scalar_type()));
+}
+
 inline void check_like(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) {
   bool same = tensor.dim() == other.dim();
   for (int64_t i = 0; same && i < other.dim(); ++i) same = tensor.size(i) == other.size(i);

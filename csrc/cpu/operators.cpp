@@ -230,6 +230,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_attend_backward(
   check_shape("grad_scores", grad_scores, {images, heads});
   check_shape("grad_gates", grad_gates, {images, gated});
   check_shape("grad_features", grad_features, {images, gated * channels});
+  check_dtype("grad_features", grad_features, "z", z);
   check_shape("grad_mean", grad_mean, {images, channels});
   if (upstream.has_value()) check_like("upstream", *upstream, "z", z);
 
