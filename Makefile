@@ -43,6 +43,7 @@ test:
 lint:
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
+	$(if $(strip $(VENV)),$(VENV)/bin/)clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*/*)
 
 bench:
 	$(python) -m benchmarks $(ARGS)
@@ -51,10 +52,12 @@ bench:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed-%: constraints.txt pyproject.toml | $(VENV)/bin/python
+# torch comes first: it is not needed to build the package, but to build the native library with it (setup.py).
+$(VENV)/.installed-%: constraints.txt pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*) | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv build dist ar_kernels/_native.* *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,13 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import eager, ops, reference
+from . import eager, native, ops, reference
 
-IMPLEMENTATIONS = ("triton", "eager", "reference")
+IMPLEMENTATIONS = ("triton", "native", "eager", "reference")
 """Every implementation, the one preferred by default first."""
 
 MAX_FUSED_HEADS = 64
-"""The most attention heads that the fused kernels take (global masks come on top)."""
+"""The most attention heads that the Triton kernels take (global masks come on top)."""
+
+_FUSED = ("triton", "native")
+"""Implementations behind the operators of ops.py."""
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MIXES = ("logit", "log", "prob")
@@ -152,6 +155,10 @@ _known_capability = functools.cache(torch.cuda.get_device_capability)
 
 def _why_not(candidate: str, data: Tensor, mask_weight: Tensor | None, named: bool) -> str | None:
     """What stops `candidate` from running on data (and its attention heads, if any); None if nothing does."""
+    if candidate == "native":
+        if mask_weight is not None and mask_weight.dim() == 4:
+            return "3×3 heads are not in the native library yet"
+        return native.why_not(data.device.type)
     if candidate != "triton":
         return None
     if not _HAS_TRITON:
@@ -212,7 +219,7 @@ def attend(
     logits, masks, mean: also return the mask logits, the masks, the spatial mean (pooled in the same pass).
     tap: also return the map, for later layers to read: the gradient they send back is then added where the
         attention writes its own, which saves a read and a write of the map. Later in-place changes of it raise.
-    implementation: "triton", "eager", "reference", or None for use_implementation's choice, else the fastest
+    implementation: "triton", "native", "eager", "reference", or None for use_implementation's choice, else the fastest
         that can run.
 
     Returns Attended. Every field is differentiable with respect to every floating input, twice in eager mode.
@@ -229,8 +236,10 @@ def attend(
     name = _choose(implementation, feature_map, mask_weight)
     wants_logits = logits or masks
     with ops.autocast_off(feature_map):
-        if name == "triton":
-            fused = ops.gated_attend(feature_map, mask_weight, mask_bias, None, None, None, 0, wants_logits, mean, tap)
+        if name in _FUSED:
+            fused = ops.gated_attend(
+                feature_map, mask_weight, mask_bias, None, None, None, 0, wants_logits, mean, tap, name
+            )
             pooled, lse, maps, average, tapped = fused.pooled, fused.lse, fused.logits, fused.mean, fused.feature_map
         else:
             module = eager if name == "eager" else reference
@@ -331,8 +340,8 @@ def attention_module(
                 score_bias = None if gate_bias is None else F.pad(gate_bias, (0, extra))
             arguments = (feature_map, weight, bias, score_weight, score_bias)
             rows = None if by_head else output_weight
-            if name == "triton":
-                fused = ops.gated_attend(*arguments, rows, heads, masks, mean, tap)
+            if name in _FUSED:
+                fused = ops.gated_attend(*arguments, rows, heads, masks, mean, tap, name)
             else:
                 *pooled, features, average = eager.gated_attend(*arguments, heads, mean)
                 features = features.flatten(1)
@@ -401,8 +410,8 @@ def rectify(
         raise ValueError(f"mix must be one of {', '.join(_MIXES)}, got {mix!r}")
     name = _choose(implementation, hypotheses, None)
     with ops.autocast_off(hypotheses):
-        if name == "triton":
-            return ops.rectify(hypotheses, scores, mix, gating)
+        if name in _FUSED:
+            return ops.rectify(hypotheses, scores, mix, gating, name)
         return (eager if name == "eager" else reference).rectify(hypotheses, scores, mix, gating)
 
 

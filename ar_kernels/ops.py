@@ -1,8 +1,9 @@
-"""torch.library operators around the Triton kernels, and the autograd.Functions in front of them.
+"""torch.library operators around the Triton and the native kernels, and the autograd.Functions in front of them.
 
-The operators are opaque and functional: schemas, fakes, no autograd of their own. The Functions carry the
+The operators are opaque and functional: schemas, fakes, no autograd of their own. The namespace ar_kernels has them in
+Triton, ar_kernels_native as the library built from csrc/ implements them; nothing else differs. The Functions carry the
 derivatives; a backward is a Function too, whose own backward differentiates the eager formulas, so double backward
-works. The kernels are imported when an operator first runs, so importing this file needs no Triton.
+works. Kernels are imported or loaded when an operator first runs, so importing this file needs no Triton, no library.
 """
 
 import functools
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import eager
+from . import eager, native
 from .reference import accumulator_dtype
 
 try:  # what Function.apply itself goes by, in torch 2.11 to 2.13
@@ -25,15 +26,36 @@ try:  # what Function.apply itself goes by, in torch 2.11 to 2.13
 except ImportError:  # another torch: every call goes through Function.apply
     _functorch_is_active = _unwrap_dead_wrappers = None
 
-_library = torch.library.Library("ar_kernels", "DEF")
+_triton_library = torch.library.Library("ar_kernels", "DEF")
+_native_library = torch.library.Library(native.NAMESPACE, "DEF")
 
 
 def _define(schema: str, implementation: Callable, fake: Callable) -> None:
-    """One operator. Its kernels read any strides, so Inductor need not copy inputs into the layout it traced."""
+    """One operator, in both namespaces; implementation: the Triton one.
+
+    Its kernels read any strides, so Inductor need not copy inputs into the layout it traced.
+    """
     name = schema.split("(")[0]
-    _library.define(schema, tags=(torch.Tag.flexible_layout,))
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ar_kernels::{name}", fake, lib=_library)
+    stand_in = functools.partial(_load_native, name)
+    for library, python in ((_triton_library, implementation), (_native_library, stand_in)):
+        library.define(schema, tags=(torch.Tag.flexible_layout,))
+        library.impl(name, python, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
+
+
+def _load_native(name: str, *arguments: Any) -> Any:
+    """Stands in for a native operator until the library is loaded, whose kernels then come before this."""
+    kind = next(argument for argument in arguments if isinstance(argument, Tensor)).device.type
+    reason = native.why_not(kind)
+    if reason is None and not native.has_kernels(kind, name):
+        reason = f"the native library has no {name} for {kind}"
+    if reason is not None:
+        raise RuntimeError(f"{native.NAMESPACE}::{name} cannot run: {reason}")
+    return getattr(_operators("native"), name).default(*arguments)
+
+
+def _operators(implementation: str) -> Any:
+    return torch.ops.ar_kernels_native if implementation == "native" else torch.ops.ar_kernels
 
 
 def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
@@ -247,8 +269,8 @@ class _GatedAttend(torch.autograd.Function):
     """Outputs: the operator's, None for those not asked for, then the hypothesis and the tapped map, None likewise."""
 
     @staticmethod
-    def forward(z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, tap):
-        pooled, lse, logits, scores, gates, features, mean = torch.ops.ar_kernels.gated_attend.default(
+    def forward(z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, tap, implementation):
+        pooled, lse, logits, scores, gates, features, mean = _operators(implementation).gated_attend.default(
             z, w, b, score_w, score_b, gated_heads, wants_logits, wants_mean
         )
         gated = gated_heads > 0
@@ -266,7 +288,7 @@ class _GatedAttend(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        z, w, b, score_w, score_b, output_w, ctx.gated_heads, _, ctx.wants_mean, _ = inputs
+        z, w, b, score_w, score_b, output_w, ctx.gated_heads, _, ctx.wants_mean, _, ctx.implementation = inputs
         pooled, lse, _, scores, gates, features, *_ = output
         ctx.channels_last = _is_channels_last(z)  # here: strides read in backward make Dynamo copy every gradient
         ctx.save_for_backward(z, w, b, score_w, score_b, output_w, pooled, lse, scores, gates, features)
@@ -290,11 +312,11 @@ class _GatedAttend(torch.autograd.Function):
                     grad_features = weighted if grad_features is None else grad_features + weighted
         grads = grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean
         if all(grad is None for grad in grads):  # nothing but the tap was used, or nothing but W_O is trained
-            return upstream, None, None, None, None, doutput_w, *[None] * 4
+            return upstream, None, None, None, None, doutput_w, *[None] * 5
         if needs_z or needs_w or needs_score:
             dz, dw, dscore_w, dscore_b = _apply(
                 _GatedAttendBackward, z, w, b, score_w, score_b, pooled, lse, scores, gates, *grads, upstream,
-                ctx.gated_heads, ctx.wants_mean, needs_z, needs_w, needs_score, ctx.channels_last,
+                ctx.gated_heads, ctx.wants_mean, needs_z, needs_w, needs_score, ctx.channels_last, ctx.implementation,
             )  # fmt: skip
         if needs_b:  # the bias cancels in the masks: only lse and the logits know it
             db = lse.new_zeros(lse.shape[1])
@@ -310,7 +332,7 @@ class _GatedAttend(torch.autograd.Function):
             dscore_w if needs_score_w else None,
             dscore_b.to(score_b.dtype) if needs_score_b else None,
             doutput_w,
-            *[None] * 4,
+            *[None] * 5,
         )
 
     @staticmethod
@@ -323,9 +345,9 @@ class _GatedAttendBackward(torch.autograd.Function):
     def forward(
         z, w, b, score_w, score_b, pooled, lse, scores, gates,
         grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean, upstream,
-        gated_heads, wants_mean, needs_z, needs_w, needs_score, channels_last,
+        gated_heads, wants_mean, needs_z, needs_w, needs_score, channels_last, implementation,
     ):  # fmt: skip
-        return torch.ops.ar_kernels.gated_attend_backward.default(
+        return _operators(implementation).gated_attend_backward.default(
             z, w, b, score_w, pooled, lse, scores, gates,
             grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean, upstream,
             needs_z, needs_w, needs_score, channels_last,
@@ -347,7 +369,7 @@ class _GatedAttendBackward(torch.autograd.Function):
             return (*outputs, features.flatten(1), mean, z)
 
         received = _double_backward(forward, inputs, (0, 1, 3, 4), (*grads, upstream), second)
-        return *received[:5], None, None, None, None, *received[5:], *[None] * 6
+        return *received[:5], None, None, None, None, *received[5:], *[None] * 7
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
@@ -365,13 +387,16 @@ def gated_attend(
     wants_logits: bool,
     wants_mean: bool,
     tap: bool,
+    implementation: str,
 ) -> GatedAttended:
     """One fused pass: K heads w [K, C] attend to z, the first gated_heads of them are gated, and output_w [L, K'·C]
-    makes their hypothesis. Other arguments as in eager.gated_attend; fields that were not asked for are None."""
+    makes their hypothesis. implementation: "triton" or "native". Other arguments as in eager.gated_attend; fields that
+    were not asked for are None."""
     through = tap and z.requires_grad  # a frozen map stays frozen
     *outputs, tapped = _apply(
-        _GatedAttend, z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, through
-    )
+        _GatedAttend, z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, through,
+        implementation,
+    )  # fmt: skip
     return GatedAttended(*outputs, tapped if through else z)
 
 
@@ -462,19 +487,19 @@ _define(
 
 class _Rectify(torch.autograd.Function):
     @staticmethod
-    def forward(hypotheses, scores, mix, gating):
-        return torch.ops.ar_kernels.rectify(hypotheses, scores, mix, gating)
+    def forward(hypotheses, scores, mix, gating, implementation):
+        return _operators(implementation).rectify(hypotheses, scores, mix, gating)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        hypotheses, scores, ctx.mix, ctx.gating = inputs
+        hypotheses, scores, ctx.mix, ctx.gating, ctx.implementation = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(hypotheses, scores, *output)
 
     @staticmethod
     def backward(ctx, grad, _):
-        dh, ds = _apply(_RectifyBackward, grad, *ctx.saved_tensors, ctx.mix, ctx.gating)
-        return dh, ds, None, None
+        dh, ds = _apply(_RectifyBackward, grad, *ctx.saved_tensors, ctx.mix, ctx.gating, ctx.implementation)
+        return dh, ds, None, None, None
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
@@ -483,13 +508,13 @@ class _Rectify(torch.autograd.Function):
 
 class _RectifyBackward(torch.autograd.Function):
     @staticmethod
-    def forward(grad, hypotheses, scores, output, lse, mix, gating):
-        return torch.ops.ar_kernels.rectify_backward(grad, hypotheses, scores, output, lse, mix, gating)
+    def forward(grad, hypotheses, scores, output, lse, mix, gating, implementation):
+        return _operators(implementation).rectify_backward(grad, hypotheses, scores, output, lse, mix, gating)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:3])
-        ctx.mix, ctx.gating = inputs[5:]
+        ctx.mix, ctx.gating = inputs[5:7]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -500,16 +525,16 @@ class _RectifyBackward(torch.autograd.Function):
             return (eager.rectify(hypotheses, scores, ctx.mix, ctx.gating),)
 
         dh, ds, dgrad = _double_backward(forward, (hypotheses, scores), (0, 1), (grad,), second)
-        return dgrad, dh, ds, None, None, None, None
+        return dgrad, dh, ds, *[None] * 5
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
         return _map_samples(_RectifyBackward, info, in_dims, arguments)
 
 
-def rectify(hypotheses: Tensor, scores: Tensor, mix: str, gating: str | None) -> Tensor:
-    """The fused rectified output [N, L]; arguments as in eager.rectify."""
-    return _apply(_Rectify, hypotheses, scores, mix, gating)[0]
+def rectify(hypotheses: Tensor, scores: Tensor, mix: str, gating: str | None, implementation: str) -> Tensor:
+    """The fused rectified output [N, L]; implementation as in gated_attend, other arguments as in eager.rectify."""
+    return _apply(_Rectify, hypotheses, scores, mix, gating, implementation)[0]
 
 
 # ---------------------------------------------------------------------------------------------- shared by the Functions

@@ -68,7 +68,7 @@ def fastest_rival(rows: dict[tuple[str, str, str], dict], direction: str) -> tup
 
 
 def is_rival(implementation: str) -> bool:
-    return implementation not in ("ours", "triton", "eager", "floor")
+    return implementation not in ("ours", "triton", "native", "eager", "floor")
 
 
 def verdicts(rows: Iterable[dict]) -> list[Verdict]:

@@ -69,7 +69,15 @@ CASES = (
 
 OTHER_HEADS = tuple(replace(case, K=heads) for case in (CASES[1], CASES[7]) for heads in (1, 2, 8, 16))
 
-CPU_CASES = (Case(4, 64, 14, 10), Case(8, 160, 16, 100))
+CPU_CASES = (
+    Case(32, 160, 32, 100),
+    Case(32, 320, 16, 100),
+    Case(32, 640, 8, 100),
+    Case(32, 256, 28, 1000),
+    Case(8, 160, 16, 100),
+    Case(4, 64, 14, 10),
+)
+"""WRN-28-10's three maps and one of ResNet-50's in smaller batches, and two small ones."""
 
 BASELINES = frozenset(CASES[:4] + CASES[5:7])
 """The cases on which torch.compile may also search (max-autotune), which takes a minute each."""

@@ -4,11 +4,11 @@ A row is one implementation on one shard in one direction:
 
 operation       attend (P from Z and W_H), layer (attention_module with mask, gate and output weights), floor
 direction       forward (no graph of autograd), forward_backward (all gradients), for floors read and copy
-implementation  ours (the default choice; `chosen` names it), triton and eager (ours, by name), a rival's name, with
+implementation  ours (the default choice; `chosen` names it), triton, native and eager (by name), a rival's name, with
                 +compile (torch.compile) or +max-autotune (mode="max-autotune-no-cudagraphs"), for floors floor
 p20_us ...      timing.measure's figures; host_us is Python's share, peak_mb is above the inputs, 10⁶ bytes
 floor_us        read (forward) or read + copy (forward_backward) of the same bytes; read_us, copy_us
-ours_us         what ours took in the same process
+ours_us         what ours took in the same process; on a CPU in the same minute, call by call in turn
 correct         or, instead of times: out_of_memory, failed (why), skipped (why; a later run tries again)
 error           the largest of error / allowed over the result and the gradients
 """
@@ -28,7 +28,7 @@ from .cases import BASELINES, DTYPES, LAYOUTS, Shard
 from .floors import floors
 from .results import Results
 from .rivals import RIVALS, Rival, Weights
-from .timing import CACHED_BYTES, free, measure, rotation
+from .timing import CACHED_BYTES, free, measure, measure_beside, rotation
 
 LEVELS = ("none", "eager", "compiled", "max-autotune")
 """How many rivals: none, uncompiled ones, also compiled ones, also those that search; each has all before it."""
@@ -165,7 +165,7 @@ def _with_gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], g
 
 
 def our_contenders(problem: Problem) -> Iterator[Contender]:
-    """ours and, by name, triton and eager where they can run and are not what the default chooses."""
+    """ours and, by name, triton, native and eager where they can run and are not what the default chooses."""
     mask, output, gate = (weight.detach().requires_grad_() for weight in problem.weights_of(1))
 
     def can_run(name: str) -> bool:
@@ -180,7 +180,7 @@ def our_contenders(problem: Problem) -> Iterator[Contender]:
         return ar_kernels.attention_module(z, mask, output, gate, implementation=implementation).hypothesis
 
     chosen = ar_kernels.explain(problem.maps[0], mask).chosen
-    for name in ("ours", "triton", "eager"):
+    for name in ("ours", "triton", "native", "eager"):
         if name != "ours" and (name == chosen or not can_run(name)):
             continue
         named = partial(attend, implementation=None if name == "ours" else name)
@@ -251,8 +251,13 @@ def error(contender: Contender, problem: Problem, inference: bool = True) -> flo
 # ---------------------------------------------------------------------------------------------- measuring
 
 
-def measure_contender(contender: Contender, problem: Problem, directions: Sequence[str]) -> Iterator[Row]:
-    """A row for each direction; where the result is wrong, or there is none, one that says so in place of times."""
+def measure_contender(
+    contender: Contender, problem: Problem, directions: Sequence[str], ours: Contender | None = None
+) -> Iterator[Row]:
+    """A row for each direction; where the result is wrong, or there is none, one that says so in place of times.
+
+    ours: what to measure beside it on a CPU.
+    """
     base: Row = {"operation": contender.operation, "implementation": contender.name}
     remaining = list(directions)
     try:
@@ -264,7 +269,10 @@ def measure_contender(contender: Contender, problem: Problem, directions: Sequen
             call, figures = getattr(contender, direction), {}
             if base["correct"]:  # no speed is told of a wrong result
                 calls = [partial(call, z) for z in problem.maps]
-                figures = measure(calls, problem.device, problem.shard.nbytes <= CACHED_BYTES)
+                if ours is not None and problem.device == "cpu":
+                    figures = measure_beside(calls, [partial(getattr(ours, direction), z) for z in problem.maps])
+                else:
+                    figures = measure(calls, problem.device, problem.shard.nbytes <= CACHED_BYTES)
             remaining.pop()
             yield base | {"direction": direction} | figures
     except Exception as exception:  # whatever stops an implementation is a result too
@@ -345,16 +353,20 @@ def measure_shard(shard: Shard, results: Results, plan: Plan, budget: Budget, de
             row["floor_us"] = read if row["direction"] == "forward" else round(read + copy, 2)
             mine = ours.get((row["operation"], row["direction"]))
             if mine is not None:
-                row["ours_us"] = mine
+                row.setdefault("ours_us", mine)
         results.add(row)
         report(row)
 
     chosen = ar_kernels.explain(problem.maps[0], problem.weights_of(1)[0]).chosen
+    our_layer = None
     for contender in our_contenders(problem):
+        if (contender.operation, contender.name) == ("layer", "ours"):
+            our_layer = contender
         if is_known and (contender.operation, contender.name) != ("layer", "ours"):
             continue
         begun = time.monotonic()
-        for row in measure_contender(contender, problem, DIRECTIONS):
+        beside = our_layer if contender.operation == "layer" and contender is not our_layer else None
+        for row in measure_contender(contender, problem, DIRECTIONS, beside):
             if contender.name == "ours":
                 row["chosen"] = chosen
                 if "p50_us" in row:
@@ -384,7 +396,7 @@ def measure_shard(shard: Shard, results: Results, plan: Plan, budget: Budget, de
                 add(base | {"direction": direction, "out_of_memory": True}, time.monotonic() - begun)
             continue
         since = begun
-        for row in measure_contender(contender, problem, directions):
+        for row in measure_contender(contender, problem, directions, our_layer):
             add(row, time.monotonic() - since)
             since = time.monotonic()
         del contender

@@ -66,9 +66,26 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = before
 
 
-@pytest.fixture(params=["eager", "triton"])
-def implementation(request: pytest.FixtureRequest) -> str:
-    """Every implementation that is checked against the reference."""
-    if request.param == "triton" and not importlib.util.find_spec("triton"):
+def _skip_where_it_cannot_run(name: str, device) -> None:
+    if name == "triton" and not importlib.util.find_spec("triton"):
         pytest.skip("the triton package is not installed")
+    if name == "native":
+        from ar_kernels import native
+
+        reason = native.why_not(device.type)
+        if reason is not None:
+            pytest.skip(reason)
+
+
+@pytest.fixture(params=["eager", "triton", "native"])
+def implementation(request: pytest.FixtureRequest, device) -> str:
+    """Every implementation that is checked against the reference."""
+    _skip_where_it_cannot_run(request.param, device)
+    return request.param
+
+
+@pytest.fixture(params=["triton", "native"])
+def fused(request: pytest.FixtureRequest, device) -> str:
+    """Every implementation behind the operators of ops.py."""
+    _skip_where_it_cannot_run(request.param, device)
     return request.param

@@ -5,7 +5,7 @@ import torch
 from layers import Layer, assert_within_budget, batch_last, channels_last, slice_of_cat
 
 import ar_kernels
-from ar_kernels import eager, ops
+from ar_kernels import eager, native, ops
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -49,22 +49,22 @@ def test_3x3_heads_equal_the_reference(shape, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES_OF_BUDGET)
-def test_error_budget(shape, layout, dtype, device):
+def test_error_budget(shape, layout, dtype, fused, device):
     draws = []
     for seed in range(3):
         layer = Layer(**SHAPES[shape], dtype=dtype, device=device, seed=seed)
-        runs = layer.run("triton", layout=LAYOUTS[layout]), layer.run("eager", layout=LAYOUTS[layout])
+        runs = layer.run(fused, layout=LAYOUTS[layout]), layer.run("eager", layout=LAYOUTS[layout])
         draws.append((*runs, layer.run("reference", exact=True)))
     assert_within_budget(draws, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_float32_weights_beside_half_maps(dtype, device):
+def test_float32_weights_beside_half_maps(dtype, fused, device):
     """As under autocast: weights are rounded inside, their gradients come back in float32 and unrounded."""
     layer = Layer(n=4, c=40, h=6, w=7, k=4, dtype=dtype, weight_dtype=torch.float32, device=device)
     exact = layer.run("reference", exact=True)
     with torch.autocast(device.type, dtype=dtype):
-        got = layer.run("triton")
+        got = layer.run(fused)
     assert got["module.hypothesis"].dtype == dtype
     assert got["attend.pooled"].dtype == got["module.gates"].dtype == torch.float32
     assert got["module.d_mask_weight"].dtype == got["module.d_gate_weight"].dtype == torch.float32
@@ -72,7 +72,7 @@ def test_float32_weights_beside_half_maps(dtype, device):
     assert_within_budget([(got, layer.run("eager"), exact)], dtype)
 
 
-def test_float16_gradients_of_a_mean_loss_do_not_underflow(device):
+def test_float16_gradients_of_a_mean_loss_do_not_underflow(fused, device):
     """Upstream gradients of 1e-7, as a mean over a large batch sends them, keep their relative accuracy in dW."""
     layer = Layer(n=3, c=40, h=12, w=12, k=4, bias=False, dtype=torch.float16, device=device)
     z, w = (layer.tensors[name] for name in ("feature_map", "mask_weight"))
@@ -80,18 +80,18 @@ def test_float16_gradients_of_a_mean_loss_do_not_underflow(device):
     w64 = w.double().requires_grad_()
     exact = torch.autograd.grad(ar_kernels.attend(z.double(), w64, implementation="reference").pooled, w64, grad)[0]
     w32 = w.float().requires_grad_()
-    pooled = ar_kernels.attend(z, w32, implementation="triton").pooled
+    pooled = ar_kernels.attend(z, w32, implementation=fused).pooled
     got = torch.autograd.grad(pooled, w32, grad.float())[0]
     assert (got.double() - exact).norm() <= 2e-3 * exact.norm()
 
 
-def test_float16_gradients_of_lse_take_part_in_the_scale(device):
+def test_float16_gradients_of_lse_take_part_in_the_scale(fused, device):
     """A gradient of lse far larger than that of P must not overflow, one of 1e-7 alone must not vanish."""
     layer = Layer(n=2, c=40, h=6, w=6, k=4, bias=False, dtype=torch.float16, device=device)
     z, w = layer.tensors["feature_map"], layer.tensors["mask_weight"]
     for of_pooled, of_lse in ((1e-6, 1.0), (0.0, 1e-7)):
         grads = []
-        for name, dtype in (("triton", torch.float16), ("reference", torch.float64)):
+        for name, dtype in ((fused, torch.float16), ("reference", torch.float64)):
             values = [z.detach().to(dtype).requires_grad_(), w.detach().to(dtype).float().to(dtype).requires_grad_()]
             weight = values[1] if dtype == torch.float64 else values[1].detach().float().requires_grad_()
             out = ar_kernels.attend(values[0], weight, implementation=name)
@@ -99,7 +99,7 @@ def test_float16_gradients_of_lse_take_part_in_the_scale(device):
         assert (grads[0] - grads[1]).norm() <= 2e-3 * grads[1].norm()
 
 
-def test_float16_images_of_one_program_keep_their_own_scales(device):
+def test_float16_images_of_one_program_keep_their_own_scales(fused, device):
     """More images than programs, gradients from 1 to 1e-6 in turns: their shares of dW add up in one unit."""
     images = 800 if device.type == "cuda" else 20
     layer = Layer(n=images, c=40, h=4, w=4, k=4, bias=False, dtype=torch.float16, device=device)
@@ -108,9 +108,9 @@ def test_float16_images_of_one_program_keep_their_own_scales(device):
     grad = torch.randn(images, 4, 40, generator=generator, dtype=torch.float64).to(device)
     grad *= 10.0 ** (-2 * (torch.arange(images, device=device) // 4 % 4)).double().view(-1, 1, 1)
     grads = []
-    for name, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+    for name, dtype in ((fused, torch.float32), ("reference", torch.float64)):
         weight = w.detach().to(dtype).requires_grad_()
-        pooled = ar_kernels.attend(z if name == "triton" else z.double(), weight, implementation=name).pooled
+        pooled = ar_kernels.attend(z if name == fused else z.double(), weight, implementation=name).pooled
         grads.append(torch.autograd.grad(pooled, weight, grad.to(pooled.dtype))[0].double())
     assert (grads[0] - grads[1]).norm() <= 2e-3 * grads[1].norm()
 
@@ -122,16 +122,16 @@ def test_mean_of_a_map_with_an_infinite_channel(implementation, device):
     assert mean.tolist() == [[1.0, float("inf"), 1.0]]
 
 
-def test_saved_tensors_may_come_back_with_other_strides(device):
+def test_saved_tensors_may_come_back_with_other_strides(fused, device):
     """User hooks that unpack the same values in another layout change nothing."""
     layer = Layer(n=2, c=6, k=3, globals=2, device=device)
-    want = layer.run("triton")
+    want = layer.run(fused)
 
     def unpack(value):
         return value.transpose(-1, -2).contiguous().transpose(-1, -2) if value.dim() > 1 else value
 
     with torch.autograd.graph.saved_tensors_hooks(lambda value: value, unpack):
-        got = layer.run("triton")
+        got = layer.run(fused)
     for name, value in want.items():
         torch.testing.assert_close(got[name], value, rtol=1e-12, atol=1e-12, msg=name)
 
@@ -144,20 +144,20 @@ def test_the_tap_of_a_frozen_map_is_frozen(implementation, device):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradient_layout_follows_the_map(layout, device):
+def test_gradient_layout_follows_the_map(layout, fused, device):
     layer = Layer(n=2, c=6, h=4, w=5, device=device)
     z = layer.tensors["feature_map"] if LAYOUTS[layout] is None else LAYOUTS[layout](layer.tensors["feature_map"])
     z = z.detach().requires_grad_()
-    grad = torch.autograd.grad(ar_kernels.attend(z, layer.tensors["mask_weight"], implementation="triton").lse.sum(), z)
+    grad = torch.autograd.grad(ar_kernels.attend(z, layer.tensors["mask_weight"], implementation=fused).lse.sum(), z)
     last = layout == "channels_last" or layout == "batch_last" and z.stride(1) < z.stride(3)
     assert grad[0].is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-def test_gradients_of_any_strides(device):
+def test_gradients_of_any_strides(fused, device):
     """The stride-0 gradient of a sum, a slice of a cat, a permuted tensor: for P, lse, logits and the tap."""
     layer = Layer(n=2, c=6, h=3, w=4, k=3, device=device)
     grads = {}
-    for name in ("reference", "triton"):
+    for name in ("reference", fused):
         z = layer.tensors["feature_map"].detach().requires_grad_()
         out = ar_kernels.attend(z, layer.tensors["mask_weight"], logits=True, mean=True, tap=True, implementation=name)
         generator = torch.Generator().manual_seed(5)
@@ -167,7 +167,7 @@ def test_gradients_of_any_strides(device):
         weight = torch.randn(4, 6, 2, 3, generator=generator, dtype=torch.float64).to(device)
         loss = loss + (out.feature_map.permute(3, 1, 0, 2) * weight).sum()
         (grads[name],) = torch.autograd.grad(loss, z)
-    torch.testing.assert_close(grads["triton"], grads["reference"], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grads[fused], grads["reference"], rtol=1e-12, atol=1e-12)
 
 
 def test_flat_maps_and_expanded_maps(implementation, device):
@@ -212,31 +212,31 @@ def test_extreme_logits_stay_finite(implementation, device):
     assert out.masks[0, 0, 1, 2] == 1 and out.pooled[0, 0, 0] == 1e4 and out.lse[0, 0] == 1e4
 
 
-def test_large_common_offset_does_not_leak_into_the_mask_gradient(device):
+def test_large_common_offset_does_not_leak_into_the_mask_gradient(fused, device):
     """dP·Z of a map with a large mean is nearly the same everywhere; δ, of the same rounded dP, cancels it."""
     layer = Layer(n=2, c=64, h=8, w=8, k=4, bias=False, dtype=torch.bfloat16, mean=False, tap=False, device=device)
     layer.tensors["feature_map"] = layer.tensors["feature_map"] + 8
     layer.tensors["mask_weight"] -= layer.tensors["mask_weight"].mean(dim=1, keepdim=True)
-    got, exact = layer.run("triton", masks=False), layer.run("reference", exact=True, masks=False)
+    got, exact = layer.run(fused, masks=False), layer.run("reference", exact=True, masks=False)
     error = (got["attend.d_mask_weight"].double() - exact["attend.d_mask_weight"]).norm()
     assert error <= 2e-2 * exact["attend.d_mask_weight"].norm()
 
 
-def test_same_bits_on_every_run(device):
+def test_same_bits_on_every_run(fused, device):
     layer = Layer(n=10, c=40, h=9, w=9, k=4, globals=2, dtype=torch.float32, device=device)
-    first = layer.run("triton")
+    first = layer.run(fused)
     for _ in range(4):
-        again = layer.run("triton")
+        again = layer.run(fused)
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_only_small_tensors_are_saved_for_backward(device):
+def test_only_small_tensors_are_saved_for_backward(fused, device):
     """The feature map and O(N·K·C), never a tensor of K·S or K·L·S."""
     layer = Layer(n=2, c=8, h=40, w=40, k=4, bias=False, dtype=torch.float32, device=device)
     tensors = {name: value.requires_grad_() for name, value in layer.tensors.items()}
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        ar_kernels.attention_module(**tensors, implementation="triton")
+        ar_kernels.attention_module(**tensors, implementation=fused)
     z = tensors["feature_map"]
     others = [t for t in saved if t.data_ptr() != z.data_ptr()]
     assert len(others) < len(saved), "the map itself is saved"
@@ -244,7 +244,7 @@ def test_only_small_tensors_are_saved_for_backward(device):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_forward_allocates_no_copy_of_the_map(layout, device):
+def test_forward_allocates_no_copy_of_the_map(layout, fused, device):
     """Under 2 % of |Z| besides the outputs, in both layouts. (Few images are split, and then each multiprocessor may
     take two partial sums of K·C; eight images fill the interpreter's four multiprocessors.)"""
     images = 256 if device.type == "cuda" else 8
@@ -252,16 +252,16 @@ def test_forward_allocates_no_copy_of_the_map(layout, device):
     z = z if LAYOUTS[layout] is None else LAYOUTS[layout](z)
     w = torch.randn(4, 256, device=device)
     if device.type == "cuda":
-        ar_kernels.attend(z, w, implementation="triton")
+        ar_kernels.attend(z, w, implementation=fused)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        out = ar_kernels.attend(z, w, implementation="triton")
+        out = ar_kernels.attend(z, w, implementation=fused)
         allocated = torch.cuda.max_memory_allocated() - before
     else:
         activities = [torch.profiler.ProfilerActivity.CPU]
         with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-            out = ar_kernels.attend(z, w, implementation="triton")
+            out = ar_kernels.attend(z, w, implementation=fused)
         allocated = sum(event.self_cpu_memory_usage for event in profile.events() if event.self_cpu_memory_usage > 0)
         assert allocated > 0
     outputs = out.pooled.nbytes + out.lse.nbytes
@@ -307,17 +307,20 @@ def test_a_named_implementation_runs(monkeypatch, device):
         with ar_kernels.use_implementation("reference"):
             ar_kernels.attention_module(**layer.tensors)
     ar_kernels.attention_module(**layer.tensors)
-    default = "eager" if device.type == "cpu" else "ops"  # never the interpreter
+    default = "eager" if device.type == "cpu" and native.why_not("cpu") else "ops"
     assert ran == ["ops", "eager", "ops", "eager", default]
 
 
 def test_explain_says_what_runs_and_why(device):
     z, w = torch.randn(1, 4, 2, 2, device=device).bfloat16(), torch.randn(2, 4, device=device)
     explanation = ar_kernels.explain(z, w)
-    assert explanation.chosen == ("eager" if device.type == "cpu" else "triton")
-    if device.type == "cpu":
+    if device.type == "cpu":  # the native library where it is built, never the interpreter
+        missing = native.why_not("cpu")
+        assert explanation.chosen == ("eager" if missing else "native")
+        assert explanation.reasons["native"] == (missing or "can run")
         assert "CPU" in explanation.reasons["triton"]
     else:
+        assert explanation.chosen == "triton"
         assert ar_kernels.explain(z.float(), w).chosen == "eager"  # measured faster there
     spatial = ar_kernels.explain(z, torch.randn(2, 4, 3, 3, device=device))
     assert spatial.chosen == "eager" and spatial.reasons["reference"] == "can run"
@@ -329,6 +332,8 @@ def test_a_named_implementation_raises_where_it_cannot_run(device):
     z = torch.randn(1, 4, 3, 3, device=device)
     with pytest.raises(ar_kernels.ImplementationUnavailable, match="'triton' cannot run: 3×3 heads"):
         ar_kernels.attend(z, torch.randn(2, 4, 3, 3, device=device), implementation="triton")
+    with pytest.raises(ar_kernels.ImplementationUnavailable, match="'native' cannot run: 3×3 heads|is not built"):
+        ar_kernels.attend(z, torch.randn(2, 4, 3, 3, device=device), implementation="native")
     with pytest.raises(ar_kernels.ImplementationUnavailable, match="at most 64 heads"):
         ar_kernels.attend(z, torch.randn(65, 4, device=device), implementation="triton")
 

@@ -84,7 +84,7 @@ OF_ATTEND = [
     (
         {"implementation": "cuda"},
         ValueError,
-        "implementation must be one of triton, eager, reference or None, got 'cuda'",
+        "implementation must be one of triton, native, eager, reference or None, got 'cuda'",
     ),
 ]
 OF_MODULE = [
@@ -164,7 +164,11 @@ OF_RECTIFY = [
     ({"scores": zeros(N, 3, device="meta")}, ValueError, "scores must be on cpu like hypotheses, got meta"),
     ({"mix": "mean"}, ValueError, "mix must be one of logit, log, prob, got 'mean'"),
     ({"gating": "tanh"}, ValueError, "gating must be 'softmax', 'sigmoid' or None, got 'tanh'"),
-    ({"implementation": ""}, ValueError, "implementation must be one of triton, eager, reference or None, got ''"),
+    (
+        {"implementation": ""},
+        ValueError,
+        "implementation must be one of triton, native, eager, reference or None, got ''",
+    ),
 ]
 CASES = (
     [(ar_kernels.attend, ATTEND, *case) for case in OF_ATTEND]

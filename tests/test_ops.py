@@ -5,10 +5,10 @@ import torch
 from layers import Layer, channels_last
 
 import ar_kernels
-from ar_kernels import ops
 
 MIXES = ["logit", "log", "prob"]
 GATINGS = ["softmax", "sigmoid", None]
+NAMESPACES = {"triton": "ar_kernels", "native": "ar_kernels_native"}
 
 
 def _layer_function(layer: Layer, implementation: str):
@@ -30,7 +30,7 @@ TINY = {"n": 2, "c": 3, "h": 2, "w": 3, "k": 2, "labels": 2}
 @pytest.mark.parametrize("kernel_size", [1, 3])
 @pytest.mark.parametrize("extra", [{"globals": 2}, {"gated": False, "mean": False, "tap": False}])
 def test_gradcheck(extra, kernel_size, implementation, device):
-    if kernel_size == 3 and implementation == "triton":
+    if kernel_size == 3 and implementation != "eager":
         pytest.skip("3×3 heads are not fused yet")
     function, values = _layer_function(Layer(**TINY, **extra, kernel_size=kernel_size, device=device), implementation)
     assert torch.autograd.gradcheck(function, values, fast_mode=device.type == "cpu")
@@ -75,23 +75,23 @@ def test_rectify(mix, gating, implementation, device):
 
 
 @pytest.mark.parametrize("mix", MIXES)
-def test_rectify_many_labels_in_half_precision(mix, device, poisoned_memory):
+def test_rectify_many_labels_in_half_precision(mix, poisoned_memory, fused, device):
     """More labels than a tile holds, bf16 hypotheses, rows of large and small scores, a list as input."""
     generator = torch.Generator().manual_seed(0)
     h = (4 * torch.randn(2, 3, 3001, generator=generator)).bfloat16().to(device)
     s = torch.tanh(torch.randn(2, 3, generator=generator)).to(device)
-    got = ar_kernels.rectify(list(h.unbind(1)), s, mix=mix, implementation="triton")
+    got = ar_kernels.rectify(list(h.unbind(1)), s, mix=mix, implementation=fused)
     exact = ar_kernels.rectify(h.double(), s.double(), mix=mix, implementation="reference")
     assert got.dtype == torch.float32
     assert (got - exact).abs().max() <= 1e-5 * exact.abs().max()
     parts = [h.detach().requires_grad_(), s.detach().requires_grad_()]
     grad = torch.randn(got.shape, generator=generator).to(device)
     results = {}
-    for name, dtype in (("triton", None), ("reference", torch.float64)):
+    for name, dtype in ((fused, None), ("reference", torch.float64)):
         values = [p.to(dtype) if dtype else p for p in parts]
         out = ar_kernels.rectify(*values, mix=mix, implementation=name)
         results[name] = torch.autograd.grad(out, parts, grad.to(out.dtype))
-    for mine, truth in zip(results["triton"], results["reference"]):
+    for mine, truth in zip(results[fused], results["reference"]):
         assert (mine.double() - truth.double()).norm() <= 2**-8 * truth.double().norm()
 
 
@@ -106,7 +106,8 @@ def test_log_mix_with_nll_loss_is_the_gated_sum_of_cross_entropies(implementatio
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(dtype, device):
+def test_opcheck(dtype, fused, device):
+    operators = getattr(torch.ops, NAMESPACES[fused])
     layer = Layer(n=2, c=6, h=3, w=4, k=3, globals=2, dtype=dtype, device=device)
     t = layer.tensors
     z, w = t["feature_map"], torch.cat([t["mask_weight"], t["global_mask_weight"]])
@@ -115,20 +116,19 @@ def test_opcheck(dtype, device):
         (z, w, None, score_w, None, 3, True, True),
         (channels_last(z), w, w[:, 0], None, None, 0, False, False),
     ):
-        torch.library.opcheck(torch.ops.ar_kernels.gated_attend, arguments)
-    pooled, lse, logits, scores, gates, features, mean = ops._gated_attend(z, w, None, score_w, None, 3, True, True)
+        torch.library.opcheck(operators.gated_attend, arguments)
+    outputs = operators.gated_attend(z, w, None, score_w, None, 3, True, True)
+    pooled, lse, logits, scores, gates, features, mean = outputs
     saved = (z, w, None, score_w, pooled, lse, scores, gates)
     grads = (pooled, lse, logits, scores, gates, features, mean, z)
-    torch.library.opcheck(torch.ops.ar_kernels.gated_attend_backward, (*saved, *grads, True, True, True, True))
+    torch.library.opcheck(operators.gated_attend_backward, (*saved, *grads, True, True, True, True))
     none = (None,) * 7
-    torch.library.opcheck(
-        torch.ops.ar_kernels.gated_attend_backward, (*saved, pooled, *none, True, False, False, False)
-    )
+    torch.library.opcheck(operators.gated_attend_backward, (*saved, pooled, *none, True, False, False, False))
     h, s = torch.randn(2, 3, 5, device=device).to(dtype), torch.randn(2, 3, device=device)
     for mix in MIXES:
-        torch.library.opcheck(torch.ops.ar_kernels.rectify, (h, s, mix, "softmax"))
-        y, lse = ops._rectify(h, s, mix, "softmax")
-        torch.library.opcheck(torch.ops.ar_kernels.rectify_backward, (y, h, s, y, lse, mix, "softmax"))
+        torch.library.opcheck(operators.rectify, (h, s, mix, "softmax"))
+        y, lse = operators.rectify(h, s, mix, "softmax")
+        torch.library.opcheck(operators.rectify_backward, (y, h, s, y, lse, mix, "softmax"))
 
 
 def test_compile_fullgraph_with_a_dynamic_batch(implementation, device):
@@ -167,7 +167,7 @@ def test_compile_fullgraph_with_a_dynamic_batch(implementation, device):
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_compiled_backward_reads_gradients_as_they_come(layout, frozen, device):
+def test_compiled_backward_reads_gradients_as_they_come(layout, frozen, fused, device):
     """A trainable bias, a tap, nothing else asked for; the traced graphs hold no copy of anything of the map's size."""
     from torch._dynamo.backends.common import aot_autograd
 
@@ -178,7 +178,7 @@ def test_compiled_backward_reads_gradients_as_they_come(layout, frozen, device):
     graphs = []
 
     def step(z, w, b):
-        out = ar_kernels.attend(2 * z if not frozen else z, w, b, tap=True, implementation="triton")
+        out = ar_kernels.attend(2 * z if not frozen else z, w, b, tap=True, implementation=fused)
         return out.pooled.square().sum() + out.lse.sum() + (out.feature_map**3).sum()
 
     def keep(graph, example):
@@ -197,28 +197,28 @@ def test_compiled_backward_reads_gradients_as_they_come(layout, frozen, device):
             assert node.meta["val"].numel() < z.numel(), node.format_node()
 
 
-def test_strides_beyond_two_to_the_31(device):
+def test_strides_beyond_two_to_the_31(fused, device):
     """Offsets inside one image pass 2³¹: virtual memory, of which two rows are touched."""
     storage = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device)
     z = storage.as_strided((1, 2, 64), (8, 2**31, 1))
     z.copy_(torch.randn(1, 2, 64))
     z.requires_grad_()
     w = torch.randn(3, 2, device=device)
-    pooled = ar_kernels.attend(z, w, implementation="triton").pooled
+    pooled = ar_kernels.attend(z, w, implementation=fused).pooled
     (grad,) = torch.autograd.grad(pooled.square().sum(), z)
     dense = z.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
-    want = ar_kernels.attend(dense, w, implementation="triton").pooled
+    want = ar_kernels.attend(dense, w, implementation=fused).pooled
     (want_grad,) = torch.autograd.grad(want.square().sum(), dense)
     assert torch.equal(pooled, want) and torch.equal(grad, want_grad)
 
 
-def test_double_backward_under_autocast_keeps_float32(device):
+def test_double_backward_under_autocast_keeps_float32(fused, device):
     """A gradient penalty inside autocast is computed in the map's dtype, as the first backward is."""
     layer = Layer(n=2, c=16, h=4, w=4, k=3, bias=False, dtype=torch.float32, device=device)
     results = []
-    for name, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+    for name, dtype in ((fused, torch.float32), ("reference", torch.float64)):
         z, w = (layer.tensors[n].detach().to(dtype).requires_grad_() for n in ("feature_map", "mask_weight"))
-        with torch.autocast(device.type, torch.bfloat16, enabled=name == "triton"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=name == fused):
             value = ar_kernels.attend(z, w, implementation=name).pooled.square().sum()
             (grad,) = torch.autograd.grad(value, z, create_graph=True)
             results.append(torch.autograd.grad(grad.square().sum(), w)[0].double())
@@ -244,23 +244,23 @@ def test_prob_mix_of_a_label_that_no_hypothesis_allows(implementation, device):
     assert (mixed[:, 4] == float("-inf")).all() and mixed[:, :4].isfinite().all()
 
 
-def test_double_backward_of_a_compiled_layer_raises(device):
+def test_double_backward_of_a_compiled_layer_raises(fused, device):
     layer = Layer(n=2, c=6, device=device)
     z, w = layer.tensors["feature_map"].requires_grad_(), layer.tensors["mask_weight"].requires_grad_()
     compiled = torch.compile(
-        lambda z, w: ar_kernels.attend(z, w, implementation="triton").pooled.square().sum(), backend="aot_eager"
+        lambda z, w: ar_kernels.attend(z, w, implementation=fused).pooled.square().sum(), backend="aot_eager"
     )
     (grad,) = torch.autograd.grad(compiled(z, w), z, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         torch.autograd.grad(grad.sum(), w)
 
 
-def test_third_derivatives(device):
+def test_third_derivatives(fused, device):
     """The double backward is differentiable again."""
     layer = Layer(n=1, c=3, h=2, w=2, k=2, device=device)
     z, w = layer.tensors["feature_map"].requires_grad_(), layer.tensors["mask_weight"].requires_grad_()
     results = []
-    for name in ("triton", "reference"):
+    for name in (fused, "reference"):
         value = ar_kernels.attend(z, w, implementation=name).pooled.pow(3).sum()
         for _ in range(3):
             (grad,) = torch.autograd.grad(value, w, create_graph=True)
@@ -294,14 +294,14 @@ def test_functorch_grad_and_vmap(implementation, device):
     torch.testing.assert_close(hessian, expected)
 
 
-def test_export(device):
+def test_export(fused, device):
     class Net(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.attention = ar_kernels.AttentionModule(6, 5, heads=2)
 
         def forward(self, z):
-            with ar_kernels.use_implementation("triton"):
+            with ar_kernels.use_implementation(fused):
                 return self.attention(z).hypothesis
 
     net = Net().to(device)
@@ -312,19 +312,19 @@ def test_export(device):
     torch.testing.assert_close(program.module()(other), net(other))
 
 
-def test_no_cast_of_float32_weights_under_autocast(device):
+def test_no_cast_of_float32_weights_under_autocast(fused, device):
     """The kernels round float32 weights themselves: no conversion runs in front of them."""
     layer = Layer(n=2, c=6, bias=False, dtype=torch.bfloat16, weight_dtype=torch.float32, device=device)
     z, w = layer.tensors["feature_map"], layer.tensors["mask_weight"].requires_grad_()
     with torch.autocast(device.type, dtype=torch.bfloat16), torch.profiler.profile() as profile:
-        ar_kernels.attend(z, w, implementation="triton").pooled.sum().backward()
+        ar_kernels.attend(z, w, implementation=fused).pooled.sum().backward()
     names = {event.name for event in profile.events()}
-    assert "ar_kernels::gated_attend" in names
+    assert f"{NAMESPACES[fused]}::gated_attend" in names
     assert not names & {"aten::to", "aten::_to_copy"}, names
     assert w.grad.dtype == torch.float32
 
 
-def test_inductor_puts_no_copy_of_the_map_in_front(device):
+def test_inductor_puts_no_copy_of_the_map_in_front(fused, device):
     """A compiled NCHW network: the operator reads the convolution's own output, whatever layout that got."""
     from torch._inductor.utils import run_and_get_code
 
@@ -335,7 +335,7 @@ def test_inductor_puts_no_copy_of_the_map_in_front(device):
 
     def net(x):
         z = torch.relu(conv(x))
-        with ar_kernels.use_implementation("triton"):
+        with ar_kernels.use_implementation(fused):
             out = attention(z, tap=True)
         return out.hypothesis.sum() + after(out.feature_map).sum()
 
@@ -351,7 +351,8 @@ def test_inductor_puts_no_copy_of_the_map_in_front(device):
     loss, codes = run_and_get_code(step)
     torch.testing.assert_close(loss, net(x), rtol=1e-4, atol=1e-4)
     code = "\n".join(codes)
-    assert "ar_kernels.gated_attend.default(" in code and "ar_kernels.gated_attend_backward.default(" in code
+    for name in ("gated_attend", "gated_attend_backward"):
+        assert f"{NAMESPACES[fused]}.{name}.default(" in code
     buffers = [
         line.split("=")[0].strip()
         for line in code.splitlines()
@@ -366,12 +367,12 @@ def _attended_layer(**sizes):
     return {name: value.requires_grad_() for name, value in layer.tensors.items()}
 
 
-def test_a_batch_of_gradients(device):
+def test_a_batch_of_gradients(fused, device):
     """is_grads_batched: vmap over the backward where nothing records a second one."""
     tensors = _attended_layer(device=device)
     grads = torch.randn(4, 2, 3, dtype=torch.float64, device=device)
     results = []
-    for name in ("triton", "reference"):
+    for name in (fused, "reference"):
         out = ar_kernels.attention_module(**tensors, implementation=name).hypothesis
         inputs = list(tensors.values())
         results.append(torch.autograd.grad(out, inputs, grads, is_grads_batched=True, allow_unused=True))
@@ -394,17 +395,17 @@ def test_only_the_output_weight_is_trained(monkeypatch, device):
 
 
 @pytest.mark.parametrize("recording", [True, False])
-def test_forward_mode_raises(recording, device):
+def test_forward_mode_raises(recording, fused, device):
     """Forward-mode derivatives are not there: they raise, and are not dropped where no graph is recorded either."""
     tensors = _attended_layer(device=device)
     z = tensors.pop("feature_map").detach()
     with torch.set_grad_enabled(recording), torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(z, torch.ones_like(z))
         with pytest.raises(NotImplementedError, match="jvp"):
-            ar_kernels.attention_module(dual, **tensors, implementation="triton")
+            ar_kernels.attention_module(dual, **tensors, implementation=fused)
 
 
-def test_dispatch_modes_see_the_operators(device):
+def test_dispatch_modes_see_the_operators(fused, device):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     seen = set()
@@ -415,12 +416,12 @@ def test_dispatch_modes_see_the_operators(device):
             return operator(*arguments, **(options or {}))
 
     with Watch():
-        out = ar_kernels.attention_module(**_attended_layer(device=device), implementation="triton")
+        out = ar_kernels.attention_module(**_attended_layer(device=device), implementation=fused)
         out.hypothesis.sum().backward()
-    assert {"ar_kernels.gated_attend.default", "ar_kernels.gated_attend_backward.default"} <= seen
+    assert {f"{NAMESPACES[fused]}.{name}.default" for name in ("gated_attend", "gated_attend_backward")} <= seen
 
 
-def test_a_tensor_that_outlived_its_transform(device):
+def test_a_tensor_that_outlived_its_transform(fused, device):
     """A wrapper that torch.func.grad left behind is the tensor it wraps, with a graph and without."""
     tensors = _attended_layer(device=device)
     left = []
@@ -431,9 +432,9 @@ def test_a_tensor_that_outlived_its_transform(device):
 
     z = tensors.pop("feature_map").detach()
     torch.func.grad(keep)(z)
-    want = ar_kernels.attention_module(2 * z, **tensors, implementation="triton").hypothesis
-    got = ar_kernels.attention_module(left[0], **tensors, implementation="triton").hypothesis
+    want = ar_kernels.attention_module(2 * z, **tensors, implementation=fused).hypothesis
+    got = ar_kernels.attention_module(left[0], **tensors, implementation=fused).hypothesis
     got.sum().backward()
     with torch.no_grad():
-        plain = ar_kernels.attention_module(left[0], **tensors, implementation="triton").hypothesis
+        plain = ar_kernels.attention_module(left[0], **tensors, implementation=fused).hypothesis
     assert torch.equal(got, want) and torch.equal(plain, want)

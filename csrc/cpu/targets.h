@@ -1,0 +1,30 @@
+// The kernels of one target, and those of this machine.
+#pragma once
+
+#include "attend.h"
+#include "rectify.h"
+
+namespace ar_kernels {
+
+// Memory is aligned to 64 bytes, one thread's own.
+struct Kernels {
+  const char* target;
+  int64_t (*forward_scratch)(const ForwardArguments&);  // bytes of memory
+  int64_t (*forward_part)(const ForwardArguments&);     // bytes of one item's part
+  void (*attend_forward)(const ForwardArguments&, int64_t begin, int64_t end, void* memory);  // items
+  void (*merge_splits)(const ForwardArguments&, int64_t begin, int64_t end);                  // images, of their parts
+  int64_t (*backward_scratch)(const BackwardArguments&);
+  void (*attend_backward)(const BackwardArguments&, int64_t begin, int64_t end, void* memory);  // groups
+  // out[k][c] = sum over r of weights[r][k] rows[r][k][c], always in the same order, for elements [begin, end) of out;
+  // weights null: 1.
+  void (*weight_sums)(Kind kind, const void* rows, const void* weights, int64_t count, int64_t heads, int64_t channels,
+                      void* out, int64_t begin, int64_t end);
+  // Images; memory for twice as many values as there are hypotheses.
+  void (*rectify_forward)(const RectifyArguments&, int64_t begin, int64_t end, void* memory);
+  void (*rectify_backward)(const RectifyArguments&, int64_t begin, int64_t end, void* memory);
+};
+
+// The kernels for this machine: of the widest target that it has instructions for, or of AR_KERNELS_TARGET.
+const Kernels& kernels();
+
+}  // namespace ar_kernels

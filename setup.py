@@ -1,0 +1,195 @@
+"""Builds the optional native library (csrc/) into ar_kernels/_native.so; everything else is in pyproject.toml.
+
+AR_KERNELS_BUILD=0 skips it, =1 makes a failure fatal; by default one line says what was built, or why nothing was. pip
+shows that line only with -v, so it is installed too: `python -m ar_kernels.env` prints it.
+AR_KERNELS_CUDA_ARCHS, e.g. "80;90a", names the GPUs to compile csrc/cuda for, where there is nvcc. AR_KERNELS_STRICT=1
+turns warnings into errors: for those who change csrc/. AR_KERNELS_SANITIZE=address,undefined instruments the CPU code.
+CXX and CUDA_HOME are read as usual.
+"""
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+MODE = os.environ.get("AR_KERNELS_BUILD", "auto")
+CSRC = Path("csrc")
+
+TORCH_VERSION = "0x020b000000000000"
+"""The oldest torch that the library loads in: 2.11."""
+
+CUDA_ARCHS = "80;90a"
+"""Compiled for by default: Ampere and what follows it, as PTX beyond; Hopper with what only it has."""
+
+PER_TARGET = ("attend_forward.cpp", "attend_backward.cpp", "rectify.cpp")
+"""Files of csrc/cpu that are compiled once for each target; the others once."""
+
+TARGETS = {"portable": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    TARGETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    TARGETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+    TARGETS["avx512"] += ["-mprefer-vector-width=512"]
+
+
+class CannotBuild(Exception):
+    """What is missing."""
+
+
+def find_torch() -> Path:
+    """The folder of an installed torch, which is not imported; under build isolation the one outside it."""
+    spec = importlib.util.find_spec("torch")
+    folders = [Path(spec.origin).parent] if spec is not None and spec.origin else []
+    for folder in [*folders, *(Path(sysconfig.get_path(kind)) / "torch" for kind in ("purelib", "platlib"))]:
+        if (folder / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
+            return folder
+    raise CannotBuild("torch is not installed")
+
+
+def find_compiler() -> str:
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and shutil.which(name):
+            return name
+    raise CannotBuild("there is no C++ compiler (CXX, c++, g++ or clang++)")
+
+
+class BuildNative(build_ext):
+    """One shared library, of no Python version: it uses torch's stable ABI alone."""
+
+    def get_ext_filename(self, name: str) -> str:
+        return os.path.join(*name.split(".")) + ".so"
+
+    def run(self) -> None:
+        in_place = self.inplace
+        (extension,) = self.extensions
+        try:
+            if MODE == "0":
+                raise CannotBuild("AR_KERNELS_BUILD=0")
+            if sys.platform not in ("linux", "darwin"):
+                raise CannotBuild(f"{sys.platform} is not supported")
+            super().run()
+        except (CannotBuild, OSError, subprocess.CalledProcessError) as error:
+            if MODE == "1":
+                raise
+            self.extensions, self.inplace = [], in_place  # nothing to copy
+            Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)  # of an earlier build
+            self.tell(extension, f"not built: {reason(error)}")
+
+    def tell(self, extension: Extension, line: str) -> None:
+        """Prints what was built, or why not, and leaves it where ar_kernels.native looks for it."""
+        print(f"ar_kernels: native library {line}", file=sys.stderr)
+        note = Path(self.get_ext_fullpath(extension.name)).with_suffix(".txt")
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(line + "\n", encoding="utf-8")
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        folder = self.get_finalized_command("build_py").get_package_dir("ar_kernels")
+        shutil.copy(Path(self.build_lib, "ar_kernels", "_native.txt"), folder)
+
+    def build_extension(self, extension: Extension) -> None:
+        torch, compiler = find_torch(), find_compiler()
+        library = Path(self.get_ext_fullpath(extension.name))
+        objects = Path(self.build_temp)
+        for folder in (library.parent, objects):
+            folder.mkdir(parents=True, exist_ok=True)
+        sanitize = os.environ.get("AR_KERNELS_SANITIZE")
+        strict = os.environ.get("AR_KERNELS_STRICT") == "1"
+        include = ["-isystem", str(torch / "include"), f"-DTORCH_TARGET_VERSION={TORCH_VERSION}", "-std=c++17"]
+        own = ["-O1" if sanitize else "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        own += ["-Werror"] if strict else []
+        if sanitize:
+            own += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-g"]
+        commands = []
+        for source in sorted((CSRC / "cpu").glob("*.cpp")):
+            each = TARGETS.items() if source.name in PER_TARGET else [("", [])]
+            for target, flags in each:
+                output = objects / f"{source.stem}{target and '-' + target}.o"
+                define = [f"-DAR_TARGET={target}"] if target else []
+                commands.append([compiler, *include, *own, *define, *flags, "-c", str(source), "-o", str(output)])
+        run_all(commands)
+        built = f"CPU ({', '.join(TARGETS)})"
+
+        linker = [compiler]
+        cuda = sorted((CSRC / "cuda").glob("*.cu"))
+        archs = os.environ.get("AR_KERNELS_CUDA_ARCHS", CUDA_ARCHS).replace(";", " ").split()
+        if cuda and archs:
+            try:
+                added = cuda_commands(cuda, archs, include, objects, strict)
+                run_all(added)
+                commands += added
+                linker = [added[0][0], "-cudart", "static"]  # nvcc knows where its libraries are
+                built += f", CUDA ({', '.join(archs)})"
+            except (CannotBuild, subprocess.CalledProcessError) as error:
+                if MODE == "1" and not isinstance(error, CannotBuild):
+                    raise
+                built += f"; not for CUDA: {reason(error)}"
+
+        link = [*linker, "-shared", *(command[-1] for command in commands), "-o", str(library), f"-L{torch / 'lib'}"]
+        if sys.platform == "linux":
+            link += ["-Xlinker", "--no-as-needed", "-ltorch", "-Xlinker", "--as-needed", "-ltorch_cpu"]
+        else:
+            link += ["-undefined", "dynamic_lookup"]
+        if sanitize:
+            link += [*(["-Xcompiler"] if len(linker) > 1 else []), f"-fsanitize={sanitize}"]
+        run(link)
+        self.tell(extension, f"built for {built}")
+
+
+def cuda_commands(
+    sources: list[Path], archs: list[str], include: list[str], objects: Path, strict: bool
+) -> list[list[str]]:
+    """How nvcc compiles each source for every arch, and for GPUs that are not named as PTX of the oldest."""
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
+    if nvcc is None:
+        raise CannotBuild("there is no nvcc")
+    code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    oldest = min(archs, key=lambda arch: int("".join(filter(str.isdigit, arch))))
+    code.append(f"-gencode=arch=compute_{oldest},code=compute_{oldest}")
+    flags = ["-O3", "--threads", "2", "-Xcompiler", "-fPIC,-fvisibility=hidden", *code]
+    flags += ["-Werror", "all-warnings"] if strict else []
+    return [
+        [nvcc, *include, *flags, "-c", str(source), "-o", str(objects / f"{source.stem}-cuda.o")] for source in sources
+    ]
+
+
+def run_all(commands: list[list[str]]) -> None:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(run, commands):
+            pass
+
+
+def run(command: list[str]) -> None:
+    """Runs a compiler; what it says is shown, so that a failure explains itself."""
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if result.stdout:
+        print(result.stdout, file=sys.stderr)
+    result.check_returncode()
+
+
+def reason(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"{error.cmd[0]} failed on {error.cmd[-3]} (AR_KERNELS_BUILD=1 pip install -v . shows how)"
+    return str(error)
+
+
+class PlatformWheel(bdist_wheel):
+    """A wheel for this platform and any Python 3."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[Extension("ar_kernels._native", [str(CSRC / "cpu" / "operators.cpp")])],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
+)

@@ -1,0 +1,333 @@
+"""The library built from csrc/: the same bits whatever the threads, every target's kernels, and how it gets built.
+
+What it computes is tested with every other implementation, in test_attend.py and test_ops.py.
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from layers import channels_last
+
+import ar_kernels
+from ar_kernels import env, native
+
+ROOT = Path(__file__).parent.parent
+X86 = platform.machine() in ("x86_64", "AMD64")
+COMPILERS = (os.environ.get("CXX"), "c++", "g++", "clang++")
+COMPILER = next((name for name in COMPILERS if name and shutil.which(name)), None)
+
+built = pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu")))
+compiles = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+
+
+def _python(code: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = os.environ | {"PYTHONPATH": path} | variables
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=environment,
+        cwd=ROOT / "tests",  # not where a folder named ar_kernels would come first
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- threads
+
+
+@built
+@pytest.mark.parametrize("layout", [None, channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(37, 70, 13, 11), (2, 64, 56, 56)], ids=str)
+def test_same_bits_whatever_the_number_of_threads(shape, layout):
+    """Many images and few: the work is cut by shape alone. (The products with W_O are PyTorch's, not seen here.)"""
+    generator = torch.Generator().manual_seed(0)
+    z, upstream = (torch.randn(shape, generator=generator) for _ in range(2))
+    z = z if layout is None else layout(z)
+    w, score_w = (torch.randn(6, shape[1], generator=generator) / 8 for _ in range(2))
+    operators = torch.ops.ar_kernels_native
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            outputs = operators.gated_attend(z, w, w[:, 0], score_w, None, 4, True, True)
+            pooled, lse, logits, scores, gates, features, mean = outputs
+            grads = pooled, lse, logits, scores, gates, features, mean, upstream  # as good as any of their shapes
+            saved = z, w, w[:, 0], score_w, pooled, lse, scores, gates
+            last = layout is not None
+            results.append(outputs + operators.gated_attend_backward(*saved, *grads, True, True, True, last))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(one, another) for one, another in zip(results[0], other))
+
+
+# ---------------------------------------------------------------------------------------------- targets
+
+OF_TARGET = """
+import sys
+import torch
+from layers import Layer, assert_within_budget, channels_last, slice_of_cat
+from ar_kernels import native
+assert native.why_not("cpu") is None and native.target() == sys.argv[1], native.target()
+sizes = {"n": 3, "c": 37, "h": 7, "w": 9, "k": 7, "globals": 4}
+for layout in (None, channels_last, slice_of_cat):
+    layer = Layer(**sizes)
+    got, exact = layer.run("native", layout=layout), layer.run("reference")
+    for name, truth in exact.items():
+        assert (got[name] - truth).abs().max() <= 1e-12 * max(1.0, truth.abs().max().item()), name
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        draws = []
+        for seed in range(3):
+            layer = Layer(**sizes, dtype=dtype, seed=seed)
+            runs = layer.run("native", layout=layout), layer.run("eager", layout=layout)
+            draws.append((*runs, layer.run("reference", exact=True)))
+        assert_within_budget(draws, dtype)
+# Every half there is, through a layer of one position, whose pooled features are the map's own values.
+import ar_kernels
+for dtype in (torch.bfloat16, torch.float16):
+    values = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    values = values[values.isfinite()]
+    z, w = values.reshape(-1, 8, 1, 1), torch.zeros(1, 8)
+    pooled = ar_kernels.attend(z, w, implementation="native").pooled
+    assert torch.equal(pooled.flatten(), values.float())
+    # and back: numbers that round up, down and to even, subnormal halves among them
+    grad = torch.cat([values.float() * f for f in (1.0, 1 + 2**-9, 1 + 3 * 2**-12, 1 - 2**-10, 0.3)])
+    z = torch.zeros(grad.numel() // 8, 8, 1, 1, dtype=dtype, requires_grad=True)
+    (got,) = torch.autograd.grad(ar_kernels.attend(z, w, implementation="native").pooled.flatten(), z, grad)
+    assert torch.equal(got.flatten(), grad.to(dtype))
+"""
+
+
+@built
+@pytest.mark.parametrize("target", ["portable", "avx2", "avx512"] if X86 else ["portable"])
+def test_every_target(target):
+    """Each in a process of its own: AR_KERNELS_TARGET is read once."""
+    run = _python(OF_TARGET, target, AR_KERNELS_TARGET=target)
+    if "must name instructions that this CPU has" in run.stderr:
+        pytest.skip(f"this CPU has no {target}")
+    assert run.returncode == 0, run.stderr
+
+
+@built
+def test_an_unknown_target_is_refused():
+    code = "import torch, ar_kernels\nar_kernels.attend(torch.ones(1, 2, 3), torch.ones(1, 2))"
+    run = _python(code, AR_KERNELS_TARGET="avx1024")
+    assert run.returncode == 1
+    assert re.search(r"AR_KERNELS_TARGET must be one of .*portable, got avx1024", run.stderr)
+
+
+@built
+@pytest.mark.skipif(not shutil.which("nm"), reason="there is no nm")
+@pytest.mark.skipif(not (ROOT / "build").exists(), reason="no objects: setup.py build_ext --inplace was not run here")
+def test_no_target_leaks_instructions_into_another():
+    """A function that two targets' files define under one name is kept once by the linker: with whose instructions?"""
+    objects = [file for file in ROOT.glob("build/temp*/*-*.o") if not file.stem.endswith("-cuda")]
+    assert objects
+    for file in objects:
+        symbols = subprocess.run(["nm", "-C", "--defined-only", str(file)], capture_output=True, text=True).stdout
+        weak = [line for line in symbols.splitlines() if re.match(r"\S* [WVu] ", line)]
+        target = file.stem.rpartition("-")[2]
+        assert [line for line in weak if f"ar_kernels::{target}::" not in line] == []
+
+
+# ---------------------------------------------------------------------------------------------- arguments
+
+
+@built
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.zeros(2, 6)}, r"z must be \[N, C, H, W\] or \[N, C, S\] .*, got \[2, 6\]"),
+        ({0: torch.zeros(2, 6, 3, dtype=torch.int32)}, "z must be float16, bfloat16, float32 or float64, got Int"),
+        ({1: torch.zeros(4, 5)}, r"w must be \[4, 6\], got \[4, 5\]"),
+        ({1: torch.zeros(6)}, r"w must be \[K, C\] with a head, got \[6\]"),
+        ({2: torch.zeros(3)}, r"b must be \[4\], got \[3\]"),
+        ({3: torch.zeros(4, 7)}, r"score_w must be \[4, 6\], got \[4, 7\]"),
+        ({5: 5}, "gated_heads must be from 0 to K = 4, got 5"),
+    ],
+)
+def test_bad_arguments_of_the_operator(change, message):
+    """The operators check what they are handed, whoever calls them."""
+    arguments = [torch.zeros(2, 6, 3), torch.zeros(4, 6), torch.zeros(4), None, None, 4, False, False]
+    for index, value in change.items():
+        arguments[index] = value
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.ar_kernels_native.gated_attend(*arguments)
+
+
+# ---------------------------------------------------------------------------------------------- whether it is there
+
+WITHOUT = """
+import sys
+from pathlib import Path
+import torch
+from ar_kernels import native
+native.PATH = Path(sys.argv[1])
+native.NOTE = native.PATH.with_suffix(".txt")
+import ar_kernels
+z, w = torch.ones(1, 2, 3), torch.ones(1, 2)
+explanation = ar_kernels.explain(z, w)
+assert explanation.chosen == "eager", explanation
+print(explanation.reasons["native"])
+ar_kernels.attend(z, w)
+try:
+    ar_kernels.attend(z, w, implementation="native")
+except ar_kernels.ImplementationUnavailable as error:
+    print(error)
+try:
+    torch.ops.ar_kernels_native.gated_attend(z, w, None, None, None, 0, False, False)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_without_the_library_everything_else_runs_and_says_why(tmp_path):
+    (tmp_path / "missing.txt").write_text("not built: there is no C++ compiler\n", encoding="utf-8")
+    run = _python(WITHOUT, str(tmp_path / "missing.so"))
+    assert run.returncode == 0, run.stderr
+    reason = "the native library is not built: there is no C++ compiler"
+    assert run.stdout.splitlines() == [
+        reason,
+        f"implementation 'native' cannot run: {reason}",
+        f"ar_kernels_native::gated_attend cannot run: {reason}",
+    ]
+
+
+def test_a_broken_library_is_not_used(tmp_path):
+    (tmp_path / "broken.so").write_bytes(b"not a library")
+    run = _python(WITHOUT, str(tmp_path / "broken.so"))
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("the native library cannot be loaded: ")
+
+
+def test_env_reports_what_a_bug_report_needs(capsys):
+    env.main(["--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["ar_kernels"] == ar_kernels.__version__ and report["torch"] == torch.__version__
+    z, w = torch.zeros(1, 2, 3, 3), torch.zeros(1, 2)
+    assert report["runs"]["cpu"]["1x1 heads, float32"] == ar_kernels.explain(z, w).chosen
+    assert report["native"]["cpu"] == (native.why_not("cpu") or f"can run ({native.target()})")
+    env.main([])
+    text = capsys.readouterr().out
+    assert f"torch: {torch.__version__}" in text and native.build_note() in text
+
+
+# ---------------------------------------------------------------------------------------------- how it is built
+
+
+def _build(command: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess:
+    names = ("AR_KERNELS_BUILD", "AR_KERNELS_STRICT", "AR_KERNELS_SANITIZE", "AR_KERNELS_CUDA_ARCHS")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | variables
+    return subprocess.run(
+        [sys.executable, "setup.py", "-q", *command], cwd=folder, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory) -> Path:
+    """What the sdist holds, unpacked: no file of this checkout."""
+    folder = tmp_path_factory.mktemp("sdist")
+    run = _build(["sdist", "--dist-dir", str(folder)], ROOT)
+    assert run.returncode == 0, run.stderr
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    return next(path for path in folder.iterdir() if path.is_dir())
+
+
+@compiles
+def test_a_wheel_built_from_the_sdist_works(unpacked, tmp_path):
+    run = _build(["bdist_wheel", "--dist-dir", str(tmp_path)], unpacked, AR_KERNELS_BUILD="1", AR_KERNELS_CUDA_ARCHS="")
+    assert run.returncode == 0, run.stderr
+    assert "native library built for CPU" in run.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "-py3-none-" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    code = (
+        "import ar_kernels, torch\n"
+        "print(ar_kernels.__file__)\n"
+        "out = ar_kernels.attend(torch.ones(1, 2, 3), torch.ones(1, 2), implementation='native')\n"
+        "assert out.pooled.tolist() == [[[1.0, 1.0]]]\n"
+    )
+    run = _python(code, PYTHONPATH=str(tmp_path / "installed"))
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith(str(tmp_path / "installed"))
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        ({"AR_KERNELS_BUILD": "0"}, "native library not built: AR_KERNELS_BUILD=0"),
+        ({"PATH": "", "CXX": ""}, "native library not built: there is no C++ compiler (CXX, c++, g++ or clang++)"),
+        ({"CXX": "false"}, "native library not built: false failed on"),
+    ],
+)
+def test_a_build_that_cannot_be_installs_the_rest_and_says_why(variables, line, unpacked, tmp_path):
+    if variables.get("CXX") == "false" and not shutil.which("false"):
+        pytest.skip("there is no program that always fails")
+    run = _build(["build", "--build-base", str(tmp_path)], unpacked, **variables)
+    assert run.returncode == 0, run.stderr
+    assert line in run.stderr
+    (note,) = tmp_path.glob("lib*/ar_kernels/_native.txt")
+    assert note.read_text(encoding="utf-8").startswith("not built: ") and not list(tmp_path.glob("lib*/**/*.so"))
+    assert (note.parent / "functional.py").exists()
+
+
+def test_a_build_that_must_be_fails(unpacked, tmp_path):
+    run = _build(["build", "--build-base", str(tmp_path)], unpacked, AR_KERNELS_BUILD="1", PATH="", CXX="")
+    assert run.returncode != 0 and "there is no C++ compiler" in run.stderr
+
+
+# ---------------------------------------------------------------------------------------------- sanitizers
+
+
+@compiles
+@pytest.mark.skipif(sys.platform != "linux", reason="the runtime is preloaded as Linux does it")
+def test_cpu_code_under_sanitizers(unpacked, tmp_path):
+    """Every kernel of every target under AddressSanitizer and UndefinedBehaviorSanitizer, odd sizes and all strides."""
+    runtime = subprocess.run([COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(runtime):
+        pytest.skip(f"{COMPILER} has no libasan.so to preload")
+    variables = {"AR_KERNELS_BUILD": "1", "AR_KERNELS_SANITIZE": "address,undefined", "AR_KERNELS_CUDA_ARCHS": ""}
+    run = _build(["build", "--build-base", str(tmp_path)], unpacked, **variables)
+    assert run.returncode == 0, run.stderr
+    (package,) = tmp_path.glob("lib*")
+    path = os.pathsep.join([str(package), str(ROOT / "tests")])
+    options = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    for target in ("portable", "avx2", "avx512") if X86 else ("portable",):
+        run = _python(UNDER_SANITIZERS, str(package), PYTHONPATH=path, AR_KERNELS_TARGET=target, **options)
+        if "must name instructions that this CPU has" not in run.stderr:
+            assert run.returncode == 0, run.stderr
+
+
+UNDER_SANITIZERS = """
+import sys
+import torch
+import ar_kernels
+from ar_kernels import native
+assert ar_kernels.__file__.startswith(sys.argv[1]) and native.why_not("cpu") is None
+from layers import Layer, batch_last, channels_last, slice_of_cat
+for sizes in ({"n": 2, "c": 37, "h": 5, "w": 7, "k": 7}, {"n": 1, "c": 3, "h": 37, "w": 41, "k": 1, "globals": 2}):
+    for layout in (None, channels_last, batch_last, slice_of_cat):
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            for value in Layer(**sizes, dtype=dtype).run("native", layout=layout).values():
+                assert value.isfinite().all()
+for mix in ("logit", "log", "prob"):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        h, s = torch.randn(3, 4, 19, dtype=dtype, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+        s = s if dtype != torch.float64 else s.detach().double().requires_grad_()
+        ar_kernels.rectify(h, s, mix=mix, implementation="native").sum().backward()
+"""
