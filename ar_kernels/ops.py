@@ -51,7 +51,7 @@ def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 @functools.cache  # an import statement takes longer, even of what is imported
 def _kernels() -> ModuleType:
     from . import kernels
-    from .kernels import attend_backward, attend_forward, rectify  # noqa: F401  (becomes an attribute of kernels)
+    from .kernels import attend3x3, attend_backward, attend_forward, rectify  # noqa: F401  (becomes an attribute of kernels)
 
     return kernels
 
@@ -150,6 +150,13 @@ def _is_channels_last(z: Tensor) -> bool:
     return z.stride(1) < z.stride(-1)
 
 
+def _empty_gradient(z: Tensor, channels_last: bool) -> Tensor:
+    channels, positions = z.shape[1], math.prod(z.shape[2:])
+    step = channels if channels_last else 1
+    rows = () if z.dim() == 3 else (step * z.shape[3],)
+    return z.new_empty_strided(z.shape, (channels * positions, 1 if channels_last else positions, *rows, step))
+
+
 def _allocate_gradients(
     z: Tensor,
     w: Tensor,
@@ -160,14 +167,10 @@ def _allocate_gradients(
     needs_score: bool,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    channels, positions = z.shape[1], math.prod(z.shape[2:])
-    step = channels if channels_last else 1
-    rows = () if z.dim() == 3 else (step * z.shape[3],)
-    strides = (channels * positions, 1 if channels_last else positions, *rows, step)
-    heads = w.shape[0]
+    heads, channels = w.shape[0], z.shape[1]
     scored = needs_score and score_w is not None
     return (
-        z.new_empty_strided(z.shape, strides) if needs_z else z.new_empty(0),
+        _empty_gradient(z, channels_last) if needs_z else z.new_empty(0),
         w.new_empty(heads, channels) if needs_w else w.new_empty(0),
         score_w.new_empty(heads, channels) if scored else w.new_empty(0),
         lse.new_empty(heads if scored else 0),
@@ -243,6 +246,15 @@ _define(
 )
 
 
+def _mask_bias_gradient(lse: Tensor, b: Tensor, grad_lse: Tensor | None, grad_logits: Tensor | None) -> Tensor:
+    db = lse.new_zeros(lse.shape[1])
+    if grad_lse is not None:
+        db = db + grad_lse.sum(dim=0)
+    if grad_logits is not None:
+        db = db + grad_logits.sum(dim=(0, 2))
+    return db.to(b.dtype)
+
+
 class _GatedAttend(torch.autograd.Function):
     """Outputs: the operator's, None for those not asked for, then the hypothesis and the tapped map, None likewise."""
 
@@ -297,12 +309,7 @@ class _GatedAttend(torch.autograd.Function):
                 ctx.gated_heads, ctx.wants_mean, needs_z, needs_w, needs_score, ctx.channels_last,
             )  # fmt: skip
         if needs_b:  # the bias cancels in the masks: only lse and the logits know it
-            db = lse.new_zeros(lse.shape[1])
-            if grad_lse is not None:
-                db = db + grad_lse.sum(dim=0)
-            if grad_logits is not None:
-                db = db + grad_logits.sum(dim=(0, 2))
-            db = db.to(b.dtype)
+            db = _mask_bias_gradient(lse, b, grad_lse, grad_logits)
         return (
             dz if needs_z else None,
             dw if needs_w else None,
@@ -366,8 +373,10 @@ def gated_attend(
     wants_mean: bool,
     tap: bool,
 ) -> GatedAttended:
-    """One fused pass: K heads w [K, C] attend to z, the first gated_heads of them are gated, and output_w [L, K'·C]
+    """One fused pass: K heads w [K, C] or [K, C, 3, 3] attend to z, the first gated_heads of them are gated, and output_w [L, K'·C]
     makes their hypothesis. Other arguments as in eager.gated_attend; fields that were not asked for are None."""
+    if w.dim() == 4:
+        return _gated_attend3x3(z, w, b, score_w, score_b, output_w, gated_heads, wants_mean, tap)
     through = tap and z.requires_grad  # a frozen map stays frozen
     *outputs, tapped = _apply(
         _GatedAttend, z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, through
@@ -415,6 +424,174 @@ def head_hypotheses(features: Tensor, output_weight: Tensor) -> Tensor:
             weight, features = weight.permute(0, 1, 3, 4, 2), features.mT
         weight = weight.flatten(2)
     return _apply(_HeadHypotheses, features.flatten(2), weight).transpose(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------- attend3x3
+
+
+class Attended3x3(NamedTuple):
+    """What attend3x3 returns."""
+
+    pooled: Tensor  # [N, K, C, 9], accumulator's dtype, as all but feature_map
+    lse: Tensor  # [N, K]
+    logits: Tensor  # [N, K, S]
+    mean: Tensor | None  # [N, C], None where not asked for
+    feature_map: Tensor  # the tapped map, or z itself
+
+
+def _attend3x3(z: Tensor, w: Tensor, b: Tensor | None, wants_mean: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if z.shape[0] == 0:
+        return _attend3x3_fake(z, w, b, wants_mean)
+    with torch.cuda.device_of(z):
+        pooled, lse, logits, mean = _kernels().attend3x3.attend3x3_forward(z, w, _contiguous(b), wants_mean)
+    return pooled, lse, logits, lse.new_empty(0) if mean is None else mean
+
+
+def _attend3x3_fake(z, w, b, wants_mean):
+    images, channels, height, width = z.shape
+    heads = w.shape[0]
+    pooled = z.new_empty((images, 9, heads, channels), dtype=accumulator_dtype(z.dtype))
+    mean = pooled.new_empty(images, channels) if wants_mean else pooled.new_empty(0)
+    return pooled.movedim(1, 3), pooled.new_empty(images, heads), pooled.new_empty(images, heads, height * width), mean
+
+
+_define(
+    "attend3x3(Tensor z, Tensor w, Tensor? b, bool wants_mean) -> (Tensor, Tensor, Tensor, Tensor)",
+    _attend3x3,
+    _attend3x3_fake,
+)
+
+
+def _attend3x3_backward(
+    z: Tensor,
+    w: Tensor,
+    pooled: Tensor,
+    lse: Tensor,
+    logits: Tensor,
+    grad_pooled: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_logits: Tensor | None,
+    grad_mean: Tensor | None,
+    upstream: Tensor | None,
+    needs_z: bool,
+    needs_w: bool,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor]:
+    gradients = dz, dw = _attend3x3_backward_fake(z, w, needs_z, needs_w, channels_last)
+    if z.shape[0] == 0:
+        dz.zero_()
+        dw.zero_()
+        return gradients
+    with torch.cuda.device_of(z):
+        _kernels().attend3x3.attend3x3_backward(
+            z, w, pooled, lse.contiguous(), logits.contiguous(), grad_pooled, _contiguous(grad_lse),
+            _contiguous(grad_logits), _contiguous(grad_mean), upstream, dz if needs_z else None, dw if needs_w else None,
+        )  # fmt: skip
+    return gradients
+
+
+def _attend3x3_backward_fake(z, w, *arguments):
+    needs_z, needs_w, channels_last = arguments[-3:]
+    dz = _empty_gradient(z, channels_last) if needs_z else z.new_empty(0)
+    return dz, w.new_empty(w.shape) if needs_w else w.new_empty(0)
+
+
+_define(
+    "attend3x3_backward(Tensor z, Tensor w, Tensor pooled, Tensor lse, Tensor logits, Tensor? grad_pooled, "
+    "Tensor? grad_lse, Tensor? grad_logits, Tensor? grad_mean, Tensor? upstream, bool needs_z, bool needs_w, "
+    "bool channels_last) -> (Tensor, Tensor)",
+    _attend3x3_backward,
+    _attend3x3_backward_fake,
+)
+
+
+class _Attend3x3(torch.autograd.Function):
+    """Outputs: the operator's, the mean None where it was not asked for, then the tapped map, None likewise."""
+
+    @staticmethod
+    def forward(z, w, b, wants_mean, tap):
+        pooled, lse, logits, mean = torch.ops.ar_kernels.attend3x3.default(z, w, b, wants_mean)
+        return pooled, lse, logits, mean if wants_mean else None, z.view_as(z) if tap else None
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        z, w, b, ctx.wants_mean, _ = inputs
+        ctx.channels_last = _is_channels_last(z)
+        ctx.save_for_backward(z, w, b, *output[:3])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_pooled, grad_lse, grad_logits, grad_mean, upstream):
+        z, w, b, pooled, lse, logits = ctx.saved_tensors
+        needs_z, needs_w, needs_b = ctx.needs_input_grad[:3]
+        grads = grad_pooled, grad_lse, grad_logits, grad_mean
+        if all(grad is None for grad in grads):  # nothing but the tap was used
+            return upstream, *[None] * 4
+        dz = dw = db = None
+        if needs_z or needs_w:
+            dz, dw = _apply(
+                _Attend3x3Backward, z, w, b, pooled, lse, logits, *grads, upstream,
+                ctx.wants_mean, needs_z, needs_w, ctx.channels_last,
+            )  # fmt: skip
+        if needs_b:
+            db = _mask_bias_gradient(lse, b, grad_lse, grad_logits)
+        return dz if needs_z else None, dw if needs_w else None, db, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _map_samples(_Attend3x3, info, in_dims, arguments)
+
+
+class _Attend3x3Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        z, w, b, pooled, lse, logits, grad_pooled, grad_lse, grad_logits, grad_mean, upstream,
+        wants_mean, needs_z, needs_w, channels_last,
+    ):  # fmt: skip
+        return torch.ops.ar_kernels.attend3x3_backward.default(
+            z, w, pooled, lse, logits, grad_pooled, grad_lse, grad_logits, grad_mean, upstream,
+            needs_z, needs_w, channels_last,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:3], *inputs[6:11])
+        ctx.wants_mean = inputs[11]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *second):
+        tensors = ctx.saved_tensors
+        inputs, grads = tensors[:3], tensors[3:]
+
+        def forward(z, w, b):
+            return *eager.attend(z, w, b, ctx.wants_mean), z
+
+        received = _double_backward(forward, inputs, (0, 1), grads, second)
+        return *received[:3], None, None, None, *received[3:], *[None] * 4
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _map_samples(_Attend3x3Backward, info, in_dims, arguments)
+
+
+def attend3x3(z: Tensor, w: Tensor, b: Tensor | None, wants_mean: bool, tap: bool) -> Attended3x3:
+    """3×3 heads w [K, C, 3, 3] attend to z [N, C, H, W] without unfolding it; arguments as in eager.attend."""
+    through = tap and z.requires_grad  # a frozen map stays frozen
+    *outputs, tapped = _apply(_Attend3x3, z, w, b, wants_mean, through)
+    return Attended3x3(*outputs, tapped if through else z)
+
+
+def _gated_attend3x3(z, w, b, score_w, score_b, output_w, gated_heads, wants_mean, tap) -> GatedAttended:
+    """gated_attend of 3×3 heads; the gates and the hypothesis, of pooled features alone, are PyTorch's."""
+    pooled, lse, logits, mean, tapped = attend3x3(z, w, b, wants_mean, tap)
+    scores = gates = features = hypothesis = None
+    if gated_heads > 0:
+        scores, gates, features = eager.gate(pooled, score_w, score_b, gated_heads, z.dtype)
+        features = features.flatten(1)
+        if output_w is not None:
+            hypothesis = features @ output_w.to(z.dtype).t()
+    return GatedAttended(pooled, lse, logits, scores, gates, features, mean, hypothesis, tapped)
 
 
 # ---------------------------------------------------------------------------------------------- rectify

@@ -1,0 +1,408 @@
+"""3×3 heads (docs/math.md): forward two sweeps over the map, backward two more and one write of dZ; no unfold of Z.
+
+All wide work is a plain product of 9·K rows with Z, row tap·K + head. Logits are sums of nine such rows, each shifted by
+its tap: a program keeps the rows of some lines of an image in a scratch of its own, small enough for L2, and adds them
+from there. The same kernel makes dA of the pooled features' gradients. Pooling shifts the masks, which are small.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .heuristics import chip, next_power_of_2
+from .launch import Launch
+from .tiles import accumulator, aligned, float32_precision, load_tile, map_strides, matmul_precision, tile_offsets
+
+TAPS = 9
+
+
+@triton.jit
+def _tap_rows(weights, rows, channels, C: tl.constexpr, ROWS: tl.constexpr):
+    """[ROWS, C] → [R_tile, C_tile], 0 outside."""
+    real = (rows < ROWS)[:, None] & (channels < C)[None, :]
+    return tl.load(weights + rows[:, None] * C + channels[None, :], mask=real, other=0.0)
+
+
+@triton.jit
+def _shifted(maps, rows, s, end, height, width, positions, HEADS: tl.constexpr):
+    """Row tap·K + k: head k's map [K, S] at s - tap → [R_tile, S_tile], 0 off the grid and past `end`."""
+    tap, head = rows // HEADS, rows % HEADS
+    dy, dx = tap // 3 - 1, tap % 3 - 1
+    y, x = (s // width)[None, :] - dy[:, None], (s % width)[None, :] - dx[:, None]
+    real = (y >= 0) & (y < height) & (x >= 0) & (x < width) & (tap < 9)[:, None] & (s < end)[None, :]
+    return tl.load(maps + head[:, None] * positions + y * width + x, mask=real, other=0.0)
+
+
+@triton.jit(do_not_specialize=["items", "bands", "lines"])
+def tap_sums_kernel(
+    z, weights, b, logits, lse, delta, grad_lse, grad_logits, scale, scratch, a_out, dl_out,
+    items, bands, lines, height, width, z_n, z_c, z_h, z_w,
+    C: tl.constexpr, HEADS: tl.constexpr, OF_IMAGE: tl.constexpr, PITCH: tl.constexpr,
+    R_TILE: tl.constexpr, C_TILE: tl.constexpr, S_TILE: tl.constexpr, K_TILE: tl.constexpr,
+    UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Σ_τ rows[tap τ] · Z_{s+τ} for the `lines` lines of a band. Forward: rows W_H, the sum is the logits. Backward
+    (OF_IMAGE): rows dP of each image, the sum is dA; writes a and dℓ = a ⊙ (dA - δ + dlse) + direct, times scale."""
+    positions = height * width
+    rows = tl.arange(0, R_TILE)
+    heads = tl.arange(0, K_TILE)
+    own = scratch + tl.program_id(0).to(tl.int64) * (9 * HEADS * PITCH)
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        n = (item // bands).to(tl.int64)
+        line = item % bands * lines
+        begin = line * width
+        end = tl.minimum(line + lines, height) * width
+        first = aligned(tl.maximum(begin - width, 0), 16)
+        last = aligned(tl.minimum((end + width + 15) // 16 * 16, positions), VECTOR if UNIT == "s" else 1)
+        w_n = weights
+        if OF_IMAGE:
+            w_n += n * (9 * HEADS * C)
+        for start in range(first, last, S_TILE):
+            s = start + tl.arange(0, S_TILE)
+            y = tl.zeros([R_TILE, S_TILE], ACC)
+            for c0 in range(0, C, C_TILE):
+                c = c0 + tl.arange(0, C_TILE)
+                z_tile = load_tile(z + n * VECTOR * z_n, s, last, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
+                w_tile = _tap_rows(w_n, rows, c, C, 9 * HEADS)
+                y = tl.dot(w_tile, tl.trans(z_tile), y, input_precision=PRECISION, out_dtype=ACC)
+            real = (rows < 9 * HEADS)[:, None] & (s < last)[None, :]
+            tl.store(own + rows[:, None] * PITCH + (s - first)[None, :], y, mask=real)
+        tl.debug_barrier()  # the other threads' rows are read below
+        for start in range(begin, end, S_TILE):
+            s = start + tl.arange(0, S_TILE)
+            y, x = s // width, s % width
+            total = tl.zeros([K_TILE, S_TILE], ACC)
+            for tap in range(9):
+                dy, dx = tap // 3 - 1, tap % 3 - 1
+                inside = (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width) & (s < end)
+                at = own + (tap * HEADS + heads)[:, None] * PITCH + (s + dy * width + dx - first)[None, :]
+                total += tl.load(at, mask=(heads < HEADS)[:, None] & inside[None, :], other=0.0)
+            real = (heads < HEADS)[:, None] & (s < end)[None, :]
+            row = n * HEADS + heads
+            at = row[:, None] * positions + s[None, :]
+            if OF_IMAGE:
+                of_head = heads < HEADS
+                log_sum = tl.load(lse + row, mask=of_head, other=0.0)
+                a = tl.exp(tl.load(logits + at, mask=real, other=float("-inf")) - log_sum[:, None])
+                shift = tl.load(delta + row, mask=of_head, other=0.0)
+                if grad_lse is not None:
+                    shift -= tl.load(grad_lse + row, mask=of_head, other=0.0).to(ACC)
+                factor = 1.0
+                if scale is not None:  # dP comes scaled, δ and the direct gradients do not
+                    factor = tl.load(scale + n)
+                dl = a * (total - shift[:, None] * factor)
+                if grad_logits is not None:
+                    dl += tl.load(grad_logits + at, mask=real, other=0.0).to(ACC) * factor
+                tl.store(a_out + at, a.to(a_out.dtype.element_ty), mask=real)
+                tl.store(dl_out + at, dl.to(dl_out.dtype.element_ty), mask=real)
+            else:
+                if b is not None:
+                    total += tl.load(b + heads, mask=heads < HEADS, other=0.0).to(ACC)[:, None]
+                tl.store(logits + at, total, mask=real)
+        tl.debug_barrier()  # before the next item's rows take their place
+
+
+@triton.jit
+def masks_kernel(logits, lse, masks, positions, S_TILE: tl.constexpr, ACC: tl.constexpr):
+    """One program: one head of one image. lse, and the masks exp(ℓ - lse) in Z's dtype."""
+    row = tl.program_id(0).to(tl.int64)
+    m = tl.full([S_TILE], float("-inf"), ACC)
+    for start in range(0, positions, S_TILE):
+        s = start + tl.arange(0, S_TILE)
+        m = tl.maximum(m, tl.load(logits + row * positions + s, mask=s < positions, other=float("-inf")))
+    largest = tl.max(m, axis=0)
+    origin = tl.where(largest == float("-inf"), 0.0, largest)
+    d = tl.zeros([S_TILE], ACC)
+    for start in range(0, positions, S_TILE):
+        s = start + tl.arange(0, S_TILE)
+        d += tl.exp(tl.load(logits + row * positions + s, mask=s < positions, other=float("-inf")) - origin)
+    log_sum = origin + tl.log(tl.sum(d, axis=0))
+    tl.store(lse + row, log_sum)
+    for start in range(0, positions, S_TILE):
+        s = start + tl.arange(0, S_TILE)
+        a = tl.exp(tl.load(logits + row * positions + s, mask=s < positions, other=float("-inf")) - log_sum)
+        tl.store(masks + row * positions + s, a.to(masks.dtype.element_ty), mask=s < positions)
+
+
+@triton.jit(do_not_specialize=["splits", "split_length"])
+def pool_kernel(
+    z, masks, pooled, mean, splits, split_length, height, width, z_n, z_c, z_h, z_w,
+    C: tl.constexpr, HEADS: tl.constexpr, R_TILE: tl.constexpr, C_TILE: tl.constexpr, S_TILE: tl.constexpr,
+    UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: some channels of one split of one image. P of all taps [splits, N, 9, K, C] and the mean's sums
+    [splits, N, C], whose row of ones is the last of the tile."""
+    positions = height * width
+    split, n = tl.program_id(0) % splits, (tl.program_id(0) // splits).to(tl.int64)
+    images = tl.num_programs(0) // splits
+    rows = tl.arange(0, R_TILE)
+    c = tl.program_id(1) * C_TILE + tl.arange(0, C_TILE)
+    begin = aligned(split * split_length, S_TILE)
+    end = aligned(tl.minimum(begin + split_length, positions), VECTOR if UNIT == "s" else 1)
+    sums = tl.zeros([R_TILE, C_TILE], ACC)
+    for start in range(begin, end, S_TILE):
+        s = start + tl.arange(0, S_TILE)
+        z_tile = load_tile(z + n * VECTOR * z_n, s, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
+        a = _shifted(masks + n * HEADS * positions, rows, s, end, height, width, positions, HEADS)
+        if mean is not None:
+            a = tl.where((rows == R_TILE - 1)[:, None] & (s < end)[None, :], 1.0, a).to(masks.dtype.element_ty)
+        sums = tl.dot(a, z_tile, sums, input_precision=PRECISION, out_dtype=ACC)
+    row = split.to(tl.int64) * images + n
+    real = (rows < 9 * HEADS)[:, None] & (c < C)[None, :]
+    tl.store(pooled + (row * (9 * HEADS) + rows[:, None]) * C + c[None, :], sums, mask=real)
+    if mean is not None:
+        average = tl.sum(tl.where((rows == R_TILE - 1)[:, None], sums, 0.0), axis=0) / positions
+        tl.store(mean + row * C + c, average, mask=c < C)
+
+
+@triton.jit(do_not_specialize=["items", "splits", "split_length"])
+def map_gradient_kernel(
+    z, w, dp, a, dl, unscale, grad_mean, upstream, dz, shares,
+    items, splits, split_length, height, width,
+    z_n, z_c, z_h, z_w, up_n, up_c, up_h, up_w, dz_n, dz_c, dz_w,
+    C: tl.constexpr, HEADS: tl.constexpr, R_TILE: tl.constexpr, C_TILE: tl.constexpr, S_TILE: tl.constexpr,
+    UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr,
+    UP_UNIT: tl.constexpr, UP_VECTOR: tl.constexpr, UP_FLAT: tl.constexpr,
+    DZ_UNIT: tl.constexpr, DZ_VECTOR: tl.constexpr, WIDE: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dZ_s = Σ_k Σ_τ (a_{k,s-τ} dP_kτ + dℓ_{k,s-τ} W_kτ) + upstream + dmean/S, and shares [programs, 9, K, C] of
+    dW = Σ_n Σ_s dℓ_{k,s-τ} Z_s. One program: some channels of some splits of images, one after the other."""
+    positions = height * width
+    rows = tl.arange(0, R_TILE)
+    c = tl.program_id(1) * C_TILE + tl.arange(0, C_TILE)
+    kind = z.dtype.element_ty
+    w_tile = _tap_rows(w, rows, c, C, 9 * HEADS)
+    share = tl.zeros([R_TILE, C_TILE], ACC)
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        n = (item // splits).to(tl.int64)
+        begin = aligned(item % splits * split_length, S_TILE)
+        end = aligned(tl.minimum(begin + split_length, positions), VECTOR if UNIT == "s" else 1)
+        dp_tile = _tap_rows(dp + n * (9 * HEADS * C), rows, c, C, 9 * HEADS)
+        inverse = 1.0
+        if unscale is not None:
+            inverse = tl.load(unscale + n)
+        of_image = tl.zeros([R_TILE, C_TILE], ACC)
+        for start in range(begin, end, S_TILE):
+            s = start + tl.arange(0, S_TILE)
+            maps = n * HEADS * positions
+            dl_rows = _shifted(dl + maps, rows, s, end, height, width, positions, HEADS)
+            if shares is not None:
+                z_tile = load_tile(z + n * VECTOR * z_n, s, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
+                of_image = tl.dot(dl_rows, z_tile, of_image, input_precision=PRECISION, out_dtype=ACC)
+            if dz is not None:
+                a_rows = _shifted(a + maps, rows, s, end, height, width, positions, HEADS)
+                grad = tl.dot(tl.trans(a_rows), dp_tile, input_precision=PRECISION, out_dtype=ACC)
+                grad = tl.dot(tl.trans(dl_rows), w_tile, grad, input_precision=PRECISION, out_dtype=ACC) * inverse
+                if grad_mean is not None:
+                    of_mean = tl.load(grad_mean + n * C + c, mask=c < C, other=0.0).to(ACC) / positions
+                    grad += of_mean[None, :]
+                if upstream is not None:
+                    up = upstream + n * UP_VECTOR * up_n
+                    grad += load_tile(
+                        up, s, end, c, width, up_c, up_h, up_w, C, UP_UNIT, UP_VECTOR, UP_FLAT, WIDE
+                    ).to(ACC)
+                offsets = tile_offsets(s, c, width, dz_c, 0, dz_w, DZ_UNIT, DZ_VECTOR, True, WIDE)
+                real = (s < end)[:, None] & (c < C)[None, :]
+                tl.store(dz + n * DZ_VECTOR * dz_n + offsets, grad.to(kind), mask=real)
+        share += of_image * inverse
+    if shares is not None:
+        at = shares + tl.program_id(0).to(tl.int64) * (9 * HEADS * C) + rows[:, None] * C + c[None, :]
+        tl.store(at, share, mask=(rows < 9 * HEADS)[:, None] & (c < C)[None, :])
+
+
+# ---------------------------------------------------------------------------------------------- launching
+
+
+def tap_rows(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """[..., K, C, 9] → [..., 9, K, C] in dtype, contiguous: what the products read row by row."""
+    return weights.movedim(-1, -3).to(dtype, memory_format=torch.contiguous_format).contiguous()
+
+
+class _Cut(NamedTuple):
+    """What all kernels for maps of one shape, strides and dtype share."""
+
+    constants: dict
+    sizes: tuple[int, ...]  # height, width, the map's strides
+    row_tile: int  # of the 9·K rows, and the mean's
+    programs: int  # that fill the chip
+    half: bool
+
+    def splits(self, images: int, chunks: int, tile: int) -> tuple[int, int]:
+        """How many programs share an image's positions, and how many of these each has, a multiple of tile."""
+        tiles = -(-self.sizes[0] * self.sizes[1] // tile)
+        splits = max(1, min(-(-tiles // 2), self.programs // max(images * chunks, 1)))
+        length = -(-tiles // splits)
+        return -(-tiles // length), length * tile
+
+
+def _cut(
+    sizes: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, device: int, heads: int, precision: str
+) -> _Cut:
+    z = map_strides(sizes, strides, dtype.itemsize)
+    row_tile = max(16, next_power_of_2(TAPS * heads + 1))
+    constants = {
+        "C": sizes[1], "HEADS": heads, "R_TILE": row_tile, "UNIT": z.unit, "VECTOR": z.vector, "FLAT": z.flat,
+        "WIDE": z.wide, "ACC": accumulator(dtype), "PRECISION": matmul_precision(dtype, precision, row_tile),
+    }  # fmt: skip
+    return _Cut(
+        constants, (*sizes[2:], z.n, z.c, z.h, z.w), row_tile, 2 * chip(device).processors, dtype.itemsize == 2
+    )
+
+
+class _Sums(NamedTuple):
+    """tap_sums_kernel's launch, and the shape of its scratch."""
+
+    launch: Launch
+    scratch: tuple[int, int, int]
+
+
+def _tap_sums(cut: _Cut, images: int, heads: int, of_image: bool) -> _Sums:
+    height, width = cut.sizes[:2]
+    lines = min(height, max(1, -(-1024 // width)))  # of a band: the fewer, the more often a line is read again
+    bands = -(-height // lines)
+    programs = min(images * bands, cut.programs)
+    pitch = -(-((lines + 2) * width + 32) // 16) * 16
+    tile = min(128, max(32, 8192 // cut.row_tile)) if cut.half else 32
+    launch = Launch(
+        tap_sums_kernel, (programs,), (images * bands, bands, lines, *cut.sizes), **cut.constants,
+        OF_IMAGE=of_image, PITCH=pitch, C_TILE=64 if cut.half else 32, S_TILE=tile, K_TILE=next_power_of_2(heads),
+        num_warps=4 if cut.half and cut.row_tile <= 64 else 8, num_stages=3 if cut.half else 2,
+    )  # fmt: skip
+    return _Sums(launch, (programs, TAPS * heads, pitch))
+
+
+class _Forward(NamedTuple):
+    sums: _Sums
+    masks: Launch
+    pool: Launch
+    splits: int
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_plan(
+    sizes: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, device: int, heads: int, precision: str
+) -> _Forward:
+    cut = _cut(sizes, strides, dtype, device, heads, precision)
+    images, channels = sizes[:2]
+    positions = math.prod(sizes[2:])
+    masks = Launch(
+        masks_kernel, (images * heads,), (positions,), S_TILE=min(1024, next_power_of_2(positions)),
+        ACC=accumulator(dtype), num_warps=4,
+    )  # fmt: skip
+    channel_tile = min(max(16, next_power_of_2(channels)), max(32, (16384 if cut.half else 4096) // cut.row_tile))
+    tile = 64 if cut.half and cut.row_tile <= 128 else 32
+    chunks = -(-channels // channel_tile)
+    splits, length = cut.splits(images, chunks, tile)
+    pool = Launch(
+        pool_kernel, (images * splits, chunks), (splits, length, *cut.sizes), **cut.constants,
+        C_TILE=channel_tile, S_TILE=tile, num_warps=8, num_stages=3 if cut.half else 2,
+    )  # fmt: skip
+    return _Forward(_tap_sums(cut, images, heads, False), masks, pool, splits)
+
+
+def attend3x3_forward(
+    z: Tensor, w: Tensor, b: Tensor | None, wants_mean: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """P [N, K, C, 9], a view of [N, 9, K, C]; lse [N, K]; logits [N, K, S]; the mean [N, C] or None."""
+    (images, channels), heads = z.shape[:2], w.shape[0]
+    lse = z.new_empty((images, heads), dtype=torch.promote_types(z.dtype, torch.float32))
+    logits = lse.new_empty(images, heads, math.prod(z.shape[2:]))
+    plan = _forward_plan(z.shape, z.stride(), z.dtype, z.get_device(), heads, float32_precision(z.dtype))
+    rows = tap_rows(w.flatten(2), z.dtype)
+    scratch = lse.new_empty(plan.sums.scratch)
+    plan.sums.launch(z, rows, b, logits, None, None, None, None, None, scratch, None, None)
+    masks = z.new_empty(logits.shape)
+    plan.masks(logits, lse, masks)
+    parts = lse.new_empty(plan.splits, images, TAPS, heads, channels)
+    means = lse.new_empty(plan.splits, images, channels) if wants_mean else None
+    plan.pool(z, masks, parts, means)
+    pooled = parts[0] if plan.splits == 1 else parts.sum(dim=0)
+    mean = None if means is None else means[0] if plan.splits == 1 else means.sum(dim=0)
+    return pooled.movedim(1, 3), lse, logits, mean
+
+
+class _Backward(NamedTuple):
+    sums: _Sums
+    gradient: Launch
+    programs: int
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_plan(
+    sizes: torch.Size,
+    strides: tuple[int, ...],
+    up_strides: tuple[int, ...] | None,
+    dz_strides: tuple[int, ...] | None,
+    dtype: torch.dtype,
+    device: int,
+    heads: int,
+    precision: str,
+) -> _Backward:
+    cut = _cut(sizes, strides, dtype, device, heads, precision)
+    images, channels = sizes[:2]
+    z = map_strides(sizes, strides, dtype.itemsize)
+    up = z if up_strides is None else map_strides(sizes, up_strides, dtype.itemsize)
+    dz = z if dz_strides is None else map_strides(sizes, dz_strides, dtype.itemsize)
+    channel_tile = min(max(16, next_power_of_2(channels)), max(32, (8192 if cut.half else 2048) // cut.row_tile))
+    tile = 64 if cut.half and cut.row_tile <= 128 else 32
+    chunks = -(-channels // channel_tile)
+    splits, length = cut.splits(images, chunks, tile)
+    programs = min(images * splits, max(1, cut.programs // chunks))
+    constants = cut.constants | {"WIDE": z.wide or up.wide or dz.wide}
+    gradient = Launch(
+        map_gradient_kernel, (programs, chunks),
+        (images * splits, splits, length, *cut.sizes, up.n, up.c, up.h, up.w, dz.n, dz.c, dz.w), **constants,
+        C_TILE=channel_tile, S_TILE=tile, UP_UNIT=up.unit, UP_VECTOR=up.vector, UP_FLAT=up.flat,
+        DZ_UNIT=dz.unit, DZ_VECTOR=dz.vector, num_warps=8, num_stages=2,
+    )  # fmt: skip
+    return _Backward(_tap_sums(cut, images, heads, True), gradient, programs)
+
+
+def attend3x3_backward(
+    z: Tensor,
+    w: Tensor,
+    pooled: Tensor,
+    lse: Tensor,
+    logits: Tensor,
+    grad_pooled: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_logits: Tensor | None,
+    grad_mean: Tensor | None,
+    upstream: Tensor | None,
+    dz: Tensor | None,
+    dw: Tensor | None,
+) -> None:
+    """Writes dz (z's shape, contiguous or channels_last) and dw [K, C, 3, 3], as far as they are not None."""
+    (images, channels), heads = z.shape[:2], w.shape[0]
+    plan = _backward_plan(
+        z.shape, z.stride(), None if upstream is None else upstream.stride(), None if dz is None else dz.stride(),
+        z.dtype, z.get_device(), heads, float32_precision(z.dtype),
+    )  # fmt: skip
+    scale = unscale = None
+    if grad_pooled is None:
+        delta, dp = torch.zeros_like(lse), z.new_zeros(images, TAPS, heads, channels)
+    else:
+        grad_pooled = grad_pooled.to(lse.dtype)
+        delta = (grad_pooled * pooled).sum(dim=(2, 3))
+        if z.dtype == torch.float16:  # gradients of a mean loss are below what float16 holds: a power of two each
+            largest = grad_pooled.flatten(1).abs().amax(dim=1).clamp(1e-30, 1e30)
+            scale = torch.exp2(-torch.floor(torch.log2(largest)))
+            unscale = 1 / scale
+            dp = tap_rows(grad_pooled * scale.view(-1, 1, 1, 1), z.dtype)
+        else:
+            dp = tap_rows(grad_pooled, z.dtype)
+    a, dl = z.new_empty(logits.shape), z.new_empty(logits.shape)
+    scratch = lse.new_empty(plan.sums.scratch)
+    plan.sums.launch(z, dp, None, logits, lse, delta, grad_lse, grad_logits, scale, scratch, a, dl)
+    shares = None if dw is None else lse.new_empty(plan.programs, TAPS, heads, channels)
+    plan.gradient(z, tap_rows(w.flatten(2), z.dtype), dp, a, dl, unscale, grad_mean, upstream, dz, shares)
+    if dw is not None:
+        dw.copy_(shares.sum(dim=0).movedim(0, 2).unflatten(2, (3, 3)))
