@@ -206,9 +206,9 @@ def map_gradient_kernel(
                     grad += of_mean[None, :]
                 if upstream is not None:
                     up = upstream + n * UP_VECTOR * up_n
-                    grad += load_tile(
-                        up, s, end, c, width, up_c, up_h, up_w, C, UP_UNIT, UP_VECTOR, UP_FLAT, WIDE
-                    ).to(ACC)
+                    grad += load_tile(up, s, end, c, width, up_c, up_h, up_w, C, UP_UNIT, UP_VECTOR, UP_FLAT, WIDE).to(
+                        ACC
+                    )
                 offsets = tile_offsets(s, c, width, dz_c, 0, dz_w, DZ_UNIT, DZ_VECTOR, True, WIDE)
                 real = (s < end)[:, None] & (c < C)[None, :]
                 tl.store(dz + n * DZ_VECTOR * dz_n + offsets, grad.to(kind), mask=real)
@@ -252,9 +252,7 @@ def _cut(
         "C": sizes[1], "HEADS": heads, "R_TILE": row_tile, "UNIT": z.unit, "VECTOR": z.vector, "FLAT": z.flat,
         "WIDE": z.wide, "ACC": accumulator(dtype), "PRECISION": matmul_precision(dtype, precision, row_tile),
     }  # fmt: skip
-    return _Cut(
-        constants, (*sizes[2:], z.n, z.c, z.h, z.w), row_tile, 2 * chip(device).processors, dtype.itemsize == 2
-    )
+    return _Cut(constants, (*sizes[2:], z.n, z.c, z.h, z.w), row_tile, 2 * chip(device).processors, dtype.itemsize == 2)
 
 
 class _Sums(NamedTuple):
@@ -297,7 +295,7 @@ def _forward_plan(
         masks_kernel, (images * heads,), (positions,), S_TILE=min(1024, next_power_of_2(positions)),
         ACC=accumulator(dtype), num_warps=4,
     )  # fmt: skip
-    channel_tile = min(max(16, next_power_of_2(channels)), max(32, (16384 if cut.half else 4096) // cut.row_tile))
+    channel_tile = min(256, max(16, next_power_of_2(channels)), max(32, (16384 if cut.half else 4096) // cut.row_tile))
     tile = 64 if cut.half and cut.row_tile <= 128 else 32
     chunks = -(-channels // channel_tile)
     splits, length = cut.splits(images, chunks, tile)
@@ -351,7 +349,7 @@ def _backward_plan(
     z = map_strides(sizes, strides, dtype.itemsize)
     up = z if up_strides is None else map_strides(sizes, up_strides, dtype.itemsize)
     dz = z if dz_strides is None else map_strides(sizes, dz_strides, dtype.itemsize)
-    channel_tile = min(max(16, next_power_of_2(channels)), max(32, (8192 if cut.half else 2048) // cut.row_tile))
+    channel_tile = min(128, max(16, next_power_of_2(channels)), max(32, (8192 if cut.half else 2048) // cut.row_tile))
     tile = 64 if cut.half and cut.row_tile <= 128 else 32
     chunks = -(-channels // channel_tile)
     splits, length = cut.splits(images, chunks, tile)
