@@ -63,22 +63,16 @@ def gated_attend(
     the gates g [N, K'] of the first K' = gated_heads and the gated features g ⊙ P [N, K', ...] in the map's dtype.
     """
     pooled, lse, logits, average = attend(feature_map, mask_weight, mask_bias, mean)
-    return pooled, lse, logits, *gate(pooled, gate_weight, gate_bias, gated_heads, feature_map.dtype), average
-
-
-def gate(
-    pooled: Tensor, gate_weight: Tensor | None, gate_bias: Tensor | None, gated_heads: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores, gates and gated features (in dtype), as gated_attend returns them, of pooled features."""
     if gate_weight is None:
-        scores = pooled.new_zeros(pooled.shape[:2])
+        scores = torch.zeros_like(lse)
     else:
         scores = (pooled * gate_weight.to(pooled.dtype).reshape(pooled.shape[1:])).flatten(2).sum(dim=2)
         if gate_bias is not None:
             scores = scores + gate_bias.to(pooled.dtype)
     gates = torch.softmax(torch.tanh(scores[:, :gated_heads]), dim=1)
     shape = gates.shape + (1,) * (pooled.dim() - 2)
-    return scores, gates, (gates.view(shape) * pooled[:, :gated_heads]).to(dtype)
+    features = (gates.view(shape) * pooled[:, :gated_heads]).to(feature_map.dtype)
+    return pooled, lse, logits, scores, gates, features, average
 
 
 def rectify(hypotheses: Tensor, scores: Tensor, mix: str, gating: str | None) -> Tensor:

@@ -69,7 +69,7 @@ def autocast_off(data: Tensor) -> AbstractContextManager:
 class GatedAttended(NamedTuple):
     """What gated_attend returns. Fields that were not asked for are None."""
 
-    pooled: Tensor  # [N, K, C], accumulator's dtype, as all but features, hypothesis and feature_map
+    pooled: Tensor  # [N, K, C] or [N, K, C, 9], accumulator's dtype, as all but features, hypothesis and feature_map
     lse: Tensor  # [N, K]
     logits: Tensor | None  # [N, K, S]
     scores: Tensor | None  # [N, K]
@@ -246,6 +246,160 @@ _define(
 )
 
 
+# 3×3 heads w, score_w [K, C, 3, 3]. The same, but that pooled is [N, K, C, 9], features [N, K'·C·9], and the logits are
+# always written: the backward takes them, not to read the map a third time.
+
+
+def _allocate3x3(z: Tensor, w: Tensor, gated_heads: int, wants_mean: bool) -> tuple[Tensor, ...]:
+    images, channels, height, width = z.shape
+    heads = w.shape[0]
+    gated = gated_heads > 0
+    pooled = z.new_empty((images, 9, heads, channels), dtype=accumulator_dtype(z.dtype))
+    return (
+        pooled.movedim(1, 3),
+        pooled.new_empty(images, heads),
+        pooled.new_empty(images, heads, height * width),
+        pooled.new_empty(images, heads) if gated else pooled.new_empty(0),
+        pooled.new_empty(images, gated_heads) if gated else pooled.new_empty(0),
+        z.new_empty(images, gated_heads * channels * 9) if gated else z.new_empty(0),
+        pooled.new_empty(images, channels) if wants_mean else pooled.new_empty(0),
+    )
+
+
+def _gated_attend3x3(
+    z: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    score_w: Tensor | None,
+    score_b: Tensor | None,
+    gated_heads: int,
+    wants_mean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    outputs = _allocate3x3(z, w, gated_heads, wants_mean)
+    if z.shape[0] > 0:
+        pooled, lse, logits, scores, gates, features, mean = outputs
+        gated = gated_heads > 0
+        with torch.cuda.device_of(z):
+            _kernels().attend3x3.attend3x3_forward(
+                z,
+                w,
+                _contiguous(b),
+                score_w,
+                _contiguous(score_b),
+                pooled.movedim(3, 1),
+                lse,
+                logits,
+                mean if wants_mean else None,
+                scores if gated else None,
+                gates if gated else None,
+                features if gated else None,
+            )
+    return outputs
+
+
+def _gated_attend3x3_fake(z, w, b, score_w, score_b, gated_heads, wants_mean):
+    return _allocate3x3(z, w, gated_heads, wants_mean)
+
+
+_define(
+    "gated_attend3x3(Tensor z, Tensor w, Tensor? b, Tensor? score_w, Tensor? score_b, SymInt gated_heads, "
+    "bool wants_mean) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _gated_attend3x3,
+    _gated_attend3x3_fake,
+)
+
+
+def _allocate_gradients3x3(
+    z: Tensor,
+    w: Tensor,
+    score_w: Tensor | None,
+    lse: Tensor,
+    needs_z: bool,
+    needs_w: bool,
+    needs_score: bool,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scored = needs_score and score_w is not None
+    return (
+        _empty_gradient(z, channels_last) if needs_z else z.new_empty(0),
+        w.new_empty(w.shape) if needs_w else w.new_empty(0),
+        score_w.new_empty(score_w.shape) if scored else w.new_empty(0),
+        lse.new_empty(w.shape[0] if scored else 0),
+    )
+
+
+def _gated_attend3x3_backward(
+    z: Tensor,
+    w: Tensor,
+    score_w: Tensor | None,
+    pooled: Tensor,
+    lse: Tensor,
+    logits: Tensor,
+    scores: Tensor | None,
+    gates: Tensor | None,
+    grad_pooled: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_logits: Tensor | None,
+    grad_scores: Tensor | None,
+    grad_gates: Tensor | None,
+    grad_features: Tensor | None,
+    grad_mean: Tensor | None,
+    upstream: Tensor | None,
+    needs_z: bool,
+    needs_w: bool,
+    needs_score: bool,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gradients = _allocate_gradients3x3(z, w, score_w, lse, needs_z, needs_w, needs_score, channels_last)
+    dz, dw, dscore_w, dscore_b = gradients
+    if z.shape[0] == 0:
+        for gradient in gradients:
+            gradient.zero_()
+        return gradients
+    scored = needs_score and score_w is not None
+    with torch.cuda.device_of(z):
+        _kernels().attend3x3.attend3x3_backward(
+            z,
+            w,
+            score_w,
+            pooled.movedim(3, 1).contiguous(),  # saved tensors come back as the user's hooks unpack them
+            lse.contiguous(),
+            logits.contiguous(),
+            _contiguous(scores),
+            _contiguous(gates),
+            grad_pooled,
+            _contiguous(grad_lse),
+            _contiguous(grad_logits),
+            _contiguous(grad_scores),
+            _contiguous(grad_gates),
+            _contiguous(grad_features),
+            _contiguous(grad_mean),
+            upstream,
+            dz if needs_z else None,
+            dw if needs_w else None,
+            dscore_w if scored else None,
+            dscore_b if scored else None,
+        )
+    return gradients
+
+
+def _gated_attend3x3_backward_fake(z, w, score_w, pooled, lse, *arguments):
+    return _allocate_gradients3x3(z, w, score_w, lse, *arguments[-4:])
+
+
+_define(
+    "gated_attend3x3_backward(Tensor z, Tensor w, Tensor? score_w, Tensor pooled, Tensor lse, Tensor logits, "
+    "Tensor? scores, Tensor? gates, Tensor? grad_pooled, Tensor? grad_lse, Tensor? grad_logits, Tensor? grad_scores, "
+    "Tensor? grad_gates, Tensor? grad_features, Tensor? grad_mean, Tensor? upstream, bool needs_z, bool needs_w, "
+    "bool needs_score, bool channels_last) -> (Tensor, Tensor, Tensor, Tensor)",
+    _gated_attend3x3_backward,
+    _gated_attend3x3_backward_fake,
+)
+
+
+# ---------------------------------------------------------------------------------------------- their Functions
+
+
 def _mask_bias_gradient(lse: Tensor, b: Tensor, grad_lse: Tensor | None, grad_logits: Tensor | None) -> Tensor:
     db = lse.new_zeros(lse.shape[1])
     if grad_lse is not None:
@@ -260,14 +414,17 @@ class _GatedAttend(torch.autograd.Function):
 
     @staticmethod
     def forward(z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, tap):
-        pooled, lse, logits, scores, gates, features, mean = torch.ops.ar_kernels.gated_attend.default(
-            z, w, b, score_w, score_b, gated_heads, wants_logits, wants_mean
-        )
+        operators = torch.ops.ar_kernels
+        if w.dim() == 4:
+            outputs = operators.gated_attend3x3.default(z, w, b, score_w, score_b, gated_heads, wants_mean)
+        else:
+            outputs = operators.gated_attend.default(z, w, b, score_w, score_b, gated_heads, wants_logits, wants_mean)
+        pooled, lse, logits, scores, gates, features, mean = outputs
         gated = gated_heads > 0
         return (
             pooled,
             lse,
-            logits if wants_logits else None,
+            logits if wants_logits or w.dim() == 4 else None,
             scores if gated else None,
             gates if gated else None,
             features if gated else None,
@@ -279,9 +436,10 @@ class _GatedAttend(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         z, w, b, score_w, score_b, output_w, ctx.gated_heads, _, ctx.wants_mean, _ = inputs
-        pooled, lse, _, scores, gates, features, *_ = output
+        pooled, lse, logits, scores, gates, features, *_ = output
+        logits = logits if w.dim() == 4 else None
         ctx.channels_last = _is_channels_last(z)  # here: strides read in backward make Dynamo copy every gradient
-        ctx.save_for_backward(z, w, b, score_w, score_b, output_w, pooled, lse, scores, gates, features)
+        ctx.save_for_backward(z, w, b, score_w, score_b, output_w, pooled, lse, logits, scores, gates, features)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -289,7 +447,7 @@ class _GatedAttend(torch.autograd.Function):
         ctx, grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean, grad_hypothesis,
         upstream,
     ):  # fmt: skip
-        z, w, b, score_w, score_b, output_w, pooled, lse, scores, gates, features = ctx.saved_tensors
+        z, w, b, score_w, score_b, output_w, pooled, lse, logits, scores, gates, features = ctx.saved_tensors
         needs_z, needs_w, needs_b, needs_score_w, needs_score_b, needs_output_w = ctx.needs_input_grad[:6]
         needs_score = needs_score_w or needs_score_b
         dz = dw = db = dscore_w = dscore_b = doutput_w = None
@@ -305,7 +463,7 @@ class _GatedAttend(torch.autograd.Function):
             return upstream, None, None, None, None, doutput_w, *[None] * 4
         if needs_z or needs_w or needs_score:
             dz, dw, dscore_w, dscore_b = _apply(
-                _GatedAttendBackward, z, w, b, score_w, score_b, pooled, lse, scores, gates, *grads, upstream,
+                _GatedAttendBackward, z, w, b, score_w, score_b, pooled, lse, logits, scores, gates, *grads, upstream,
                 ctx.gated_heads, ctx.wants_mean, needs_z, needs_w, needs_score, ctx.channels_last,
             )  # fmt: skip
         if needs_b:  # the bias cancels in the masks: only lse and the logits know it
@@ -328,20 +486,23 @@ class _GatedAttend(torch.autograd.Function):
 class _GatedAttendBackward(torch.autograd.Function):
     @staticmethod
     def forward(
-        z, w, b, score_w, score_b, pooled, lse, scores, gates,
+        z, w, b, score_w, score_b, pooled, lse, logits, scores, gates,
         grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean, upstream,
         gated_heads, wants_mean, needs_z, needs_w, needs_score, channels_last,
     ):  # fmt: skip
-        return torch.ops.ar_kernels.gated_attend_backward.default(
-            z, w, b, score_w, pooled, lse, scores, gates,
-            grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean, upstream,
-            needs_z, needs_w, needs_score, channels_last,
+        operators = torch.ops.ar_kernels
+        rest = (
+            scores, gates, grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean,
+            upstream, needs_z, needs_w, needs_score, channels_last,
         )  # fmt: skip
+        if w.dim() == 4:
+            return operators.gated_attend3x3_backward.default(z, w, score_w, pooled, lse, logits, *rest)
+        return operators.gated_attend_backward.default(z, w, b, score_w, pooled, lse, *rest)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:5], *inputs[9:17])
-        ctx.gated_heads, ctx.wants_mean = inputs[17:19]
+        ctx.save_for_backward(*inputs[:5], *inputs[10:18])
+        ctx.gated_heads, ctx.wants_mean = inputs[18:20]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -354,7 +515,7 @@ class _GatedAttendBackward(torch.autograd.Function):
             return (*outputs, features.flatten(1), mean, z)
 
         received = _double_backward(forward, inputs, (0, 1, 3, 4), (*grads, upstream), second)
-        return *received[:5], None, None, None, None, *received[5:], *[None] * 6
+        return *received[:5], *[None] * 5, *received[5:], *[None] * 6
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
@@ -373,10 +534,9 @@ def gated_attend(
     wants_mean: bool,
     tap: bool,
 ) -> GatedAttended:
-    """One fused pass: K heads w [K, C] or [K, C, 3, 3] attend to z, the first gated_heads of them are gated, and output_w [L, K'·C]
-    makes their hypothesis. Other arguments as in eager.gated_attend; fields that were not asked for are None."""
-    if w.dim() == 4:
-        return _gated_attend3x3(z, w, b, score_w, score_b, output_w, gated_heads, wants_mean, tap)
+    """One fused pass: K heads w [K, C] attend to z, the first gated_heads of them are gated, and output_w [L, K'·C]
+    makes their hypothesis; 3×3 heads: [K, C, 3, 3], [L, K'·C·9]. Other arguments as in eager.gated_attend; fields that
+    were not asked for are None, but for the logits of 3×3 heads."""
     through = tap and z.requires_grad  # a frozen map stays frozen
     *outputs, tapped = _apply(
         _GatedAttend, z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, through
@@ -424,174 +584,6 @@ def head_hypotheses(features: Tensor, output_weight: Tensor) -> Tensor:
             weight, features = weight.permute(0, 1, 3, 4, 2), features.mT
         weight = weight.flatten(2)
     return _apply(_HeadHypotheses, features.flatten(2), weight).transpose(0, 1)
-
-
-# ---------------------------------------------------------------------------------------------- attend3x3
-
-
-class Attended3x3(NamedTuple):
-    """What attend3x3 returns."""
-
-    pooled: Tensor  # [N, K, C, 9], accumulator's dtype, as all but feature_map
-    lse: Tensor  # [N, K]
-    logits: Tensor  # [N, K, S]
-    mean: Tensor | None  # [N, C], None where not asked for
-    feature_map: Tensor  # the tapped map, or z itself
-
-
-def _attend3x3(z: Tensor, w: Tensor, b: Tensor | None, wants_mean: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if z.shape[0] == 0:
-        return _attend3x3_fake(z, w, b, wants_mean)
-    with torch.cuda.device_of(z):
-        pooled, lse, logits, mean = _kernels().attend3x3.attend3x3_forward(z, w, _contiguous(b), wants_mean)
-    return pooled, lse, logits, lse.new_empty(0) if mean is None else mean
-
-
-def _attend3x3_fake(z, w, b, wants_mean):
-    images, channels, height, width = z.shape
-    heads = w.shape[0]
-    pooled = z.new_empty((images, 9, heads, channels), dtype=accumulator_dtype(z.dtype))
-    mean = pooled.new_empty(images, channels) if wants_mean else pooled.new_empty(0)
-    return pooled.movedim(1, 3), pooled.new_empty(images, heads), pooled.new_empty(images, heads, height * width), mean
-
-
-_define(
-    "attend3x3(Tensor z, Tensor w, Tensor? b, bool wants_mean) -> (Tensor, Tensor, Tensor, Tensor)",
-    _attend3x3,
-    _attend3x3_fake,
-)
-
-
-def _attend3x3_backward(
-    z: Tensor,
-    w: Tensor,
-    pooled: Tensor,
-    lse: Tensor,
-    logits: Tensor,
-    grad_pooled: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_logits: Tensor | None,
-    grad_mean: Tensor | None,
-    upstream: Tensor | None,
-    needs_z: bool,
-    needs_w: bool,
-    channels_last: bool,
-) -> tuple[Tensor, Tensor]:
-    gradients = dz, dw = _attend3x3_backward_fake(z, w, needs_z, needs_w, channels_last)
-    if z.shape[0] == 0:
-        dz.zero_()
-        dw.zero_()
-        return gradients
-    with torch.cuda.device_of(z):
-        _kernels().attend3x3.attend3x3_backward(
-            z, w, pooled, lse.contiguous(), logits.contiguous(), grad_pooled, _contiguous(grad_lse),
-            _contiguous(grad_logits), _contiguous(grad_mean), upstream, dz if needs_z else None, dw if needs_w else None,
-        )  # fmt: skip
-    return gradients
-
-
-def _attend3x3_backward_fake(z, w, *arguments):
-    needs_z, needs_w, channels_last = arguments[-3:]
-    dz = _empty_gradient(z, channels_last) if needs_z else z.new_empty(0)
-    return dz, w.new_empty(w.shape) if needs_w else w.new_empty(0)
-
-
-_define(
-    "attend3x3_backward(Tensor z, Tensor w, Tensor pooled, Tensor lse, Tensor logits, Tensor? grad_pooled, "
-    "Tensor? grad_lse, Tensor? grad_logits, Tensor? grad_mean, Tensor? upstream, bool needs_z, bool needs_w, "
-    "bool channels_last) -> (Tensor, Tensor)",
-    _attend3x3_backward,
-    _attend3x3_backward_fake,
-)
-
-
-class _Attend3x3(torch.autograd.Function):
-    """Outputs: the operator's, the mean None where it was not asked for, then the tapped map, None likewise."""
-
-    @staticmethod
-    def forward(z, w, b, wants_mean, tap):
-        pooled, lse, logits, mean = torch.ops.ar_kernels.attend3x3.default(z, w, b, wants_mean)
-        return pooled, lse, logits, mean if wants_mean else None, z.view_as(z) if tap else None
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        z, w, b, ctx.wants_mean, _ = inputs
-        ctx.channels_last = _is_channels_last(z)
-        ctx.save_for_backward(z, w, b, *output[:3])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, grad_pooled, grad_lse, grad_logits, grad_mean, upstream):
-        z, w, b, pooled, lse, logits = ctx.saved_tensors
-        needs_z, needs_w, needs_b = ctx.needs_input_grad[:3]
-        grads = grad_pooled, grad_lse, grad_logits, grad_mean
-        if all(grad is None for grad in grads):  # nothing but the tap was used
-            return upstream, *[None] * 4
-        dz = dw = db = None
-        if needs_z or needs_w:
-            dz, dw = _apply(
-                _Attend3x3Backward, z, w, b, pooled, lse, logits, *grads, upstream,
-                ctx.wants_mean, needs_z, needs_w, ctx.channels_last,
-            )  # fmt: skip
-        if needs_b:
-            db = _mask_bias_gradient(lse, b, grad_lse, grad_logits)
-        return dz if needs_z else None, dw if needs_w else None, db, None, None
-
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        return _map_samples(_Attend3x3, info, in_dims, arguments)
-
-
-class _Attend3x3Backward(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        z, w, b, pooled, lse, logits, grad_pooled, grad_lse, grad_logits, grad_mean, upstream,
-        wants_mean, needs_z, needs_w, channels_last,
-    ):  # fmt: skip
-        return torch.ops.ar_kernels.attend3x3_backward.default(
-            z, w, pooled, lse, logits, grad_pooled, grad_lse, grad_logits, grad_mean, upstream,
-            needs_z, needs_w, channels_last,
-        )  # fmt: skip
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:3], *inputs[6:11])
-        ctx.wants_mean = inputs[11]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, *second):
-        tensors = ctx.saved_tensors
-        inputs, grads = tensors[:3], tensors[3:]
-
-        def forward(z, w, b):
-            return *eager.attend(z, w, b, ctx.wants_mean), z
-
-        received = _double_backward(forward, inputs, (0, 1), grads, second)
-        return *received[:3], None, None, None, *received[3:], *[None] * 4
-
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        return _map_samples(_Attend3x3Backward, info, in_dims, arguments)
-
-
-def attend3x3(z: Tensor, w: Tensor, b: Tensor | None, wants_mean: bool, tap: bool) -> Attended3x3:
-    """3×3 heads w [K, C, 3, 3] attend to z [N, C, H, W] without unfolding it; arguments as in eager.attend."""
-    through = tap and z.requires_grad  # a frozen map stays frozen
-    *outputs, tapped = _apply(_Attend3x3, z, w, b, wants_mean, through)
-    return Attended3x3(*outputs, tapped if through else z)
-
-
-def _gated_attend3x3(z, w, b, score_w, score_b, output_w, gated_heads, wants_mean, tap) -> GatedAttended:
-    """gated_attend of 3×3 heads; the gates and the hypothesis, of pooled features alone, are PyTorch's."""
-    pooled, lse, logits, mean, tapped = attend3x3(z, w, b, wants_mean, tap)
-    scores = gates = features = hypothesis = None
-    if gated_heads > 0:
-        scores, gates, features = eager.gate(pooled, score_w, score_b, gated_heads, z.dtype)
-        features = features.flatten(1)
-        if output_w is not None:
-            hypothesis = features @ output_w.to(z.dtype).t()
-    return GatedAttended(pooled, lse, logits, scores, gates, features, mean, hypothesis, tapped)
 
 
 # ---------------------------------------------------------------------------------------------- rectify

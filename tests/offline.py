@@ -113,8 +113,12 @@ def record_layer3x3(capability, dtype, channels, side, heads, channels_last):
     z = torch.empty(128, channels, side, side, dtype=dtype, device="cpu").to(memory_format=layout)
     w = torch.empty(heads, channels, 3, 3, dtype=dtype)
     with recording(capability) as launches:
-        pooled, lse, logits, mean = ops._attend3x3(z, w, None, True)
-        ops._attend3x3_backward(z, w, pooled, lse, logits, pooled, lse, None, mean, z, True, True, channels_last)
+        outputs = ops._gated_attend3x3(z, w, None, w, None, heads, True)
+        pooled, lse, logits, scores, gates, features, mean = outputs
+        ops._gated_attend3x3_backward(
+            z, w, w, pooled, lse, logits, scores, gates, None, None, None, None, None, features, mean, z,
+            True, True, True, channels_last,
+        )  # fmt: skip
     return launches
 
 

@@ -1,8 +1,8 @@
 """3×3 heads (docs/math.md): forward two sweeps over the map, backward two more and one write of dZ; no unfold of Z.
 
-All wide work is a plain product of 9·K rows with Z, row tap·K + head. Logits are sums of nine such rows, each shifted by
-its tap: a program keeps the rows of some lines of an image in a scratch of its own, small enough for L2, and adds them
-from there. The same kernel makes dA of the pooled features' gradients. Pooling shifts the masks, which are small.
+All wide work is a plain product of 9·K rows with Z, row tap·K + head. Logits are sums of nine such rows, each shifted
+by its tap: a program keeps the rows of some lines of an image in a scratch of its own, small enough for L2, and adds
+them from there. The same kernel makes dA of the pooled features' gradients. Pooling shifts the masks, which are small.
 """
 
 import functools
@@ -14,9 +14,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .attend_backward import weight_sums_kernel
+from .attend_forward import _store_gates
 from .heuristics import chip, next_power_of_2
 from .launch import Launch
-from .tiles import accumulator, aligned, float32_precision, load_tile, map_strides, matmul_precision, tile_offsets
+from .tiles import (
+    accumulator,
+    aligned,
+    float32_precision,
+    load_tile,
+    map_strides,
+    matmul_precision,
+    tanh,
+    tile_offsets,
+)
 
 TAPS = 9
 
@@ -162,6 +173,126 @@ def pool_kernel(
         tl.store(mean + row * C + c, average, mask=c < C)
 
 
+@triton.jit
+def _of_head(rows, n, k, c, C: tl.constexpr, HEADS: tl.constexpr):
+    """[N, 9, K, C]: image n, head k → [16 taps, C_tile], 0 outside."""
+    taps = tl.arange(0, 16)
+    real = (taps < 9)[:, None] & (c < C)[None, :]
+    return tl.load(rows + ((n * 9 + taps[:, None]) * HEADS + k) * C + c[None, :], mask=real, other=0.0)
+
+
+@triton.jit
+def _feature_pointers(features, n, k, c, C: tl.constexpr, GATED: tl.constexpr):
+    """[N, K', C, 9]: image n, head k → pointers and mask [C_tile, 16 taps]."""
+    taps = tl.arange(0, 16)
+    pointers = features + ((n * GATED + k) * C + c[:, None]) * 9 + taps[None, :]
+    return pointers, (c < C)[:, None] & (taps < 9)[None, :]
+
+
+@triton.jit
+def gate_kernel(
+    pooled, score_w, score_b, scores, gates, features,
+    C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, C_TILE: tl.constexpr, K_TILE: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """One program: one image. t_k = W_G[k]·P_k + b_G[k], g = softmax(tanh(t)) and g ⊙ P, taps last."""
+    n = tl.program_id(0).to(tl.int64)
+    heads = tl.arange(0, K_TILE)
+    t = tl.zeros([K_TILE], ACC)
+    if score_w is not None:
+        for k in range(HEADS):
+            products = tl.zeros([16, C_TILE], ACC)
+            for first in range(0, C, C_TILE):
+                c = first + tl.arange(0, C_TILE)
+                p = _of_head(pooled, n, k, c, C, HEADS)
+                products += p * _of_head(score_w, 0, k, c, C, HEADS).to(ACC)
+            t += tl.where(heads == k, tl.sum(tl.sum(products, axis=1), axis=0), 0.0)
+    g = _store_gates(t, n, heads, score_w, score_b, scores, gates, HEADS, GATED)
+    for k in range(GATED):
+        gate = tl.sum(tl.where(heads == k, g, 0.0), axis=0)
+        for first in range(0, C, C_TILE):
+            c = first + tl.arange(0, C_TILE)
+            x = tl.trans(_of_head(pooled, n, k, c, C, HEADS) * gate)
+            pointers, real = _feature_pointers(features, n, k, c, C, GATED)
+            tl.store(pointers, x.to(features.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def gate_gradient_kernel(
+    pooled, score_w, scores, gates, grad_features, grad_gates, grad_scores, grad_pooled, dp, delta, dt, scale, unscale,
+    C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, C_TILE: tl.constexpr, K_TILE: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """One program: one image. dt, dP_k = g_k dx_k + dt_k W_G[k] + direct, δ_k = dP_k·P_k.
+
+    scale: of a float16 image a power of two for dP, since gradients of a mean loss are below what float16 holds.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    heads = tl.arange(0, K_TILE)
+    x_p = tl.zeros([K_TILE], ACC)  # dx·P
+    w_p = tl.zeros([K_TILE], ACC)  # W_G·P
+    direct_p = tl.zeros([K_TILE], ACC)
+    x_most = tl.zeros([K_TILE], ACC)  # the largest |dx|, |W_G|, |direct|
+    w_most = tl.zeros([K_TILE], ACC)
+    direct_most = tl.zeros([K_TILE], ACC)
+    for k in range(HEADS):
+        here = heads == k
+        for first in range(0, C, C_TILE):
+            c = first + tl.arange(0, C_TILE)
+            p = _of_head(pooled, n, k, c, C, HEADS)
+            if grad_features is not None:
+                pointers, real = _feature_pointers(grad_features, n, k, c, C, GATED)
+                dx = tl.trans(tl.load(pointers, mask=real & (k < GATED), other=0.0).to(ACC))
+                x_p += tl.where(here, tl.sum(tl.sum(dx * p, axis=1), axis=0), 0.0)
+                x_most = tl.maximum(x_most, tl.where(here, tl.max(tl.max(tl.abs(dx), axis=1), axis=0), 0.0))
+            if score_w is not None:
+                weight = _of_head(score_w, 0, k, c, C, HEADS).to(ACC)
+                w_p += tl.where(here, tl.sum(tl.sum(weight * p, axis=1), axis=0), 0.0)
+                w_most = tl.maximum(w_most, tl.where(here, tl.max(tl.max(tl.abs(weight), axis=1), axis=0), 0.0))
+            if grad_pooled is not None:
+                direct = _of_head(grad_pooled, n, k, c, C, HEADS).to(ACC)
+                direct_p += tl.where(here, tl.sum(tl.sum(direct * p, axis=1), axis=0), 0.0)
+                most = tl.max(tl.max(tl.abs(direct), axis=1), axis=0)
+                direct_most = tl.maximum(direct_most, tl.where(here, most, 0.0))
+    g = tl.zeros([K_TILE], ACC)
+    d = tl.zeros([K_TILE], ACC)
+    if grad_scores is not None:
+        d += tl.load(grad_scores + n * HEADS + heads, mask=heads < HEADS, other=0.0).to(ACC)
+    if gates is not None:
+        g += tl.load(gates + n * GATED + heads, mask=heads < GATED, other=0.0)
+        dg = x_p
+        if grad_gates is not None:
+            dg += tl.load(grad_gates + n * GATED + heads, mask=heads < GATED, other=0.0).to(ACC)
+        hyperbolic = tanh(tl.load(scores + n * HEADS + heads, mask=heads < HEADS, other=0.0))
+        d += g * (dg - tl.sum(g * dg, axis=0)) * (1.0 - hyperbolic * hyperbolic)
+    if dt is not None:
+        tl.store(dt + n * HEADS + heads, d, mask=heads < HEADS)
+    tl.store(delta + n * HEADS + heads, g * x_p + d * w_p + direct_p, mask=heads < HEADS)
+    factor = 1.0
+    if scale is not None:
+        most = tl.max(tl.abs(g) * x_most + tl.abs(d) * w_most + direct_most, axis=0)
+        exponent = tl.floor(tl.log2(tl.minimum(tl.maximum(most, 1e-30), 1e30)))
+        factor = tl.exp2(-exponent)
+        tl.store(scale + n, factor)
+        tl.store(unscale + n, tl.exp2(exponent))
+    for k in range(HEADS):
+        gate = tl.sum(tl.where(heads == k, g, 0.0), axis=0)
+        share = tl.sum(tl.where(heads == k, d, 0.0), axis=0)
+        for first in range(0, C, C_TILE):
+            c = first + tl.arange(0, C_TILE)
+            grad = tl.zeros([16, C_TILE], ACC)
+            if grad_features is not None:
+                pointers, real = _feature_pointers(grad_features, n, k, c, C, GATED)
+                grad += tl.trans(tl.load(pointers, mask=real & (k < GATED), other=0.0).to(ACC)) * gate
+            if score_w is not None:
+                grad += _of_head(score_w, 0, k, c, C, HEADS).to(ACC) * share
+            if grad_pooled is not None:
+                grad += _of_head(grad_pooled, n, k, c, C, HEADS).to(ACC)
+            taps = tl.arange(0, 16)
+            at = dp + ((n * 9 + taps[:, None]) * HEADS + k) * C + c[None, :]
+            tl.store(at, (grad * factor).to(dp.dtype.element_ty), mask=(taps < 9)[:, None] & (c < C)[None, :])
+
+
 @triton.jit(do_not_specialize=["items", "splits", "split_length"])
 def map_gradient_kernel(
     z, w, dp, a, dl, unscale, grad_mean, upstream, dz, shares,
@@ -282,11 +413,22 @@ class _Forward(NamedTuple):
     masks: Launch
     pool: Launch
     splits: int
+    gate: Launch | None
+
+
+def _gate_tile(channels: int) -> int:
+    return min(256, max(16, next_power_of_2(channels)))
 
 
 @functools.lru_cache(maxsize=1024)
 def _forward_plan(
-    sizes: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, device: int, heads: int, precision: str
+    sizes: torch.Size,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    device: int,
+    heads: int,
+    gated: int,
+    precision: str,
 ) -> _Forward:
     cut = _cut(sizes, strides, dtype, device, heads, precision)
     images, channels = sizes[:2]
@@ -295,7 +437,8 @@ def _forward_plan(
         masks_kernel, (images * heads,), (positions,), S_TILE=min(1024, next_power_of_2(positions)),
         ACC=accumulator(dtype), num_warps=4,
     )  # fmt: skip
-    channel_tile = min(256, max(16, next_power_of_2(channels)), max(32, (16384 if cut.half else 4096) // cut.row_tile))
+    most = max(32, (16384 if cut.half else 4096) // cut.row_tile)
+    channel_tile = min(256, max(16, next_power_of_2(channels)), most)
     tile = 64 if cut.half and cut.row_tile <= 128 else 32
     chunks = -(-channels // channel_tile)
     splits, length = cut.splits(images, chunks, tile)
@@ -303,34 +446,60 @@ def _forward_plan(
         pool_kernel, (images * splits, chunks), (splits, length, *cut.sizes), **cut.constants,
         C_TILE=channel_tile, S_TILE=tile, num_warps=8, num_stages=3 if cut.half else 2,
     )  # fmt: skip
-    return _Forward(_tap_sums(cut, images, heads, False), masks, pool, splits)
+    gate = None
+    if gated:
+        gate = Launch(
+            gate_kernel, (images,), (), C=channels, HEADS=heads, GATED=gated, C_TILE=_gate_tile(channels),
+            K_TILE=next_power_of_2(heads), ACC=accumulator(dtype), num_warps=8,
+        )  # fmt: skip
+    return _Forward(_tap_sums(cut, images, heads, False), masks, pool, splits, gate)
 
 
 def attend3x3_forward(
-    z: Tensor, w: Tensor, b: Tensor | None, wants_mean: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """P [N, K, C, 9], a view of [N, 9, K, C]; lse [N, K]; logits [N, K, S]; the mean [N, C] or None."""
-    (images, channels), heads = z.shape[:2], w.shape[0]
-    lse = z.new_empty((images, heads), dtype=torch.promote_types(z.dtype, torch.float32))
-    logits = lse.new_empty(images, heads, math.prod(z.shape[2:]))
-    plan = _forward_plan(z.shape, z.stride(), z.dtype, z.get_device(), heads, float32_precision(z.dtype))
-    rows = tap_rows(w.flatten(2), z.dtype)
+    z: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    score_w: Tensor | None,
+    score_b: Tensor | None,
+    pooled: Tensor,
+    lse: Tensor,
+    logits: Tensor,
+    mean: Tensor | None,
+    scores: Tensor | None,
+    gates: Tensor | None,
+    features: Tensor | None,
+) -> None:
+    """Launches into outputs that ops.py allocated; pooled is [N, 9, K, C]."""
+    heads = w.shape[0]
+    plan = _forward_plan(
+        z.shape, z.stride(), z.dtype, z.get_device(), heads, 0 if gates is None else gates.shape[1],
+        float32_precision(z.dtype),
+    )  # fmt: skip
     scratch = lse.new_empty(plan.sums.scratch)
+    rows = tap_rows(w.flatten(2), z.dtype)
     plan.sums.launch(z, rows, b, logits, None, None, None, None, None, scratch, None, None)
     masks = z.new_empty(logits.shape)
     plan.masks(logits, lse, masks)
-    parts = lse.new_empty(plan.splits, images, TAPS, heads, channels)
-    means = lse.new_empty(plan.splits, images, channels) if wants_mean else None
-    plan.pool(z, masks, parts, means)
-    pooled = parts[0] if plan.splits == 1 else parts.sum(dim=0)
-    mean = None if means is None else means[0] if plan.splits == 1 else means.sum(dim=0)
-    return pooled.movedim(1, 3), lse, logits, mean
+    if plan.splits == 1:
+        plan.pool(z, masks, pooled, mean)
+    else:
+        parts = pooled.new_empty(plan.splits, *pooled.shape)
+        means = None if mean is None else mean.new_empty(plan.splits, *mean.shape)
+        plan.pool(z, masks, parts, means)
+        torch.sum(parts, dim=0, out=pooled)
+        if mean is not None:
+            torch.sum(means, dim=0, out=mean)
+    if plan.gate is not None:
+        score_rows = None if score_w is None else tap_rows(score_w.flatten(2), score_w.dtype)
+        plan.gate(pooled, score_rows, score_b, scores, gates, features)
 
 
 class _Backward(NamedTuple):
-    sums: _Sums
-    gradient: Launch
-    programs: int
+    gate: Launch
+    sums: _Sums | None
+    gradient: Launch | None
+    programs: int  # of the last one, each with its share of dW_H
+    weights: Launch | None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -342,65 +511,104 @@ def _backward_plan(
     dtype: torch.dtype,
     device: int,
     heads: int,
+    gated: int,
+    has_dw: bool,
+    has_dt: bool,
     precision: str,
 ) -> _Backward:
     cut = _cut(sizes, strides, dtype, device, heads, precision)
     images, channels = sizes[:2]
-    z = map_strides(sizes, strides, dtype.itemsize)
-    up = z if up_strides is None else map_strides(sizes, up_strides, dtype.itemsize)
-    dz = z if dz_strides is None else map_strides(sizes, dz_strides, dtype.itemsize)
-    channel_tile = min(128, max(16, next_power_of_2(channels)), max(32, (8192 if cut.half else 2048) // cut.row_tile))
-    tile = 64 if cut.half and cut.row_tile <= 128 else 32
-    chunks = -(-channels // channel_tile)
-    splits, length = cut.splits(images, chunks, tile)
-    programs = min(images * splits, max(1, cut.programs // chunks))
-    constants = cut.constants | {"WIDE": z.wide or up.wide or dz.wide}
-    gradient = Launch(
-        map_gradient_kernel, (programs, chunks),
-        (images * splits, splits, length, *cut.sizes, up.n, up.c, up.h, up.w, dz.n, dz.c, dz.w), **constants,
-        C_TILE=channel_tile, S_TILE=tile, UP_UNIT=up.unit, UP_VECTOR=up.vector, UP_FLAT=up.flat,
-        DZ_UNIT=dz.unit, DZ_VECTOR=dz.vector, num_warps=8, num_stages=2,
+    gate = Launch(
+        gate_gradient_kernel, (images,), (), C=channels, HEADS=heads, GATED=gated, C_TILE=_gate_tile(channels),
+        K_TILE=next_power_of_2(heads), ACC=accumulator(dtype), num_warps=8,
     )  # fmt: skip
-    return _Backward(_tap_sums(cut, images, heads, True), gradient, programs)
+    sums = gradient = weights = None
+    programs = 0
+    if has_dw or dz_strides is not None:
+        z = map_strides(sizes, strides, dtype.itemsize)
+        up = z if up_strides is None else map_strides(sizes, up_strides, dtype.itemsize)
+        dz = z if dz_strides is None else map_strides(sizes, dz_strides, dtype.itemsize)
+        most = max(32, (8192 if cut.half else 2048) // cut.row_tile)
+        channel_tile = min(128, max(16, next_power_of_2(channels)), most)
+        tile = 64 if cut.half and cut.row_tile <= 128 else 32
+        chunks = -(-channels // channel_tile)
+        splits, length = cut.splits(images, chunks, tile)
+        programs = min(images * splits, max(1, cut.programs // chunks))
+        constants = cut.constants | {"WIDE": z.wide or up.wide or dz.wide}
+        gradient = Launch(
+            map_gradient_kernel, (programs, chunks),
+            (images * splits, splits, length, *cut.sizes, up.n, up.c, up.h, up.w, dz.n, dz.c, dz.w), **constants,
+            C_TILE=channel_tile, S_TILE=tile, UP_UNIT=up.unit, UP_VECTOR=up.vector, UP_FLAT=up.flat,
+            DZ_UNIT=dz.unit, DZ_VECTOR=dz.vector, num_warps=8, num_stages=2,
+        )  # fmt: skip
+        sums = _tap_sums(cut, images, heads, True)
+    if has_dw or has_dt:
+        tile = min(64, next_power_of_2(channels))
+        weights = Launch(
+            weight_sums_kernel, (TAPS * heads * (has_dw + has_dt), -(-channels // tile)), (programs, images),
+            C=channels, HEADS=TAPS * heads, C_TILE=tile, R_TILE=64, num_warps=4,
+        )  # fmt: skip
+    return _Backward(gate, sums, gradient, programs, weights)
 
 
 def attend3x3_backward(
     z: Tensor,
     w: Tensor,
+    score_w: Tensor | None,
     pooled: Tensor,
     lse: Tensor,
     logits: Tensor,
+    scores: Tensor | None,
+    gates: Tensor | None,
     grad_pooled: Tensor | None,
     grad_lse: Tensor | None,
     grad_logits: Tensor | None,
+    grad_scores: Tensor | None,
+    grad_gates: Tensor | None,
+    grad_features: Tensor | None,
     grad_mean: Tensor | None,
     upstream: Tensor | None,
     dz: Tensor | None,
     dw: Tensor | None,
+    dscore_w: Tensor | None,
+    dscore_b: Tensor | None,
 ) -> None:
-    """Writes dz (z's shape, contiguous or channels_last) and dw [K, C, 3, 3], as far as they are not None."""
+    """Launches into dz (z's shape, contiguous or channels_last), dw and dscore_w [K, C, 3, 3] and dscore_b [K]; what is
+    None is not computed, the two scores' go together. pooled is [N, 9, K, C], grad_pooled [N, K, C, 9]."""
     (images, channels), heads = z.shape[:2], w.shape[0]
     plan = _backward_plan(
         z.shape, z.stride(), None if upstream is None else upstream.stride(), None if dz is None else dz.stride(),
-        z.dtype, z.get_device(), heads, float32_precision(z.dtype),
+        z.dtype, z.get_device(), heads, 0 if gates is None else gates.shape[1], dw is not None, dscore_w is not None,
+        float32_precision(z.dtype),
     )  # fmt: skip
+    dp = z.new_empty(images, TAPS, heads, channels)
+    delta = lse.new_empty(images, heads)
+    dt = None if dscore_w is None else lse.new_empty(images, heads)
     scale = unscale = None
-    if grad_pooled is None:
-        delta, dp = torch.zeros_like(lse), z.new_zeros(images, TAPS, heads, channels)
-    else:
-        grad_pooled = grad_pooled.to(lse.dtype)
-        delta = (grad_pooled * pooled).sum(dim=(2, 3))
-        if z.dtype == torch.float16:  # gradients of a mean loss are below what float16 holds: a power of two each
-            largest = grad_pooled.flatten(1).abs().amax(dim=1).clamp(1e-30, 1e30)
-            scale = torch.exp2(-torch.floor(torch.log2(largest)))
-            unscale = 1 / scale
-            dp = tap_rows(grad_pooled * scale.view(-1, 1, 1, 1), z.dtype)
-        else:
-            dp = tap_rows(grad_pooled, z.dtype)
-    a, dl = z.new_empty(logits.shape), z.new_empty(logits.shape)
-    scratch = lse.new_empty(plan.sums.scratch)
-    plan.sums.launch(z, dp, None, logits, lse, delta, grad_lse, grad_logits, scale, scratch, a, dl)
-    shares = None if dw is None else lse.new_empty(plan.programs, TAPS, heads, channels)
-    plan.gradient(z, tap_rows(w.flatten(2), z.dtype), dp, a, dl, unscale, grad_mean, upstream, dz, shares)
-    if dw is not None:
-        dw.copy_(shares.sum(dim=0).movedim(0, 2).unflatten(2, (3, 3)))
+    if z.dtype == torch.float16:
+        scale, unscale = lse.new_empty(images), lse.new_empty(images)
+    plan.gate(
+        pooled, None if score_w is None else tap_rows(score_w.flatten(2), score_w.dtype), scores, gates,
+        grad_features, grad_gates, grad_scores,
+        None if grad_pooled is None else tap_rows(grad_pooled, grad_pooled.dtype), dp, delta, dt, scale, unscale,
+    )  # fmt: skip
+    shares = None
+    if plan.gradient is not None:
+        a, dl = z.new_empty(logits.shape), z.new_empty(logits.shape)
+        scratch = lse.new_empty(plan.sums.scratch)
+        plan.sums.launch(z, dp, None, logits, lse, delta, grad_lse, grad_logits, scale, scratch, a, dl)
+        del scratch
+        shares = None if dw is None else lse.new_empty(plan.programs, TAPS, heads, channels)
+        plan.gradient(z, tap_rows(w.flatten(2), z.dtype), dp, a, dl, unscale, grad_mean, upstream, dz, shares)
+    if plan.weights is not None:
+        sums = None if dw is None else dw.new_empty(TAPS, heads, channels)
+        score_sums = score_bias = None
+        if dt is not None:  # every tap's rows with the same weight
+            dt = dt.repeat(1, TAPS)
+            score_sums, score_bias = dscore_w.new_empty(TAPS, heads, channels), lse.new_empty(TAPS, heads)
+        plan.weights(shares, pooled, dt, sums, score_sums, score_bias)
+        for gradient, rows in ((dw, sums), (dscore_w, score_sums)):
+            if gradient is not None:
+                gradient.copy_(rows.movedim(0, 2).unflatten(2, (3, 3)))
+        if dscore_b is not None:
+            dscore_b.copy_(score_bias[0])
