@@ -40,13 +40,19 @@ def _tap_rows(weights, rows, channels, C: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _shifted(maps, rows, s, end, height, width, positions, HEADS: tl.constexpr):
-    """Row tap·K + k: head k's map [K, S] at s - tap → [R_tile, S_tile], 0 off the grid and past `end`."""
-    tap, head = rows // HEADS, rows % HEADS
-    dy, dx = tap // 3 - 1, tap % 3 - 1
-    y, x = (s // width)[None, :] - dy[:, None], (s % width)[None, :] - dx[:, None]
-    real = (y >= 0) & (y < height) & (x >= 0) & (x < width) & (tap < 9)[:, None] & (s < end)[None, :]
-    return tl.load(maps + head[:, None] * positions + y * width + x, mask=real, other=0.0)
+def _framed(s, width):
+    """Position s in a map with a frame of zeros, one wide."""
+    return (s // width + 1) * (width + 2) + s % width + 1
+
+
+@triton.jit
+def _shifted(maps, rows, s, height, width, HEADS: tl.constexpr):
+    """Row tap·K + k: head k's framed map at s - tap → [R_tile, S_tile]. Rows behind the last tap repeat it, positions
+    past the image its last one: no bounds to check, since they meet zeros or are not stored."""
+    tap, head = tl.minimum(rows // HEADS, 8), rows % HEADS
+    shift = (tap // 3 - 1) * (width + 2) + tap % 3 - 1
+    at = _framed(tl.minimum(s, height * width - 1), width)
+    return tl.load(maps + (head * ((height + 2) * (width + 2)) - shift)[:, None] + at[None, :])
 
 
 @triton.jit(do_not_specialize=["items", "bands", "lines"])
@@ -110,6 +116,7 @@ def tap_sums_kernel(
                 dl = a * (total - shift[:, None] * factor)
                 if grad_logits is not None:
                     dl += tl.load(grad_logits + at, mask=real, other=0.0).to(ACC) * factor
+                at = row[:, None] * ((height + 2) * (width + 2)) + _framed(s, width)[None, :]
                 tl.store(a_out + at, a.to(a_out.dtype.element_ty), mask=real)
                 tl.store(dl_out + at, dl.to(dl_out.dtype.element_ty), mask=real)
             else:
@@ -120,8 +127,9 @@ def tap_sums_kernel(
 
 
 @triton.jit
-def masks_kernel(logits, lse, masks, positions, S_TILE: tl.constexpr, ACC: tl.constexpr):
-    """One program: one head of one image. lse, and the masks exp(ℓ - lse) in Z's dtype."""
+def masks_kernel(logits, lse, masks, height, width, S_TILE: tl.constexpr, ACC: tl.constexpr):
+    """One program: one head of one image. lse, and the framed masks exp(ℓ - lse) in Z's dtype."""
+    positions = height * width
     row = tl.program_id(0).to(tl.int64)
     m = tl.full([S_TILE], float("-inf"), ACC)
     for start in range(0, positions, S_TILE):
@@ -138,7 +146,8 @@ def masks_kernel(logits, lse, masks, positions, S_TILE: tl.constexpr, ACC: tl.co
     for start in range(0, positions, S_TILE):
         s = start + tl.arange(0, S_TILE)
         a = tl.exp(tl.load(logits + row * positions + s, mask=s < positions, other=float("-inf")) - log_sum)
-        tl.store(masks + row * positions + s, a.to(masks.dtype.element_ty), mask=s < positions)
+        at = row * ((height + 2) * (width + 2)) + _framed(s, width)
+        tl.store(masks + at, a.to(masks.dtype.element_ty), mask=s < positions)
 
 
 @triton.jit(do_not_specialize=["splits", "split_length"])
@@ -161,7 +170,7 @@ def pool_kernel(
     for start in range(begin, end, S_TILE):
         s = start + tl.arange(0, S_TILE)
         z_tile = load_tile(z + n * VECTOR * z_n, s, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
-        a = _shifted(masks + n * HEADS * positions, rows, s, end, height, width, positions, HEADS)
+        a = _shifted(masks + n * HEADS * ((height + 2) * (width + 2)), rows, s, height, width, HEADS)
         if mean is not None:
             a = tl.where((rows == R_TILE - 1)[:, None] & (s < end)[None, :], 1.0, a).to(masks.dtype.element_ty)
         sums = tl.dot(a, z_tile, sums, input_precision=PRECISION, out_dtype=ACC)
@@ -237,23 +246,35 @@ def gate_gradient_kernel(
     direct_most = tl.zeros([K_TILE], ACC)
     for k in range(HEADS):
         here = heads == k
+        x_products = tl.zeros([16, C_TILE], ACC)
+        w_products = tl.zeros([16, C_TILE], ACC)
+        direct_products = tl.zeros([16, C_TILE], ACC)
+        x_largest = tl.zeros([16, C_TILE], ACC)
+        w_largest = tl.zeros([16, C_TILE], ACC)
+        direct_largest = tl.zeros([16, C_TILE], ACC)
         for first in range(0, C, C_TILE):
             c = first + tl.arange(0, C_TILE)
             p = _of_head(pooled, n, k, c, C, HEADS)
             if grad_features is not None:
                 pointers, real = _feature_pointers(grad_features, n, k, c, C, GATED)
                 dx = tl.trans(tl.load(pointers, mask=real & (k < GATED), other=0.0).to(ACC))
-                x_p += tl.where(here, tl.sum(tl.sum(dx * p, axis=1), axis=0), 0.0)
-                x_most = tl.maximum(x_most, tl.where(here, tl.max(tl.max(tl.abs(dx), axis=1), axis=0), 0.0))
+                x_products += dx * p
+                x_largest = tl.maximum(x_largest, tl.abs(dx))
             if score_w is not None:
                 weight = _of_head(score_w, 0, k, c, C, HEADS).to(ACC)
-                w_p += tl.where(here, tl.sum(tl.sum(weight * p, axis=1), axis=0), 0.0)
-                w_most = tl.maximum(w_most, tl.where(here, tl.max(tl.max(tl.abs(weight), axis=1), axis=0), 0.0))
+                w_products += weight * p
+                w_largest = tl.maximum(w_largest, tl.abs(weight))
             if grad_pooled is not None:
                 direct = _of_head(grad_pooled, n, k, c, C, HEADS).to(ACC)
-                direct_p += tl.where(here, tl.sum(tl.sum(direct * p, axis=1), axis=0), 0.0)
-                most = tl.max(tl.max(tl.abs(direct), axis=1), axis=0)
-                direct_most = tl.maximum(direct_most, tl.where(here, most, 0.0))
+                direct_products += direct * p
+                direct_largest = tl.maximum(direct_largest, tl.abs(direct))
+        x_p += tl.where(here, tl.sum(tl.sum(x_products, axis=1), axis=0), 0.0)
+        w_p += tl.where(here, tl.sum(tl.sum(w_products, axis=1), axis=0), 0.0)
+        direct_p += tl.where(here, tl.sum(tl.sum(direct_products, axis=1), axis=0), 0.0)
+        if scale is not None:
+            x_most += tl.where(here, tl.max(tl.max(x_largest, axis=1), axis=0), 0.0)
+            w_most += tl.where(here, tl.max(tl.max(w_largest, axis=1), axis=0), 0.0)
+            direct_most += tl.where(here, tl.max(tl.max(direct_largest, axis=1), axis=0), 0.0)
     g = tl.zeros([K_TILE], ACC)
     d = tl.zeros([K_TILE], ACC)
     if grad_scores is not None:
@@ -323,13 +344,13 @@ def map_gradient_kernel(
         of_image = tl.zeros([R_TILE, C_TILE], ACC)
         for start in range(begin, end, S_TILE):
             s = start + tl.arange(0, S_TILE)
-            maps = n * HEADS * positions
-            dl_rows = _shifted(dl + maps, rows, s, end, height, width, positions, HEADS)
+            maps = n * HEADS * ((height + 2) * (width + 2))
+            dl_rows = _shifted(dl + maps, rows, s, height, width, HEADS)
             if shares is not None:
                 z_tile = load_tile(z + n * VECTOR * z_n, s, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
                 of_image = tl.dot(dl_rows, z_tile, of_image, input_precision=PRECISION, out_dtype=ACC)
             if dz is not None:
-                a_rows = _shifted(a + maps, rows, s, end, height, width, positions, HEADS)
+                a_rows = _shifted(a + maps, rows, s, height, width, HEADS)
                 grad = tl.dot(tl.trans(a_rows), dp_tile, input_precision=PRECISION, out_dtype=ACC)
                 grad = tl.dot(tl.trans(dl_rows), w_tile, grad, input_precision=PRECISION, out_dtype=ACC) * inverse
                 if grad_mean is not None:
@@ -355,6 +376,11 @@ def map_gradient_kernel(
 def tap_rows(weights: Tensor, dtype: torch.dtype) -> Tensor:
     """[..., K, C, 9] → [..., 9, K, C] in dtype, contiguous: what the products read row by row."""
     return weights.movedim(-1, -3).to(dtype, memory_format=torch.contiguous_format).contiguous()
+
+
+def framed_maps(z: Tensor, count: int) -> Tensor:
+    """Zeros [N, count, H+2, W+2] in z's dtype."""
+    return z.new_zeros(z.shape[0], count, z.shape[2] + 2, z.shape[3] + 2)
 
 
 class _Cut(NamedTuple):
@@ -434,7 +460,7 @@ def _forward_plan(
     images, channels = sizes[:2]
     positions = math.prod(sizes[2:])
     masks = Launch(
-        masks_kernel, (images * heads,), (positions,), S_TILE=min(1024, next_power_of_2(positions)),
+        masks_kernel, (images * heads,), tuple(sizes[2:]), S_TILE=min(1024, next_power_of_2(positions)),
         ACC=accumulator(dtype), num_warps=4,
     )  # fmt: skip
     most = max(32, (16384 if cut.half else 4096) // cut.row_tile)
@@ -478,7 +504,7 @@ def attend3x3_forward(
     scratch = lse.new_empty(plan.sums.scratch)
     rows = tap_rows(w.flatten(2), z.dtype)
     plan.sums.launch(z, rows, b, logits, None, None, None, None, None, scratch, None, None)
-    masks = z.new_empty(logits.shape)
+    masks = framed_maps(z, heads)
     plan.masks(logits, lse, masks)
     if plan.splits == 1:
         plan.pool(z, masks, pooled, mean)
@@ -594,7 +620,7 @@ def attend3x3_backward(
     )  # fmt: skip
     shares = None
     if plan.gradient is not None:
-        a, dl = z.new_empty(logits.shape), z.new_empty(logits.shape)
+        a, dl = framed_maps(z, 2 * heads).view(2, images, heads, -1)
         scratch = lse.new_empty(plan.sums.scratch)
         plan.sums.launch(z, dp, None, logits, lse, delta, grad_lse, grad_logits, scale, scratch, a, dl)
         del scratch
