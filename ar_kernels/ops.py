@@ -150,11 +150,15 @@ def _is_channels_last(z: Tensor) -> bool:
     return z.stride(1) < z.stride(-1)
 
 
-def _empty_gradient(z: Tensor, channels_last: bool) -> Tensor:
+def _gradient_strides(z: Tensor, channels_last: bool) -> tuple[int, ...]:
     channels, positions = z.shape[1], math.prod(z.shape[2:])
     step = channels if channels_last else 1
     rows = () if z.dim() == 3 else (step * z.shape[3],)
-    return z.new_empty_strided(z.shape, (channels * positions, 1 if channels_last else positions, *rows, step))
+    return channels * positions, 1 if channels_last else positions, *rows, step
+
+
+def _empty_gradient(z: Tensor, channels_last: bool) -> Tensor:
+    return z.new_empty_strided(z.shape, _gradient_strides(z, channels_last))
 
 
 def _allocate_gradients(
@@ -350,15 +354,16 @@ def _gated_attend3x3_backward(
     needs_score: bool,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gradients = _allocate_gradients3x3(z, w, score_w, lse, needs_z, needs_w, needs_score, channels_last)
-    dz, dw, dscore_w, dscore_b = gradients
     if z.shape[0] == 0:
+        gradients = _allocate_gradients3x3(z, w, score_w, lse, needs_z, needs_w, needs_score, channels_last)
         for gradient in gradients:
             gradient.zero_()
         return gradients
+    # dz comes from the launcher, which allocates it after its scratch is gone.
+    _, dw, dscore_w, dscore_b = _allocate_gradients3x3(z, w, score_w, lse, False, needs_w, needs_score, channels_last)
     scored = needs_score and score_w is not None
     with torch.cuda.device_of(z):
-        _kernels().attend3x3.attend3x3_backward(
+        dz = _kernels().attend3x3.attend3x3_backward(
             z,
             w,
             score_w,
@@ -375,12 +380,12 @@ def _gated_attend3x3_backward(
             _contiguous(grad_features),
             _contiguous(grad_mean),
             upstream,
-            dz if needs_z else None,
+            _gradient_strides(z, channels_last) if needs_z else None,
             dw if needs_w else None,
             dscore_w if scored else None,
             dscore_b if scored else None,
         )
-    return gradients
+    return z.new_empty(0) if dz is None else dz, dw, dscore_w, dscore_b
 
 
 def _gated_attend3x3_backward_fake(z, w, score_w, pooled, lse, *arguments):

@@ -389,13 +389,22 @@ class _Cut(NamedTuple):
     constants: dict
     sizes: tuple[int, ...]  # height, width, the map's strides
     row_tile: int  # of the 9·K rows, and the mean's
-    programs: int  # that fill the chip
-    half: bool
+    processors: int
+    itemsize: int
+
+    @property
+    def half(self) -> bool:
+        return self.itemsize == 2
+
+    def channel_tile(self, area: int, most: int) -> int:
+        """A power of two, so wide that row_tile times it is at most `area` sums; fewer of wider elements."""
+        elements = area if self.half else area // self.itemsize
+        return min(most, max(16, next_power_of_2(self.constants["C"])), max(16, elements // self.row_tile))
 
     def splits(self, images: int, chunks: int, tile: int) -> tuple[int, int]:
         """How many programs share an image's positions, and how many of these each has, a multiple of tile."""
         tiles = -(-self.sizes[0] * self.sizes[1] // tile)
-        splits = max(1, min(-(-tiles // 2), self.programs // max(images * chunks, 1)))
+        splits = max(1, min(-(-tiles // 2), self.processors // max(images * chunks, 1)))
         length = -(-tiles // splits)
         return -(-tiles // length), length * tile
 
@@ -409,7 +418,7 @@ def _cut(
         "C": sizes[1], "HEADS": heads, "R_TILE": row_tile, "UNIT": z.unit, "VECTOR": z.vector, "FLAT": z.flat,
         "WIDE": z.wide, "ACC": accumulator(dtype), "PRECISION": matmul_precision(dtype, precision, row_tile),
     }  # fmt: skip
-    return _Cut(constants, (*sizes[2:], z.n, z.c, z.h, z.w), row_tile, 2 * chip(device).processors, dtype.itemsize == 2)
+    return _Cut(constants, (*sizes[2:], z.n, z.c, z.h, z.w), row_tile, chip(device).processors, dtype.itemsize)
 
 
 class _Sums(NamedTuple):
@@ -422,13 +431,15 @@ class _Sums(NamedTuple):
 def _tap_sums(cut: _Cut, images: int, heads: int, of_image: bool) -> _Sums:
     height, width = cut.sizes[:2]
     lines = min(height, max(1, -(-1024 // width)))  # of a band: the fewer, the more often a line is read again
+    while lines * width > 256 and images * -(-height // lines) < 3 * cut.processors:
+        lines = -(-lines // 2)
     bands = -(-height // lines)
-    programs = min(images * bands, cut.programs)
+    programs = min(images * bands, 3 * cut.processors)
     pitch = -(-((lines + 2) * width + 32) // 16) * 16
-    tile = min(128, max(32, 8192 // cut.row_tile)) if cut.half else 32
+    tile = min(max(32, 8192 // cut.row_tile), 128, max(32, next_power_of_2(height * width))) if cut.half else 32
     launch = Launch(
         tap_sums_kernel, (programs,), (images * bands, bands, lines, *cut.sizes), **cut.constants,
-        OF_IMAGE=of_image, PITCH=pitch, C_TILE=64 if cut.half else 32, S_TILE=tile, K_TILE=next_power_of_2(heads),
+        OF_IMAGE=of_image, PITCH=pitch, C_TILE=128 // cut.itemsize, S_TILE=tile, K_TILE=next_power_of_2(heads),
         num_warps=4 if cut.half and cut.row_tile <= 64 else 8, num_stages=3 if cut.half else 2,
     )  # fmt: skip
     return _Sums(launch, (programs, TAPS * heads, pitch))
@@ -443,7 +454,7 @@ class _Forward(NamedTuple):
 
 
 def _gate_tile(channels: int) -> int:
-    return min(256, max(16, next_power_of_2(channels)))
+    return min(128, max(16, next_power_of_2(channels)))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -463,8 +474,7 @@ def _forward_plan(
         masks_kernel, (images * heads,), tuple(sizes[2:]), S_TILE=min(1024, next_power_of_2(positions)),
         ACC=accumulator(dtype), num_warps=4,
     )  # fmt: skip
-    most = max(32, (16384 if cut.half else 4096) // cut.row_tile)
-    channel_tile = min(256, max(16, next_power_of_2(channels)), most)
+    channel_tile = cut.channel_tile(16384, 256)
     tile = 64 if cut.half and cut.row_tile <= 128 else 32
     chunks = -(-channels // channel_tile)
     splits, length = cut.splits(images, chunks, tile)
@@ -476,7 +486,7 @@ def _forward_plan(
     if gated:
         gate = Launch(
             gate_kernel, (images,), (), C=channels, HEADS=heads, GATED=gated, C_TILE=_gate_tile(channels),
-            K_TILE=next_power_of_2(heads), ACC=accumulator(dtype), num_warps=8,
+            K_TILE=next_power_of_2(heads), ACC=accumulator(dtype), num_warps=4,
         )  # fmt: skip
     return _Forward(_tap_sums(cut, images, heads, False), masks, pool, splits, gate)
 
@@ -546,7 +556,7 @@ def _backward_plan(
     images, channels = sizes[:2]
     gate = Launch(
         gate_gradient_kernel, (images,), (), C=channels, HEADS=heads, GATED=gated, C_TILE=_gate_tile(channels),
-        K_TILE=next_power_of_2(heads), ACC=accumulator(dtype), num_warps=8,
+        K_TILE=next_power_of_2(heads), ACC=accumulator(dtype), num_warps=4,
     )  # fmt: skip
     sums = gradient = weights = None
     programs = 0
@@ -554,18 +564,17 @@ def _backward_plan(
         z = map_strides(sizes, strides, dtype.itemsize)
         up = z if up_strides is None else map_strides(sizes, up_strides, dtype.itemsize)
         dz = z if dz_strides is None else map_strides(sizes, dz_strides, dtype.itemsize)
-        most = max(32, (8192 if cut.half else 2048) // cut.row_tile)
-        channel_tile = min(128, max(16, next_power_of_2(channels)), most)
+        channel_tile = cut.channel_tile(4096 if cut.row_tile <= 64 else 8192, 128)
         tile = 64 if cut.half and cut.row_tile <= 128 else 32
         chunks = -(-channels // channel_tile)
         splits, length = cut.splits(images, chunks, tile)
-        programs = min(images * splits, max(1, cut.programs // chunks))
+        programs = min(images * splits, max(1, 2 * cut.processors // chunks))
         constants = cut.constants | {"WIDE": z.wide or up.wide or dz.wide}
         gradient = Launch(
             map_gradient_kernel, (programs, chunks),
             (images * splits, splits, length, *cut.sizes, up.n, up.c, up.h, up.w, dz.n, dz.c, dz.w), **constants,
             C_TILE=channel_tile, S_TILE=tile, UP_UNIT=up.unit, UP_VECTOR=up.vector, UP_FLAT=up.flat,
-            DZ_UNIT=dz.unit, DZ_VECTOR=dz.vector, num_warps=8, num_stages=2,
+            DZ_UNIT=dz.unit, DZ_VECTOR=dz.vector, num_warps=4 if cut.half and cut.row_tile <= 64 else 8, num_stages=2,
         )  # fmt: skip
         sums = _tap_sums(cut, images, heads, True)
     if has_dw or has_dt:
@@ -594,16 +603,17 @@ def attend3x3_backward(
     grad_features: Tensor | None,
     grad_mean: Tensor | None,
     upstream: Tensor | None,
-    dz: Tensor | None,
+    dz_strides: tuple[int, ...] | None,
     dw: Tensor | None,
     dscore_w: Tensor | None,
     dscore_b: Tensor | None,
-) -> None:
-    """Launches into dz (z's shape, contiguous or channels_last), dw and dscore_w [K, C, 3, 3] and dscore_b [K]; what is
-    None is not computed, the two scores' go together. pooled is [N, 9, K, C], grad_pooled [N, K, C, 9]."""
+) -> Tensor | None:
+    """Launches into dw and dscore_w [K, C, 3, 3] and dscore_b [K]; returns dz with the strides asked for, contiguous or
+    channels_last. What is None is not computed, the two scores' go together. pooled is [N, 9, K, C], grad_pooled
+    [N, K, C, 9]."""
     (images, channels), heads = z.shape[:2], w.shape[0]
     plan = _backward_plan(
-        z.shape, z.stride(), None if upstream is None else upstream.stride(), None if dz is None else dz.stride(),
+        z.shape, z.stride(), None if upstream is None else upstream.stride(), dz_strides,
         z.dtype, z.get_device(), heads, 0 if gates is None else gates.shape[1], dw is not None, dscore_w is not None,
         float32_precision(z.dtype),
     )  # fmt: skip
@@ -618,12 +628,13 @@ def attend3x3_backward(
         grad_features, grad_gates, grad_scores,
         None if grad_pooled is None else tap_rows(grad_pooled, grad_pooled.dtype), dp, delta, dt, scale, unscale,
     )  # fmt: skip
-    shares = None
+    dz = shares = None
     if plan.gradient is not None:
         a, dl = framed_maps(z, 2 * heads).view(2, images, heads, -1)
         scratch = lse.new_empty(plan.sums.scratch)
         plan.sums.launch(z, dp, None, logits, lse, delta, grad_lse, grad_logits, scale, scratch, a, dl)
-        del scratch
+        del scratch  # dz may take its place
+        dz = None if dz_strides is None else z.new_empty_strided(z.shape, dz_strides)
         shares = None if dw is None else lse.new_empty(plan.programs, TAPS, heads, channels)
         plan.gradient(z, tap_rows(w.flatten(2), z.dtype), dp, a, dl, unscale, grad_mean, upstream, dz, shares)
     if plan.weights is not None:
@@ -638,3 +649,4 @@ def attend3x3_backward(
                 gradient.copy_(rows.movedim(0, 2).unflatten(2, (3, 3)))
         if dscore_b is not None:
             dscore_b.copy_(score_bias[0])
+    return dz
