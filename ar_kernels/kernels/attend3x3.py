@@ -7,7 +7,7 @@ them from there. The same kernel makes dA of the pooled features' gradients. Poo
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -199,82 +199,138 @@ def _feature_pointers(features, n, k, c, C: tl.constexpr, GATED: tl.constexpr):
 
 
 @triton.jit
-def gate_kernel(
-    pooled, score_w, score_b, scores, gates, features,
-    C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, C_TILE: tl.constexpr, K_TILE: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
-    """One program: one image. t_k = W_G[k]·P_k + b_G[k], g = softmax(tanh(t)) and g ⊙ P, taps last."""
-    n = tl.program_id(0).to(tl.int64)
-    heads = tl.arange(0, K_TILE)
-    t = tl.zeros([K_TILE], ACC)
-    if score_w is not None:
-        for k in range(HEADS):
-            products = tl.zeros([16, C_TILE], ACC)
-            for first in range(0, C, C_TILE):
-                c = first + tl.arange(0, C_TILE)
-                p = _of_head(pooled, n, k, c, C, HEADS)
-                products += p * _of_head(score_w, 0, k, c, C, HEADS).to(ACC)
-            t += tl.where(heads == k, tl.sum(tl.sum(products, axis=1), axis=0), 0.0)
-    g = _store_gates(t, n, heads, score_w, score_b, scores, gates, HEADS, GATED)
-    for k in range(GATED):
-        gate = tl.sum(tl.where(heads == k, g, 0.0), axis=0)
-        for first in range(0, C, C_TILE):
-            c = first + tl.arange(0, C_TILE)
-            x = tl.trans(_of_head(pooled, n, k, c, C, HEADS) * gate)
-            pointers, real = _feature_pointers(features, n, k, c, C, GATED)
-            tl.store(pointers, x.to(features.dtype.element_ty), mask=real)
+def _one_number(tile):
+    return tl.sum(tl.sum(tile, axis=1), axis=0)
 
 
 @triton.jit
-def gate_gradient_kernel(
-    pooled, score_w, scores, gates, grad_features, grad_gates, grad_scores, grad_pooled, dp, delta, dt, scale, unscale,
-    C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, C_TILE: tl.constexpr, K_TILE: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
-    """One program: one image. dt, dP_k = g_k dx_k + dt_k W_G[k] + direct, δ_k = dP_k·P_k.
+def _most(tile):
+    return tl.max(tl.max(tl.abs(tile), axis=1), axis=0)
 
-    scale: of a float16 image a power of two for dP, since gradients of a mean loss are below what float16 holds.
-    """
-    n = tl.program_id(0).to(tl.int64)
+
+@triton.jit
+def _score_sums(pooled, score_w, n, c, C: tl.constexpr, HEADS: tl.constexpr, K_TILE: tl.constexpr, ACC: tl.constexpr):
+    """W_G[k]·P_k over the channels c: [K_tile]."""
     heads = tl.arange(0, K_TILE)
-    x_p = tl.zeros([K_TILE], ACC)  # dx·P
-    w_p = tl.zeros([K_TILE], ACC)  # W_G·P
+    t = tl.zeros([K_TILE], ACC)
+    for k in range(HEADS):
+        products = _of_head(pooled, n, k, c, C, HEADS) * _of_head(score_w, 0, k, c, C, HEADS).to(ACC)
+        t += tl.where(heads == k, _one_number(products), 0.0)
+    return t
+
+
+@triton.jit
+def score_sums_kernel(
+    pooled, score_w, parts,
+    C: tl.constexpr, HEADS: tl.constexpr, C_TILE: tl.constexpr, K_TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One program: some channels of one image; parts [N, chunks, K_tile] of the scores."""
+    n, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    c = chunk * C_TILE + tl.arange(0, C_TILE)
+    t = _score_sums(pooled, score_w, n, c, C, HEADS, K_TILE, ACC)
+    tl.store(parts + (n * tl.num_programs(1) + chunk) * K_TILE + tl.arange(0, K_TILE), t)
+
+
+@triton.jit
+def gate_kernel(
+    pooled, score_w, score_b, parts, scores, gates, features,
+    C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, C_TILE: tl.constexpr, K_TILE: tl.constexpr,
+    CHUNK_TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One program: some channels of one image (parts None: all of them). t_k = W_G[k]·P_k + b_G[k],
+    g = softmax(tanh(t)) and g ⊙ P, taps last."""
+    n, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    heads = tl.arange(0, K_TILE)
+    c = chunk * C_TILE + tl.arange(0, C_TILE)
+    t = tl.zeros([K_TILE], ACC)
+    if parts is not None:
+        chunks = tl.arange(0, CHUNK_TILE)
+        at = parts + (n * tl.num_programs(1) + chunks[:, None]) * K_TILE + heads[None, :]
+        t += tl.sum(tl.load(at, mask=(chunks < tl.num_programs(1))[:, None], other=0.0), axis=0)
+    elif score_w is not None:
+        t += _score_sums(pooled, score_w, n, c, C, HEADS, K_TILE, ACC)
+    g = _store_gates(t, n, heads, score_w, score_b, scores, gates, HEADS, GATED)  # the same from every program
+    for k in range(GATED):
+        gate = tl.sum(tl.where(heads == k, g, 0.0), axis=0)
+        x = tl.trans(_of_head(pooled, n, k, c, C, HEADS) * gate)
+        pointers, real = _feature_pointers(features, n, k, c, C, GATED)
+        tl.store(pointers, x.to(features.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _gradient_sums(
+    pooled, score_w, grad_features, grad_pooled, n, c,
+    C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, K_TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Over the channels c, of every head, [K_tile] each: dx·P, W_G·P, direct·P, the largest |dx|, |W_G|, |direct|."""
+    heads = tl.arange(0, K_TILE)
+    x_p = tl.zeros([K_TILE], ACC)
+    w_p = tl.zeros([K_TILE], ACC)
     direct_p = tl.zeros([K_TILE], ACC)
-    x_most = tl.zeros([K_TILE], ACC)  # the largest |dx|, |W_G|, |direct|
+    x_most = tl.zeros([K_TILE], ACC)
     w_most = tl.zeros([K_TILE], ACC)
     direct_most = tl.zeros([K_TILE], ACC)
     for k in range(HEADS):
         here = heads == k
-        x_products = tl.zeros([16, C_TILE], ACC)
-        w_products = tl.zeros([16, C_TILE], ACC)
-        direct_products = tl.zeros([16, C_TILE], ACC)
-        x_largest = tl.zeros([16, C_TILE], ACC)
-        w_largest = tl.zeros([16, C_TILE], ACC)
-        direct_largest = tl.zeros([16, C_TILE], ACC)
-        for first in range(0, C, C_TILE):
-            c = first + tl.arange(0, C_TILE)
-            p = _of_head(pooled, n, k, c, C, HEADS)
-            if grad_features is not None:
-                pointers, real = _feature_pointers(grad_features, n, k, c, C, GATED)
-                dx = tl.trans(tl.load(pointers, mask=real & (k < GATED), other=0.0).to(ACC))
-                x_products += dx * p
-                x_largest = tl.maximum(x_largest, tl.abs(dx))
-            if score_w is not None:
-                weight = _of_head(score_w, 0, k, c, C, HEADS).to(ACC)
-                w_products += weight * p
-                w_largest = tl.maximum(w_largest, tl.abs(weight))
-            if grad_pooled is not None:
-                direct = _of_head(grad_pooled, n, k, c, C, HEADS).to(ACC)
-                direct_products += direct * p
-                direct_largest = tl.maximum(direct_largest, tl.abs(direct))
-        x_p += tl.where(here, tl.sum(tl.sum(x_products, axis=1), axis=0), 0.0)
-        w_p += tl.where(here, tl.sum(tl.sum(w_products, axis=1), axis=0), 0.0)
-        direct_p += tl.where(here, tl.sum(tl.sum(direct_products, axis=1), axis=0), 0.0)
-        if scale is not None:
-            x_most += tl.where(here, tl.max(tl.max(x_largest, axis=1), axis=0), 0.0)
-            w_most += tl.where(here, tl.max(tl.max(w_largest, axis=1), axis=0), 0.0)
-            direct_most += tl.where(here, tl.max(tl.max(direct_largest, axis=1), axis=0), 0.0)
+        p = _of_head(pooled, n, k, c, C, HEADS)
+        if grad_features is not None:
+            pointers, real = _feature_pointers(grad_features, n, k, c, C, GATED)
+            dx = tl.trans(tl.load(pointers, mask=real & (k < GATED), other=0.0).to(ACC))
+            x_p += tl.where(here, _one_number(dx * p), 0.0)
+            x_most += tl.where(here, _most(dx), 0.0)
+        if score_w is not None:
+            weight = _of_head(score_w, 0, k, c, C, HEADS).to(ACC)
+            w_p += tl.where(here, _one_number(weight * p), 0.0)
+            w_most += tl.where(here, _most(weight), 0.0)
+        if grad_pooled is not None:
+            direct = _of_head(grad_pooled, n, k, c, C, HEADS).to(ACC)
+            direct_p += tl.where(here, _one_number(direct * p), 0.0)
+            direct_most += tl.where(here, _most(direct), 0.0)
+    return x_p, w_p, direct_p, x_most, w_most, direct_most
+
+
+@triton.jit
+def gradient_sums_kernel(
+    pooled, score_w, grad_features, grad_pooled, parts,
+    C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, C_TILE: tl.constexpr, K_TILE: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """One program: some channels of one image; parts [N, chunks, 6, K_tile] of _gradient_sums."""
+    n, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    c = chunk * C_TILE + tl.arange(0, C_TILE)
+    found = _gradient_sums(pooled, score_w, grad_features, grad_pooled, n, c, C, HEADS, GATED, K_TILE, ACC)
+    at = parts + (n * tl.num_programs(1) + chunk) * (6 * K_TILE) + tl.arange(0, K_TILE)
+    for i in tl.static_range(6):
+        tl.store(at + i * K_TILE, found[i])
+
+
+@triton.jit
+def gate_gradient_kernel(
+    pooled, score_w, scores, gates, grad_features, grad_gates, grad_scores, grad_pooled, parts,
+    dp, delta, dt, scale, unscale,
+    C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, C_TILE: tl.constexpr, K_TILE: tl.constexpr,
+    CHUNK_TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One program: some channels of one image (parts None: all of them). dt, dP_k = g_k dx_k + dt_k W_G[k] + direct,
+    δ_k = dP_k·P_k. scale: of a float16 image a power of two for dP, since gradients of a mean loss are below what
+    float16 holds. What is of an image every program of it stores, the same."""
+    n, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    heads = tl.arange(0, K_TILE)
+    c = chunk * C_TILE + tl.arange(0, C_TILE)
+    if parts is not None:
+        chunks = tl.arange(0, CHUNK_TILE)[:, None]
+        at = parts + (n * tl.num_programs(1) + chunks) * (6 * K_TILE) + heads[None, :]
+        real = chunks < tl.num_programs(1)
+        x_p = tl.sum(tl.load(at, mask=real, other=0.0), axis=0)
+        w_p = tl.sum(tl.load(at + K_TILE, mask=real, other=0.0), axis=0)
+        direct_p = tl.sum(tl.load(at + 2 * K_TILE, mask=real, other=0.0), axis=0)
+        x_most = tl.max(tl.load(at + 3 * K_TILE, mask=real, other=0.0), axis=0)
+        w_most = tl.max(tl.load(at + 4 * K_TILE, mask=real, other=0.0), axis=0)
+        direct_most = tl.max(tl.load(at + 5 * K_TILE, mask=real, other=0.0), axis=0)
+    else:
+        x_p, w_p, direct_p, x_most, w_most, direct_most = _gradient_sums(
+            pooled, score_w, grad_features, grad_pooled, n, c, C, HEADS, GATED, K_TILE, ACC
+        )
     g = tl.zeros([K_TILE], ACC)
     d = tl.zeros([K_TILE], ACC)
     if grad_scores is not None:
@@ -296,22 +352,19 @@ def gate_gradient_kernel(
         factor = tl.exp2(-exponent)
         tl.store(scale + n, factor)
         tl.store(unscale + n, tl.exp2(exponent))
+    taps = tl.arange(0, 16)
     for k in range(HEADS):
-        gate = tl.sum(tl.where(heads == k, g, 0.0), axis=0)
-        share = tl.sum(tl.where(heads == k, d, 0.0), axis=0)
-        for first in range(0, C, C_TILE):
-            c = first + tl.arange(0, C_TILE)
-            grad = tl.zeros([16, C_TILE], ACC)
-            if grad_features is not None:
-                pointers, real = _feature_pointers(grad_features, n, k, c, C, GATED)
-                grad += tl.trans(tl.load(pointers, mask=real & (k < GATED), other=0.0).to(ACC)) * gate
-            if score_w is not None:
-                grad += _of_head(score_w, 0, k, c, C, HEADS).to(ACC) * share
-            if grad_pooled is not None:
-                grad += _of_head(grad_pooled, n, k, c, C, HEADS).to(ACC)
-            taps = tl.arange(0, 16)
-            at = dp + ((n * 9 + taps[:, None]) * HEADS + k) * C + c[None, :]
-            tl.store(at, (grad * factor).to(dp.dtype.element_ty), mask=(taps < 9)[:, None] & (c < C)[None, :])
+        grad = tl.zeros([16, C_TILE], ACC)
+        if grad_features is not None:
+            pointers, real = _feature_pointers(grad_features, n, k, c, C, GATED)
+            dx = tl.load(pointers, mask=real & (k < GATED), other=0.0).to(ACC)
+            grad += tl.trans(dx) * tl.sum(tl.where(heads == k, g, 0.0), axis=0)
+        if score_w is not None:
+            grad += _of_head(score_w, 0, k, c, C, HEADS).to(ACC) * tl.sum(tl.where(heads == k, d, 0.0), axis=0)
+        if grad_pooled is not None:
+            grad += _of_head(grad_pooled, n, k, c, C, HEADS).to(ACC)
+        at = dp + ((n * 9 + taps[:, None]) * HEADS + k) * C + c[None, :]
+        tl.store(at, (grad * factor).to(dp.dtype.element_ty), mask=(taps < 9)[:, None] & (c < C)[None, :])
 
 
 @triton.jit(do_not_specialize=["items", "splits", "split_length"])
@@ -445,16 +498,33 @@ def _tap_sums(cut: _Cut, images: int, heads: int, of_image: bool) -> _Sums:
     return _Sums(launch, (programs, TAPS * heads, pitch))
 
 
+class _Gates(NamedTuple):
+    """Two kernels over chunks of channels: sums over all of them, then what needs the sums."""
+
+    sums: Launch | None  # None: one chunk, the second kernel does it
+    gates: Launch
+    parts: tuple[int, ...]
+
+
+def _gates(sums: Any, kernel: Any, images: int, channels: int, heads: int, width: int, **constants: Any) -> _Gates:
+    """width: how many numbers of a head and a chunk `sums` stores."""
+    tile = min(256, max(16, next_power_of_2(channels)))
+    chunks = -(-channels // tile)
+    constants |= {"C": channels, "HEADS": heads, "C_TILE": tile, "K_TILE": next_power_of_2(heads), "num_warps": 8}
+    of_sums = {name: value for name, value in constants.items() if name in sums.arg_names or name == "num_warps"}
+    return _Gates(
+        Launch(sums, (images, chunks), (), **of_sums) if chunks > 1 else None,
+        Launch(kernel, (images, chunks), (), CHUNK_TILE=next_power_of_2(chunks), **constants),
+        (images, chunks, width, constants["K_TILE"]),
+    )
+
+
 class _Forward(NamedTuple):
     sums: _Sums
     masks: Launch
     pool: Launch
     splits: int
-    gate: Launch | None
-
-
-def _gate_tile(channels: int) -> int:
-    return min(128, max(16, next_power_of_2(channels)))
+    gates: _Gates | None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -482,13 +552,11 @@ def _forward_plan(
         pool_kernel, (images * splits, chunks), (splits, length, *cut.sizes), **cut.constants,
         C_TILE=channel_tile, S_TILE=tile, num_warps=8, num_stages=3 if cut.half else 2,
     )  # fmt: skip
-    gate = None
+    gates = None
     if gated:
-        gate = Launch(
-            gate_kernel, (images,), (), C=channels, HEADS=heads, GATED=gated, C_TILE=_gate_tile(channels),
-            K_TILE=next_power_of_2(heads), ACC=accumulator(dtype), num_warps=4,
-        )  # fmt: skip
-    return _Forward(_tap_sums(cut, images, heads, False), masks, pool, splits, gate)
+        acc = accumulator(dtype)
+        gates = _gates(score_sums_kernel, gate_kernel, images, channels, heads, 1, GATED=gated, ACC=acc)
+    return _Forward(_tap_sums(cut, images, heads, False), masks, pool, splits, gates)
 
 
 def attend3x3_forward(
@@ -525,13 +593,18 @@ def attend3x3_forward(
         torch.sum(parts, dim=0, out=pooled)
         if mean is not None:
             torch.sum(means, dim=0, out=mean)
-    if plan.gate is not None:
-        score_rows = None if score_w is None else tap_rows(score_w.flatten(2), score_w.dtype)
-        plan.gate(pooled, score_rows, score_b, scores, gates, features)
+    if plan.gates is not None:
+        score_rows = parts = None
+        if score_w is not None:
+            score_rows = tap_rows(score_w.flatten(2), score_w.dtype)
+            if plan.gates.sums is not None:
+                parts = lse.new_empty(plan.gates.parts)
+                plan.gates.sums(pooled, score_rows, parts)
+        plan.gates.gates(pooled, score_rows, score_b, parts, scores, gates, features)
 
 
 class _Backward(NamedTuple):
-    gate: Launch
+    gates: _Gates
     sums: _Sums | None
     gradient: Launch | None
     programs: int  # of the last one, each with its share of dW_H
@@ -554,10 +627,8 @@ def _backward_plan(
 ) -> _Backward:
     cut = _cut(sizes, strides, dtype, device, heads, precision)
     images, channels = sizes[:2]
-    gate = Launch(
-        gate_gradient_kernel, (images,), (), C=channels, HEADS=heads, GATED=gated, C_TILE=_gate_tile(channels),
-        K_TILE=next_power_of_2(heads), ACC=accumulator(dtype), num_warps=4,
-    )  # fmt: skip
+    acc = accumulator(dtype)
+    gates = _gates(gradient_sums_kernel, gate_gradient_kernel, images, channels, heads, 6, GATED=gated, ACC=acc)
     sums = gradient = weights = None
     programs = 0
     if has_dw or dz_strides is not None:
@@ -583,7 +654,7 @@ def _backward_plan(
             weight_sums_kernel, (TAPS * heads * (has_dw + has_dt), -(-channels // tile)), (programs, images),
             C=channels, HEADS=TAPS * heads, C_TILE=tile, R_TILE=64, num_warps=4,
         )  # fmt: skip
-    return _Backward(gate, sums, gradient, programs, weights)
+    return _Backward(gates, sums, gradient, programs, weights)
 
 
 def attend3x3_backward(
@@ -623,10 +694,15 @@ def attend3x3_backward(
     scale = unscale = None
     if z.dtype == torch.float16:
         scale, unscale = lse.new_empty(images), lse.new_empty(images)
-    plan.gate(
-        pooled, None if score_w is None else tap_rows(score_w.flatten(2), score_w.dtype), scores, gates,
-        grad_features, grad_gates, grad_scores,
-        None if grad_pooled is None else tap_rows(grad_pooled, grad_pooled.dtype), dp, delta, dt, scale, unscale,
+    score_rows = None if score_w is None else tap_rows(score_w.flatten(2), score_w.dtype)
+    direct = None if grad_pooled is None else tap_rows(grad_pooled, grad_pooled.dtype)
+    parts = None
+    if plan.gates.sums is not None:
+        parts = lse.new_empty(plan.gates.parts)
+        plan.gates.sums(pooled, score_rows, grad_features, direct, parts)
+    plan.gates.gates(
+        pooled, score_rows, scores, gates, grad_features, grad_gates, grad_scores, direct, parts,
+        dp, delta, dt, scale, unscale,
     )  # fmt: skip
     dz = shares = None
     if plan.gradient is not None:
