@@ -28,7 +28,7 @@ class Recorder:
     """Stands in for a jitted kernel and keeps what it would have been launched with."""
 
     def __init__(self, kernel, launches):
-        self.kernel, self.launches = kernel, launches
+        self.kernel, self.launches, self.arg_names = kernel, launches, kernel.arg_names
 
     def __getitem__(self, grid):
         return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))

@@ -1,4 +1,4 @@
-"""3×3 heads: every implementation against the reference, the operators as PyTorch sees them, what they hold in memory."""
+"""3×3 heads: every implementation against the reference, the operators as PyTorch sees them, what they hold."""
 
 import pytest
 import torch

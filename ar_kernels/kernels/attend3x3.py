@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .attend_backward import weight_sums_kernel
 from .attend_forward import _store_gates
-from .heuristics import chip, next_power_of_2
+from .heuristics import MOST_REGISTERS, Chip, chip, next_power_of_2
 from .launch import Launch
 from .tiles import (
     accumulator,
@@ -320,13 +320,13 @@ def gate_gradient_kernel(
     if parts is not None:
         chunks = tl.arange(0, CHUNK_TILE)[:, None]
         at = parts + (n * tl.num_programs(1) + chunks) * (6 * K_TILE) + heads[None, :]
-        real = chunks < tl.num_programs(1)
-        x_p = tl.sum(tl.load(at, mask=real, other=0.0), axis=0)
-        w_p = tl.sum(tl.load(at + K_TILE, mask=real, other=0.0), axis=0)
-        direct_p = tl.sum(tl.load(at + 2 * K_TILE, mask=real, other=0.0), axis=0)
-        x_most = tl.max(tl.load(at + 3 * K_TILE, mask=real, other=0.0), axis=0)
-        w_most = tl.max(tl.load(at + 4 * K_TILE, mask=real, other=0.0), axis=0)
-        direct_most = tl.max(tl.load(at + 5 * K_TILE, mask=real, other=0.0), axis=0)
+        present = chunks < tl.num_programs(1)
+        x_p = tl.sum(tl.load(at, mask=present, other=0.0), axis=0)
+        w_p = tl.sum(tl.load(at + K_TILE, mask=present, other=0.0), axis=0)
+        direct_p = tl.sum(tl.load(at + 2 * K_TILE, mask=present, other=0.0), axis=0)
+        x_most = tl.max(tl.load(at + 3 * K_TILE, mask=present, other=0.0), axis=0)
+        w_most = tl.max(tl.load(at + 4 * K_TILE, mask=present, other=0.0), axis=0)
+        direct_most = tl.max(tl.load(at + 5 * K_TILE, mask=present, other=0.0), axis=0)
     else:
         x_p, w_p, direct_p, x_most, w_most, direct_most = _gradient_sums(
             pooled, score_w, grad_features, grad_pooled, n, c, C, HEADS, GATED, K_TILE, ACC
@@ -363,8 +363,8 @@ def gate_gradient_kernel(
             grad += _of_head(score_w, 0, k, c, C, HEADS).to(ACC) * tl.sum(tl.where(heads == k, d, 0.0), axis=0)
         if grad_pooled is not None:
             grad += _of_head(grad_pooled, n, k, c, C, HEADS).to(ACC)
-        at = dp + ((n * 9 + taps[:, None]) * HEADS + k) * C + c[None, :]
-        tl.store(at, (grad * factor).to(dp.dtype.element_ty), mask=(taps < 9)[:, None] & (c < C)[None, :])
+        rows = dp + ((n * 9 + taps[:, None]) * HEADS + k) * C + c[None, :]
+        tl.store(rows, (grad * factor).to(dp.dtype.element_ty), mask=(taps < 9)[:, None] & (c < C)[None, :])
 
 
 @triton.jit(do_not_specialize=["items", "splits", "split_length"])
@@ -442,12 +442,20 @@ class _Cut(NamedTuple):
     constants: dict
     sizes: tuple[int, ...]  # height, width, the map's strides
     row_tile: int  # of the 9·K rows, and the mean's
-    processors: int
+    chip: Chip
     itemsize: int
 
     @property
     def half(self) -> bool:
         return self.itemsize == 2
+
+    @property
+    def hopper(self) -> bool:
+        return self.chip.capability == 9
+
+    @property
+    def maxnreg(self) -> int | None:
+        return None if self.hopper and self.half else MOST_REGISTERS
 
     def channel_tile(self, area: int, most: int) -> int:
         """A power of two, so wide that row_tile times it is at most `area` sums; fewer of wider elements."""
@@ -457,7 +465,7 @@ class _Cut(NamedTuple):
     def splits(self, images: int, chunks: int, tile: int) -> tuple[int, int]:
         """How many programs share an image's positions, and how many of these each has, a multiple of tile."""
         tiles = -(-self.sizes[0] * self.sizes[1] // tile)
-        splits = max(1, min(-(-tiles // 2), self.processors // max(images * chunks, 1)))
+        splits = max(1, min(-(-tiles // 2), self.chip.processors // max(images * chunks, 1)))
         length = -(-tiles // splits)
         return -(-tiles // length), length * tile
 
@@ -471,7 +479,7 @@ def _cut(
         "C": sizes[1], "HEADS": heads, "R_TILE": row_tile, "UNIT": z.unit, "VECTOR": z.vector, "FLAT": z.flat,
         "WIDE": z.wide, "ACC": accumulator(dtype), "PRECISION": matmul_precision(dtype, precision, row_tile),
     }  # fmt: skip
-    return _Cut(constants, (*sizes[2:], z.n, z.c, z.h, z.w), row_tile, chip(device).processors, dtype.itemsize)
+    return _Cut(constants, (*sizes[2:], z.n, z.c, z.h, z.w), row_tile, chip(device), dtype.itemsize)
 
 
 class _Sums(NamedTuple):
@@ -484,16 +492,18 @@ class _Sums(NamedTuple):
 def _tap_sums(cut: _Cut, images: int, heads: int, of_image: bool) -> _Sums:
     height, width = cut.sizes[:2]
     lines = min(height, max(1, -(-1024 // width)))  # of a band: the fewer, the more often a line is read again
-    while lines * width > 256 and images * -(-height // lines) < 3 * cut.processors:
+    while lines * width > 256 and images * -(-height // lines) < 3 * cut.chip.processors:
         lines = -(-lines // 2)
     bands = -(-height // lines)
-    programs = min(images * bands, 3 * cut.processors)
+    programs = min(images * bands, 3 * cut.chip.processors)
     pitch = -(-((lines + 2) * width + 32) // 16) * 16
-    tile = min(max(32, 8192 // cut.row_tile), 128, max(32, next_power_of_2(height * width))) if cut.half else 32
+    most = 128 if cut.hopper else 64
+    tile = min(max(32, 8192 // cut.row_tile), most, max(32, next_power_of_2(height * width))) if cut.half else 32
     launch = Launch(
         tap_sums_kernel, (programs,), (images * bands, bands, lines, *cut.sizes), **cut.constants,
         OF_IMAGE=of_image, PITCH=pitch, C_TILE=128 // cut.itemsize, S_TILE=tile, K_TILE=next_power_of_2(heads),
         num_warps=4 if cut.half and cut.row_tile <= 64 else 8, num_stages=3 if cut.half else 2,
+        maxnreg=cut.maxnreg,
     )  # fmt: skip
     return _Sums(launch, (programs, TAPS * heads, pitch))
 
@@ -511,7 +521,8 @@ def _gates(sums: Any, kernel: Any, images: int, channels: int, heads: int, width
     tile = min(256, max(16, next_power_of_2(channels)))
     chunks = -(-channels // tile)
     constants |= {"C": channels, "HEADS": heads, "C_TILE": tile, "K_TILE": next_power_of_2(heads), "num_warps": 8}
-    of_sums = {name: value for name, value in constants.items() if name in sums.arg_names or name == "num_warps"}
+    constants["maxnreg"] = MOST_REGISTERS
+    of_sums = {name: value for name, value in constants.items() if name in (*sums.arg_names, "num_warps", "maxnreg")}
     return _Gates(
         Launch(sums, (images, chunks), (), **of_sums) if chunks > 1 else None,
         Launch(kernel, (images, chunks), (), CHUNK_TILE=next_power_of_2(chunks), **constants),
@@ -550,7 +561,7 @@ def _forward_plan(
     splits, length = cut.splits(images, chunks, tile)
     pool = Launch(
         pool_kernel, (images * splits, chunks), (splits, length, *cut.sizes), **cut.constants,
-        C_TILE=channel_tile, S_TILE=tile, num_warps=8, num_stages=3 if cut.half else 2,
+        C_TILE=channel_tile, S_TILE=tile, num_warps=8, num_stages=3 if cut.half else 2, maxnreg=cut.maxnreg,
     )  # fmt: skip
     gates = None
     if gated:
@@ -635,17 +646,18 @@ def _backward_plan(
         z = map_strides(sizes, strides, dtype.itemsize)
         up = z if up_strides is None else map_strides(sizes, up_strides, dtype.itemsize)
         dz = z if dz_strides is None else map_strides(sizes, dz_strides, dtype.itemsize)
-        channel_tile = cut.channel_tile(4096 if cut.row_tile <= 64 else 8192, 128)
-        tile = 64 if cut.half and cut.row_tile <= 128 else 32
+        channel_tile = cut.channel_tile(8192 if cut.hopper and cut.row_tile > 64 else 4096, 128)
+        tile = 64 if cut.half and cut.hopper and cut.row_tile <= 128 else 32
         chunks = -(-channels // channel_tile)
         splits, length = cut.splits(images, chunks, tile)
-        programs = min(images * splits, max(1, 2 * cut.processors // chunks))
+        programs = min(images * splits, max(1, 2 * cut.chip.processors // chunks))
         constants = cut.constants | {"WIDE": z.wide or up.wide or dz.wide}
         gradient = Launch(
             map_gradient_kernel, (programs, chunks),
             (images * splits, splits, length, *cut.sizes, up.n, up.c, up.h, up.w, dz.n, dz.c, dz.w), **constants,
             C_TILE=channel_tile, S_TILE=tile, UP_UNIT=up.unit, UP_VECTOR=up.vector, UP_FLAT=up.flat,
-            DZ_UNIT=dz.unit, DZ_VECTOR=dz.vector, num_warps=4 if cut.half and cut.row_tile <= 64 else 8, num_stages=2,
+            DZ_UNIT=dz.unit, DZ_VECTOR=dz.vector, num_stages=2,
+            num_warps=4 if cut.hopper and cut.half and cut.row_tile <= 64 else 8, maxnreg=cut.maxnreg,
         )  # fmt: skip
         sums = _tap_sums(cut, images, heads, True)
     if has_dw or has_dt:
