@@ -27,6 +27,9 @@ MAX_FUSED_HEADS = 64
 _FUSED = ("triton", "native")
 """Implementations behind the operators of ops.py."""
 
+MAX_FUSED_3X3_HEADS = 28
+"""The same of 3×3 heads, nine rows each in a tile of 256."""
+
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MIXES = ("logit", "log", "prob")
 _GATINGS = ("softmax", "sigmoid", None)
@@ -175,10 +178,10 @@ def _why_not(candidate: str, data: Tensor, mask_weight: Tensor | None, named: bo
         return "the kernels need a GPU of compute capability 8.0 (Ampere) or newer"
     if mask_weight is not None and not named and data.dtype.itemsize > 2:
         return f"{data.dtype} maps are faster in eager so far; name 'triton' to run the fused kernels all the same"
-    if mask_weight is not None and mask_weight.dim() == 4:
-        return "3×3 heads are not fused yet"
-    if mask_weight is not None and mask_weight.shape[0] > MAX_FUSED_HEADS:
-        return f"at most {MAX_FUSED_HEADS} heads are fused, got {mask_weight.shape[0]}"
+    if mask_weight is not None:
+        most = MAX_FUSED_HEADS if mask_weight.dim() == 2 else MAX_FUSED_3X3_HEADS
+        if mask_weight.shape[0] > most:
+            return f"at most {most} {'3×3 ' * (mask_weight.dim() == 4)}heads are fused, got {mask_weight.shape[0]}"
     return None
 
 

@@ -73,7 +73,7 @@ def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 @functools.cache  # an import statement takes longer, even of what is imported
 def _kernels() -> ModuleType:
     from . import kernels
-    from .kernels import attend_backward, attend_forward, rectify  # noqa: F401  (becomes an attribute of kernels)
+    from .kernels import attend3x3, attend_backward, attend_forward, rectify  # noqa: F401  (becomes an attribute of kernels)
 
     return kernels
 
@@ -91,7 +91,7 @@ def autocast_off(data: Tensor) -> AbstractContextManager:
 class GatedAttended(NamedTuple):
     """What gated_attend returns. Fields that were not asked for are None."""
 
-    pooled: Tensor  # [N, K, C], accumulator's dtype, as all but features, hypothesis and feature_map
+    pooled: Tensor  # [N, K, C] or [N, K, C, 9], accumulator's dtype, as all but features, hypothesis and feature_map
     lse: Tensor  # [N, K]
     logits: Tensor | None  # [N, K, S]
     scores: Tensor | None  # [N, K]
@@ -172,6 +172,17 @@ def _is_channels_last(z: Tensor) -> bool:
     return z.stride(1) < z.stride(-1)
 
 
+def _gradient_strides(z: Tensor, channels_last: bool) -> tuple[int, ...]:
+    channels, positions = z.shape[1], math.prod(z.shape[2:])
+    step = channels if channels_last else 1
+    rows = () if z.dim() == 3 else (step * z.shape[3],)
+    return channels * positions, 1 if channels_last else positions, *rows, step
+
+
+def _empty_gradient(z: Tensor, channels_last: bool) -> Tensor:
+    return z.new_empty_strided(z.shape, _gradient_strides(z, channels_last))
+
+
 def _allocate_gradients(
     z: Tensor,
     w: Tensor,
@@ -182,14 +193,10 @@ def _allocate_gradients(
     needs_score: bool,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    channels, positions = z.shape[1], math.prod(z.shape[2:])
-    step = channels if channels_last else 1
-    rows = () if z.dim() == 3 else (step * z.shape[3],)
-    strides = (channels * positions, 1 if channels_last else positions, *rows, step)
-    heads = w.shape[0]
+    heads, channels = w.shape[0], z.shape[1]
     scored = needs_score and score_w is not None
     return (
-        z.new_empty_strided(z.shape, strides) if needs_z else z.new_empty(0),
+        _empty_gradient(z, channels_last) if needs_z else z.new_empty(0),
         w.new_empty(heads, channels) if needs_w else w.new_empty(0),
         score_w.new_empty(heads, channels) if scored else w.new_empty(0),
         lse.new_empty(heads if scored else 0),
@@ -265,19 +272,186 @@ _define(
 )
 
 
+# 3×3 heads w, score_w [K, C, 3, 3]. The same, but that pooled is [N, K, C, 9], features [N, K'·C·9], and the logits are
+# always written: the backward takes them, not to read the map a third time.
+
+
+def _allocate3x3(z: Tensor, w: Tensor, gated_heads: int, wants_mean: bool) -> tuple[Tensor, ...]:
+    images, channels, height, width = z.shape
+    heads = w.shape[0]
+    gated = gated_heads > 0
+    pooled = z.new_empty((images, 9, heads, channels), dtype=accumulator_dtype(z.dtype))
+    return (
+        pooled.movedim(1, 3),
+        pooled.new_empty(images, heads),
+        pooled.new_empty(images, heads, height * width),
+        pooled.new_empty(images, heads) if gated else pooled.new_empty(0),
+        pooled.new_empty(images, gated_heads) if gated else pooled.new_empty(0),
+        z.new_empty(images, gated_heads * channels * 9) if gated else z.new_empty(0),
+        pooled.new_empty(images, channels) if wants_mean else pooled.new_empty(0),
+    )
+
+
+def _gated_attend3x3(
+    z: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    score_w: Tensor | None,
+    score_b: Tensor | None,
+    gated_heads: int,
+    wants_mean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    outputs = _allocate3x3(z, w, gated_heads, wants_mean)
+    if z.shape[0] > 0:
+        pooled, lse, logits, scores, gates, features, mean = outputs
+        gated = gated_heads > 0
+        with torch.cuda.device_of(z):
+            _kernels().attend3x3.attend3x3_forward(
+                z,
+                w,
+                _contiguous(b),
+                score_w,
+                _contiguous(score_b),
+                pooled.movedim(3, 1),
+                lse,
+                logits,
+                mean if wants_mean else None,
+                scores if gated else None,
+                gates if gated else None,
+                features if gated else None,
+            )
+    return outputs
+
+
+def _gated_attend3x3_fake(z, w, b, score_w, score_b, gated_heads, wants_mean):
+    return _allocate3x3(z, w, gated_heads, wants_mean)
+
+
+_define(
+    "gated_attend3x3(Tensor z, Tensor w, Tensor? b, Tensor? score_w, Tensor? score_b, SymInt gated_heads, "
+    "bool wants_mean) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _gated_attend3x3,
+    _gated_attend3x3_fake,
+)
+
+
+def _allocate_gradients3x3(
+    z: Tensor,
+    w: Tensor,
+    score_w: Tensor | None,
+    lse: Tensor,
+    needs_z: bool,
+    needs_w: bool,
+    needs_score: bool,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scored = needs_score and score_w is not None
+    return (
+        _empty_gradient(z, channels_last) if needs_z else z.new_empty(0),
+        w.new_empty(w.shape) if needs_w else w.new_empty(0),
+        score_w.new_empty(score_w.shape) if scored else w.new_empty(0),
+        lse.new_empty(w.shape[0] if scored else 0),
+    )
+
+
+def _gated_attend3x3_backward(
+    z: Tensor,
+    w: Tensor,
+    score_w: Tensor | None,
+    pooled: Tensor,
+    lse: Tensor,
+    logits: Tensor,
+    scores: Tensor | None,
+    gates: Tensor | None,
+    grad_pooled: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_logits: Tensor | None,
+    grad_scores: Tensor | None,
+    grad_gates: Tensor | None,
+    grad_features: Tensor | None,
+    grad_mean: Tensor | None,
+    upstream: Tensor | None,
+    needs_z: bool,
+    needs_w: bool,
+    needs_score: bool,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if z.shape[0] == 0:
+        gradients = _allocate_gradients3x3(z, w, score_w, lse, needs_z, needs_w, needs_score, channels_last)
+        for gradient in gradients:
+            gradient.zero_()
+        return gradients
+    # dz comes from the launcher, which allocates it after its scratch is gone.
+    _, dw, dscore_w, dscore_b = _allocate_gradients3x3(z, w, score_w, lse, False, needs_w, needs_score, channels_last)
+    scored = needs_score and score_w is not None
+    with torch.cuda.device_of(z):
+        dz = _kernels().attend3x3.attend3x3_backward(
+            z,
+            w,
+            score_w,
+            pooled.movedim(3, 1).contiguous(),  # saved tensors come back as the user's hooks unpack them
+            lse.contiguous(),
+            logits.contiguous(),
+            _contiguous(scores),
+            _contiguous(gates),
+            grad_pooled,
+            _contiguous(grad_lse),
+            _contiguous(grad_logits),
+            _contiguous(grad_scores),
+            _contiguous(grad_gates),
+            _contiguous(grad_features),
+            _contiguous(grad_mean),
+            upstream,
+            _gradient_strides(z, channels_last) if needs_z else None,
+            dw if needs_w else None,
+            dscore_w if scored else None,
+            dscore_b if scored else None,
+        )
+    return z.new_empty(0) if dz is None else dz, dw, dscore_w, dscore_b
+
+
+def _gated_attend3x3_backward_fake(z, w, score_w, pooled, lse, *arguments):
+    return _allocate_gradients3x3(z, w, score_w, lse, *arguments[-4:])
+
+
+_define(
+    "gated_attend3x3_backward(Tensor z, Tensor w, Tensor? score_w, Tensor pooled, Tensor lse, Tensor logits, "
+    "Tensor? scores, Tensor? gates, Tensor? grad_pooled, Tensor? grad_lse, Tensor? grad_logits, Tensor? grad_scores, "
+    "Tensor? grad_gates, Tensor? grad_features, Tensor? grad_mean, Tensor? upstream, bool needs_z, bool needs_w, "
+    "bool needs_score, bool channels_last) -> (Tensor, Tensor, Tensor, Tensor)",
+    _gated_attend3x3_backward,
+    _gated_attend3x3_backward_fake,
+)
+
+
+# ---------------------------------------------------------------------------------------------- their Functions
+
+
+def _mask_bias_gradient(lse: Tensor, b: Tensor, grad_lse: Tensor | None, grad_logits: Tensor | None) -> Tensor:
+    db = lse.new_zeros(lse.shape[1])
+    if grad_lse is not None:
+        db = db + grad_lse.sum(dim=0)
+    if grad_logits is not None:
+        db = db + grad_logits.sum(dim=(0, 2))
+    return db.to(b.dtype)
+
+
 class _GatedAttend(torch.autograd.Function):
     """Outputs: the operator's, None for those not asked for, then the hypothesis and the tapped map, None likewise."""
 
     @staticmethod
     def forward(z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, tap, implementation):
-        pooled, lse, logits, scores, gates, features, mean = _operators(implementation).gated_attend.default(
-            z, w, b, score_w, score_b, gated_heads, wants_logits, wants_mean
-        )
+        operators = _operators(implementation)
+        if w.dim() == 4:
+            outputs = operators.gated_attend3x3.default(z, w, b, score_w, score_b, gated_heads, wants_mean)
+        else:
+            outputs = operators.gated_attend.default(z, w, b, score_w, score_b, gated_heads, wants_logits, wants_mean)
+        pooled, lse, logits, scores, gates, features, mean = outputs
         gated = gated_heads > 0
         return (
             pooled,
             lse,
-            logits if wants_logits else None,
+            logits if wants_logits or w.dim() == 4 else None,
             scores if gated else None,
             gates if gated else None,
             features if gated else None,
@@ -289,9 +463,10 @@ class _GatedAttend(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         z, w, b, score_w, score_b, output_w, ctx.gated_heads, _, ctx.wants_mean, _, ctx.implementation = inputs
-        pooled, lse, _, scores, gates, features, *_ = output
+        pooled, lse, logits, scores, gates, features, *_ = output
+        logits = logits if w.dim() == 4 else None
         ctx.channels_last = _is_channels_last(z)  # here: strides read in backward make Dynamo copy every gradient
-        ctx.save_for_backward(z, w, b, score_w, score_b, output_w, pooled, lse, scores, gates, features)
+        ctx.save_for_backward(z, w, b, score_w, score_b, output_w, pooled, lse, logits, scores, gates, features)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -299,7 +474,7 @@ class _GatedAttend(torch.autograd.Function):
         ctx, grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean, grad_hypothesis,
         upstream,
     ):  # fmt: skip
-        z, w, b, score_w, score_b, output_w, pooled, lse, scores, gates, features = ctx.saved_tensors
+        z, w, b, score_w, score_b, output_w, pooled, lse, logits, scores, gates, features = ctx.saved_tensors
         needs_z, needs_w, needs_b, needs_score_w, needs_score_b, needs_output_w = ctx.needs_input_grad[:6]
         needs_score = needs_score_w or needs_score_b
         dz = dw = db = dscore_w = dscore_b = doutput_w = None
@@ -315,16 +490,11 @@ class _GatedAttend(torch.autograd.Function):
             return upstream, None, None, None, None, doutput_w, *[None] * 5
         if needs_z or needs_w or needs_score:
             dz, dw, dscore_w, dscore_b = _apply(
-                _GatedAttendBackward, z, w, b, score_w, score_b, pooled, lse, scores, gates, *grads, upstream,
+                _GatedAttendBackward, z, w, b, score_w, score_b, pooled, lse, logits, scores, gates, *grads, upstream,
                 ctx.gated_heads, ctx.wants_mean, needs_z, needs_w, needs_score, ctx.channels_last, ctx.implementation,
             )  # fmt: skip
         if needs_b:  # the bias cancels in the masks: only lse and the logits know it
-            db = lse.new_zeros(lse.shape[1])
-            if grad_lse is not None:
-                db = db + grad_lse.sum(dim=0)
-            if grad_logits is not None:
-                db = db + grad_logits.sum(dim=(0, 2))
-            db = db.to(b.dtype)
+            db = _mask_bias_gradient(lse, b, grad_lse, grad_logits)
         return (
             dz if needs_z else None,
             dw if needs_w else None,
@@ -343,20 +513,23 @@ class _GatedAttend(torch.autograd.Function):
 class _GatedAttendBackward(torch.autograd.Function):
     @staticmethod
     def forward(
-        z, w, b, score_w, score_b, pooled, lse, scores, gates,
+        z, w, b, score_w, score_b, pooled, lse, logits, scores, gates,
         grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean, upstream,
         gated_heads, wants_mean, needs_z, needs_w, needs_score, channels_last, implementation,
     ):  # fmt: skip
-        return _operators(implementation).gated_attend_backward.default(
-            z, w, b, score_w, pooled, lse, scores, gates,
-            grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean, upstream,
-            needs_z, needs_w, needs_score, channels_last,
+        operators = _operators(implementation)
+        rest = (
+            scores, gates, grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean,
+            upstream, needs_z, needs_w, needs_score, channels_last,
         )  # fmt: skip
+        if w.dim() == 4:
+            return operators.gated_attend3x3_backward.default(z, w, score_w, pooled, lse, logits, *rest)
+        return operators.gated_attend_backward.default(z, w, b, score_w, pooled, lse, *rest)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:5], *inputs[9:17])
-        ctx.gated_heads, ctx.wants_mean = inputs[17:19]
+        ctx.save_for_backward(*inputs[:5], *inputs[10:18])
+        ctx.gated_heads, ctx.wants_mean = inputs[18:20]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -369,7 +542,7 @@ class _GatedAttendBackward(torch.autograd.Function):
             return (*outputs, features.flatten(1), mean, z)
 
         received = _double_backward(forward, inputs, (0, 1, 3, 4), (*grads, upstream), second)
-        return *received[:5], None, None, None, None, *received[5:], *[None] * 7
+        return *received[:5], *[None] * 5, *received[5:], *[None] * 7
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
@@ -390,8 +563,8 @@ def gated_attend(
     implementation: str,
 ) -> GatedAttended:
     """One fused pass: K heads w [K, C] attend to z, the first gated_heads of them are gated, and output_w [L, K'·C]
-    makes their hypothesis. implementation: "triton" or "native". Other arguments as in eager.gated_attend; fields that
-    were not asked for are None."""
+    makes their hypothesis; 3×3 heads: [K, C, 3, 3], [L, K'·C·9]. implementation: "triton" or "native". Other arguments
+    as in eager.gated_attend; fields that were not asked for are None, but for the logits of 3×3 heads."""
     through = tap and z.requires_grad  # a frozen map stays frozen
     *outputs, tapped = _apply(
         _GatedAttend, z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, through,

@@ -98,6 +98,30 @@ def _gated(pooled: Tensor, output: Tensor, gate: Tensor) -> Tensor:
     return F.linear((gates.unsqueeze(2) * pooled).flatten(1), output)
 
 
+def matmul3x3(z: Tensor, mask: Tensor, output: Tensor, gate: Tensor) -> Tensor:
+    """3×3 heads re-associated: one convolution for the logits, and the masks, not the map, shifted by the nine taps.
+
+    The nine shifted masks are batched products' rows; W_O is [L, K·9·C] and W_G [K, 9, C], taps before channels, as the
+    products come out, so that nothing as large as the pooled features is transposed.
+    """
+    logits = F.conv2d(z, mask, padding=1)
+    masks = torch.softmax(logits.flatten(2), dim=2).view_as(logits)
+    height, width = z.shape[2:]
+    padded = F.pad(masks, (1, 1, 1, 1))
+    shifts = [padded[:, :, 2 - y : 2 - y + height, 2 - x : 2 - x + width] for y in range(3) for x in range(3)]
+    rows = torch.stack(shifts, dim=2).flatten(3).flatten(1, 2)  # [N, K·9, S]
+    pooled = torch.bmm(rows, z.flatten(2).mT).unflatten(1, (-1, 9)).flatten(2)  # [N, K, 9·C]
+    return _gated(pooled, output, gate)
+
+
+def _store_matmul3x3(weights: Weights, layout: torch.memory_format) -> tuple[Tensor, ...]:
+    mask, output, gate = weights
+    labels, heads, channels = output.shape[:3]
+    taps_first = output.reshape(labels, heads, channels, 9).mT.reshape(labels, -1)
+    gate = gate.reshape(heads, channels, 9).mT.reshape(heads, -1)
+    return mask.contiguous(memory_format=layout), taps_first.contiguous(), gate.contiguous()
+
+
 def _as_they_are(weights: Weights, layout: torch.memory_format) -> tuple[Tensor, ...]:
     return weights
 
@@ -109,3 +133,6 @@ RIVALS = (
     Rival("convolutions-3x3", convolutions, _store_convolutions, taps=9),
 )
 """The fastest kinds first: where time runs out, the last are the ones that matter least."""
+
+RIVALS_3X3 = (Rival("matmul-3x3", matmul3x3, _store_matmul3x3, taps=9), RIVALS[3])
+"""Of the layer with 3×3 heads."""

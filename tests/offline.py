@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ar_kernels import ops
-from ar_kernels.kernels import attend_backward, attend_forward, rectify
+from ar_kernels.kernels import attend3x3, attend_backward, attend_forward, rectify
 from ar_kernels.kernels.heuristics import Chip
 
 # Shared memory that one block may ask for, in bytes, by compute capability.
@@ -28,7 +28,7 @@ class Recorder:
     """Stands in for a jitted kernel and keeps what it would have been launched with."""
 
     def __init__(self, kernel, launches):
-        self.kernel, self.launches = kernel, launches
+        self.kernel, self.launches, self.arg_names = kernel, launches, kernel.arg_names
 
     def __getitem__(self, grid):
         return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
@@ -40,15 +40,16 @@ def recording(capability):
     chip = Chip(132, capability // 10)
     launches = []
     with contextlib.ExitStack() as stack:
-        for module in (attend_forward, attend_backward, rectify):
+        for module in (attend_forward, attend_backward, attend3x3, rectify):
             for name, value in list(vars(module).items()):
                 if name.endswith("_kernel") and isinstance(value, triton.JITFunction):
                     stack.enter_context(mock.patch.object(module, name, Recorder(value, launches)))
             if hasattr(module, "chip"):
                 stack.enter_context(mock.patch.object(module, "chip", lambda index: chip))
-            if hasattr(module, "_plan"):  # plans hold kernels, and there are other plans for other chips
-                module._plan.cache_clear()
-                stack.callback(module._plan.cache_clear)
+            for name, value in vars(module).items():  # plans hold kernels, and there are other plans for other chips
+                if name.endswith("_plan"):
+                    value.cache_clear()
+                    stack.callback(value.cache_clear)
         yield launches
 
 
@@ -106,6 +107,21 @@ def record_layer(capability, dtype, channels, side, heads, channels_last, mean=F
     return launches
 
 
+def record_layer3x3(capability, dtype, channels, side, heads, channels_last):
+    """The launches of 3×3 heads with a mean, forward and backward, tapped."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    z = torch.empty(128, channels, side, side, dtype=dtype, device="cpu").to(memory_format=layout)
+    w = torch.empty(heads, channels, 3, 3, dtype=dtype)
+    with recording(capability) as launches:
+        outputs = ops._gated_attend3x3(z, w, None, w, None, heads, True)
+        pooled, lse, logits, scores, gates, features, mean = outputs
+        ops._gated_attend3x3_backward(
+            z, w, w, pooled, lse, logits, scores, gates, None, None, None, None, None, features, mean, z,
+            True, True, True, channels_last,
+        )  # fmt: skip
+    return launches
+
+
 def record_rectify(capability, dtype, mix):
     hypotheses, scores = torch.empty(128, 4, 1000, dtype=dtype), torch.empty(128, 4)
     with recording(capability) as launches:
@@ -140,6 +156,16 @@ LAYERS = [
     (256, 13, 4, False, False),
     (96, 14, 64, True, True),
 ]
+LAYERS3X3 = [
+    # channels, side, heads, channels_last
+    (160, 32, 4, True),
+    (256, 56, 4, False),
+    (1024, 14, 4, False),
+    (2048, 7, 4, True),
+    (320, 16, 1, False),
+    (320, 16, 8, True),
+    (384, 14, 16, False),
+]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -165,6 +191,7 @@ def check(task):
 def main(capabilities):
     tasks = [(record_layer, c, d, *case) for d, case, c in itertools.product(DTYPES, LAYERS, capabilities)]
     tasks += [(record_layer, c, torch.float32, *case, True) for case, c in itertools.product(LAYERS[:2], capabilities)]
+    tasks += [(record_layer3x3, c, d, *case) for d, case, c in itertools.product(DTYPES, LAYERS3X3, capabilities)]
     tasks += [(record_rectify, c, torch.bfloat16, mix) for mix, c in itertools.product(("logit", "prob"), capabilities)]
     faults = 0
     with ProcessPoolExecutor() as pool:

@@ -38,14 +38,6 @@ def test_float64_equals_the_reference(shape, implementation, device):
         assert (got[name] - truth).abs().max().item() <= scale, name
 
 
-@pytest.mark.parametrize("shape", ["small", "one position", "split over positions"])
-def test_3x3_heads_equal_the_reference(shape, device):
-    layer = Layer(**SHAPES[shape], kernel_size=3, device=device)
-    got, exact = layer.run("eager"), layer.run("reference")
-    for name, truth in exact.items():
-        assert (got[name] - truth).abs().max().item() <= 1e-12 * max(1.0, truth.abs().max().item()), name
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES_OF_BUDGET)
@@ -323,15 +315,16 @@ def test_explain_says_what_runs_and_why(device):
         assert explanation.chosen == "triton"
         assert ar_kernels.explain(z.float(), w).chosen == "eager"  # measured faster there
     spatial = ar_kernels.explain(z, torch.randn(2, 4, 3, 3, device=device))
-    assert spatial.chosen == "eager" and spatial.reasons["reference"] == "can run"
-    assert "→ eager" in str(spatial)
+    assert spatial.chosen == ("eager" if device.type == "cpu" else "triton")
+    assert spatial.reasons["reference"] == "can run"
+    assert f"→ {spatial.chosen}" in str(spatial)
     assert ar_kernels.explain(z, w, implementation="reference").chosen == "reference"
 
 
 def test_a_named_implementation_raises_where_it_cannot_run(device):
     z = torch.randn(1, 4, 3, 3, device=device)
-    with pytest.raises(ar_kernels.ImplementationUnavailable, match="'triton' cannot run: 3×3 heads"):
-        ar_kernels.attend(z, torch.randn(2, 4, 3, 3, device=device), implementation="triton")
+    with pytest.raises(ar_kernels.ImplementationUnavailable, match="'triton' cannot run: at most 28 3×3 heads"):
+        ar_kernels.attend(z, torch.randn(29, 4, 3, 3, device=device), implementation="triton")
     with pytest.raises(ar_kernels.ImplementationUnavailable, match="'native' cannot run: 3×3 heads|is not built"):
         ar_kernels.attend(z, torch.randn(2, 4, 3, 3, device=device), implementation="native")
     with pytest.raises(ar_kernels.ImplementationUnavailable, match="at most 64 heads"):

@@ -9,7 +9,7 @@ import torch
 
 import benchmarks.__main__ as main
 from ar_kernels import reference
-from benchmarks import bars, cases, compare, counters, first_call, floors, host, rivals, step, suite, timing
+from benchmarks import bars, cases, compare, counters, first_call, floors, host, rivals, step, suite, taps, timing
 from benchmarks.cases import Case, Shard
 from benchmarks.parity import _moved
 from benchmarks.results import OtherResults, Results
@@ -448,3 +448,16 @@ def test_counters_are_read_in_their_units():
     assert (first["us"], first["memory_read_mb"], first["shared_kb"]) == (1041.09, 105.59, 213.5)
     assert first["memory_written_mb"] is None, "a counter that the chip does not have"
     assert first["stalls"]["barrier"] == 1.35 and second["stalls"]["barrier"] is None
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_the_3x3_layer_beside_its_rivals(layout):
+    results = Results(None)
+    taps.measure_shard(cases.Shard(Case(3, 12, 5, 7), "float32", layout), "cpu", results)
+    ours, *rivals = results.rows
+    assert ours["implementation"] == "ours" and {row["implementation"] for row in rivals} == {
+        "matmul-3x3",
+        "convolutions-3x3",
+    }
+    assert all(row["correct"] for row in results.rows), "checked against float64, gradients too"
+    assert all(row["times_ours"] > 0 for row in rivals)

@@ -1,0 +1,740 @@
+"""3×3 heads (docs/math.md): forward two sweeps over the map, backward two more and one write of dZ; no unfold of Z.
+
+All wide work is a plain product of 9·K rows with Z, row tap·K + head. Logits are sums of nine such rows, each shifted
+by its tap: a program keeps the rows of some lines of an image in a scratch of its own, small enough for L2, and adds
+them from there. The same kernel makes dA of the pooled features' gradients. Pooling shifts the masks, which are small.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attend_backward import weight_sums_kernel
+from .attend_forward import _store_gates
+from .heuristics import MOST_REGISTERS, Chip, chip, next_power_of_2
+from .launch import Launch
+from .tiles import (
+    accumulator,
+    aligned,
+    float32_precision,
+    load_tile,
+    map_strides,
+    matmul_precision,
+    tanh,
+    tile_offsets,
+)
+
+TAPS = 9
+
+
+@triton.jit
+def _tap_rows(weights, rows, channels, C: tl.constexpr, ROWS: tl.constexpr):
+    """[ROWS, C] → [R_tile, C_tile], 0 outside."""
+    real = (rows < ROWS)[:, None] & (channels < C)[None, :]
+    return tl.load(weights + rows[:, None] * C + channels[None, :], mask=real, other=0.0)
+
+
+@triton.jit
+def _framed(s, width):
+    """Position s in a map with a frame of zeros, one wide."""
+    return (s // width + 1) * (width + 2) + s % width + 1
+
+
+@triton.jit
+def _shifted(maps, rows, s, height, width, HEADS: tl.constexpr):
+    """Row tap·K + k: head k's framed map at s - tap → [R_tile, S_tile]. Rows behind the last tap repeat it, positions
+    past the image its last one: no bounds to check, since they meet zeros or are not stored."""
+    tap, head = tl.minimum(rows // HEADS, 8), rows % HEADS
+    shift = (tap // 3 - 1) * (width + 2) + tap % 3 - 1
+    at = _framed(tl.minimum(s, height * width - 1), width)
+    return tl.load(maps + (head * ((height + 2) * (width + 2)) - shift)[:, None] + at[None, :])
+
+
+@triton.jit(do_not_specialize=["items", "bands", "lines"])
+def tap_sums_kernel(
+    z, weights, b, logits, lse, delta, grad_lse, grad_logits, scale, scratch, a_out, dl_out,
+    items, bands, lines, height, width, z_n, z_c, z_h, z_w,
+    C: tl.constexpr, HEADS: tl.constexpr, OF_IMAGE: tl.constexpr, PITCH: tl.constexpr,
+    R_TILE: tl.constexpr, C_TILE: tl.constexpr, S_TILE: tl.constexpr, K_TILE: tl.constexpr,
+    UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Σ_τ rows[tap τ] · Z_{s+τ} for the `lines` lines of a band. Forward: rows W_H, the sum is the logits. Backward
+    (OF_IMAGE): rows dP of each image, the sum is dA; writes a and dℓ = a ⊙ (dA - δ + dlse) + direct, times scale."""
+    positions = height * width
+    rows = tl.arange(0, R_TILE)
+    heads = tl.arange(0, K_TILE)
+    own = scratch + tl.program_id(0).to(tl.int64) * (9 * HEADS * PITCH)
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        n = (item // bands).to(tl.int64)
+        line = item % bands * lines
+        begin = line * width
+        end = tl.minimum(line + lines, height) * width
+        first = aligned(tl.maximum(begin - width, 0), 16)
+        last = aligned(tl.minimum((end + width + 15) // 16 * 16, positions), VECTOR if UNIT == "s" else 1)
+        w_n = weights
+        if OF_IMAGE:
+            w_n += n * (9 * HEADS * C)
+        for start in range(first, last, S_TILE):
+            s = start + tl.arange(0, S_TILE)
+            y = tl.zeros([R_TILE, S_TILE], ACC)
+            for c0 in range(0, C, C_TILE):
+                c = c0 + tl.arange(0, C_TILE)
+                z_tile = load_tile(z + n * VECTOR * z_n, s, last, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
+                w_tile = _tap_rows(w_n, rows, c, C, 9 * HEADS)
+                y = tl.dot(w_tile, tl.trans(z_tile), y, input_precision=PRECISION, out_dtype=ACC)
+            real = (rows < 9 * HEADS)[:, None] & (s < last)[None, :]
+            tl.store(own + rows[:, None] * PITCH + (s - first)[None, :], y, mask=real)
+        tl.debug_barrier()  # the other threads' rows are read below
+        for start in range(begin, end, S_TILE):
+            s = start + tl.arange(0, S_TILE)
+            y, x = s // width, s % width
+            total = tl.zeros([K_TILE, S_TILE], ACC)
+            for tap in range(9):
+                dy, dx = tap // 3 - 1, tap % 3 - 1
+                inside = (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width) & (s < end)
+                at = own + (tap * HEADS + heads)[:, None] * PITCH + (s + dy * width + dx - first)[None, :]
+                total += tl.load(at, mask=(heads < HEADS)[:, None] & inside[None, :], other=0.0)
+            real = (heads < HEADS)[:, None] & (s < end)[None, :]
+            row = n * HEADS + heads
+            at = row[:, None] * positions + s[None, :]
+            if OF_IMAGE:
+                of_head = heads < HEADS
+                log_sum = tl.load(lse + row, mask=of_head, other=0.0)
+                a = tl.exp(tl.load(logits + at, mask=real, other=float("-inf")) - log_sum[:, None])
+                shift = tl.load(delta + row, mask=of_head, other=0.0)
+                if grad_lse is not None:
+                    shift -= tl.load(grad_lse + row, mask=of_head, other=0.0).to(ACC)
+                factor = 1.0
+                if scale is not None:  # dP comes scaled, δ and the direct gradients do not
+                    factor = tl.load(scale + n)
+                dl = a * (total - shift[:, None] * factor)
+                if grad_logits is not None:
+                    dl += tl.load(grad_logits + at, mask=real, other=0.0).to(ACC) * factor
+                at = row[:, None] * ((height + 2) * (width + 2)) + _framed(s, width)[None, :]
+                tl.store(a_out + at, a.to(a_out.dtype.element_ty), mask=real)
+                tl.store(dl_out + at, dl.to(dl_out.dtype.element_ty), mask=real)
+            else:
+                if b is not None:
+                    total += tl.load(b + heads, mask=heads < HEADS, other=0.0).to(ACC)[:, None]
+                tl.store(logits + at, total, mask=real)
+        tl.debug_barrier()  # before the next item's rows take their place
+
+
+@triton.jit
+def masks_kernel(logits, lse, masks, height, width, S_TILE: tl.constexpr, ACC: tl.constexpr):
+    """One program: one head of one image. lse, and the framed masks exp(ℓ - lse) in Z's dtype."""
+    positions = height * width
+    row = tl.program_id(0).to(tl.int64)
+    m = tl.full([S_TILE], float("-inf"), ACC)
+    for start in range(0, positions, S_TILE):
+        s = start + tl.arange(0, S_TILE)
+        m = tl.maximum(m, tl.load(logits + row * positions + s, mask=s < positions, other=float("-inf")))
+    largest = tl.max(m, axis=0)
+    origin = tl.where(largest == float("-inf"), 0.0, largest)
+    d = tl.zeros([S_TILE], ACC)
+    for start in range(0, positions, S_TILE):
+        s = start + tl.arange(0, S_TILE)
+        d += tl.exp(tl.load(logits + row * positions + s, mask=s < positions, other=float("-inf")) - origin)
+    log_sum = origin + tl.log(tl.sum(d, axis=0))
+    tl.store(lse + row, log_sum)
+    for start in range(0, positions, S_TILE):
+        s = start + tl.arange(0, S_TILE)
+        a = tl.exp(tl.load(logits + row * positions + s, mask=s < positions, other=float("-inf")) - log_sum)
+        at = row * ((height + 2) * (width + 2)) + _framed(s, width)
+        tl.store(masks + at, a.to(masks.dtype.element_ty), mask=s < positions)
+
+
+@triton.jit(do_not_specialize=["splits", "split_length"])
+def pool_kernel(
+    z, masks, pooled, mean, splits, split_length, height, width, z_n, z_c, z_h, z_w,
+    C: tl.constexpr, HEADS: tl.constexpr, R_TILE: tl.constexpr, C_TILE: tl.constexpr, S_TILE: tl.constexpr,
+    UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: some channels of one split of one image. P of all taps [splits, N, 9, K, C] and the mean's sums
+    [splits, N, C], whose row of ones is the last of the tile."""
+    positions = height * width
+    split, n = tl.program_id(0) % splits, (tl.program_id(0) // splits).to(tl.int64)
+    images = tl.num_programs(0) // splits
+    rows = tl.arange(0, R_TILE)
+    c = tl.program_id(1) * C_TILE + tl.arange(0, C_TILE)
+    begin = aligned(split * split_length, S_TILE)
+    end = aligned(tl.minimum(begin + split_length, positions), VECTOR if UNIT == "s" else 1)
+    sums = tl.zeros([R_TILE, C_TILE], ACC)
+    for start in range(begin, end, S_TILE):
+        s = start + tl.arange(0, S_TILE)
+        z_tile = load_tile(z + n * VECTOR * z_n, s, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
+        a = _shifted(masks + n * HEADS * ((height + 2) * (width + 2)), rows, s, height, width, HEADS)
+        if mean is not None:
+            a = tl.where((rows == R_TILE - 1)[:, None] & (s < end)[None, :], 1.0, a).to(masks.dtype.element_ty)
+        sums = tl.dot(a, z_tile, sums, input_precision=PRECISION, out_dtype=ACC)
+    row = split.to(tl.int64) * images + n
+    real = (rows < 9 * HEADS)[:, None] & (c < C)[None, :]
+    tl.store(pooled + (row * (9 * HEADS) + rows[:, None]) * C + c[None, :], sums, mask=real)
+    if mean is not None:
+        average = tl.sum(tl.where((rows == R_TILE - 1)[:, None], sums, 0.0), axis=0) / positions
+        tl.store(mean + row * C + c, average, mask=c < C)
+
+
+@triton.jit
+def _of_head(rows, n, k, c, C: tl.constexpr, HEADS: tl.constexpr):
+    """[N, 9, K, C]: image n, head k → [16 taps, C_tile], 0 outside."""
+    taps = tl.arange(0, 16)
+    real = (taps < 9)[:, None] & (c < C)[None, :]
+    return tl.load(rows + ((n * 9 + taps[:, None]) * HEADS + k) * C + c[None, :], mask=real, other=0.0)
+
+
+@triton.jit
+def _feature_pointers(features, n, k, c, C: tl.constexpr, GATED: tl.constexpr):
+    """[N, K', C, 9]: image n, head k → pointers and mask [C_tile, 16 taps]."""
+    taps = tl.arange(0, 16)
+    pointers = features + ((n * GATED + k) * C + c[:, None]) * 9 + taps[None, :]
+    return pointers, (c < C)[:, None] & (taps < 9)[None, :]
+
+
+@triton.jit
+def _one_number(tile):
+    return tl.sum(tl.sum(tile, axis=1), axis=0)
+
+
+@triton.jit
+def _most(tile):
+    return tl.max(tl.max(tl.abs(tile), axis=1), axis=0)
+
+
+@triton.jit
+def _score_sums(pooled, score_w, n, c, C: tl.constexpr, HEADS: tl.constexpr, K_TILE: tl.constexpr, ACC: tl.constexpr):
+    """W_G[k]·P_k over the channels c: [K_tile]."""
+    heads = tl.arange(0, K_TILE)
+    t = tl.zeros([K_TILE], ACC)
+    for k in range(HEADS):
+        products = _of_head(pooled, n, k, c, C, HEADS) * _of_head(score_w, 0, k, c, C, HEADS).to(ACC)
+        t += tl.where(heads == k, _one_number(products), 0.0)
+    return t
+
+
+@triton.jit
+def score_sums_kernel(
+    pooled, score_w, parts,
+    C: tl.constexpr, HEADS: tl.constexpr, C_TILE: tl.constexpr, K_TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One program: some channels of one image; parts [N, chunks, K_tile] of the scores."""
+    n, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    c = chunk * C_TILE + tl.arange(0, C_TILE)
+    t = _score_sums(pooled, score_w, n, c, C, HEADS, K_TILE, ACC)
+    tl.store(parts + (n * tl.num_programs(1) + chunk) * K_TILE + tl.arange(0, K_TILE), t)
+
+
+@triton.jit
+def gate_kernel(
+    pooled, score_w, score_b, parts, scores, gates, features,
+    C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, C_TILE: tl.constexpr, K_TILE: tl.constexpr,
+    CHUNK_TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One program: some channels of one image (parts None: all of them). t_k = W_G[k]·P_k + b_G[k],
+    g = softmax(tanh(t)) and g ⊙ P, taps last."""
+    n, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    heads = tl.arange(0, K_TILE)
+    c = chunk * C_TILE + tl.arange(0, C_TILE)
+    t = tl.zeros([K_TILE], ACC)
+    if parts is not None:
+        chunks = tl.arange(0, CHUNK_TILE)
+        at = parts + (n * tl.num_programs(1) + chunks[:, None]) * K_TILE + heads[None, :]
+        t += tl.sum(tl.load(at, mask=(chunks < tl.num_programs(1))[:, None], other=0.0), axis=0)
+    elif score_w is not None:
+        t += _score_sums(pooled, score_w, n, c, C, HEADS, K_TILE, ACC)
+    g = _store_gates(t, n, heads, score_w, score_b, scores, gates, HEADS, GATED)  # the same from every program
+    for k in range(GATED):
+        gate = tl.sum(tl.where(heads == k, g, 0.0), axis=0)
+        x = tl.trans(_of_head(pooled, n, k, c, C, HEADS) * gate)
+        pointers, real = _feature_pointers(features, n, k, c, C, GATED)
+        tl.store(pointers, x.to(features.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _gradient_sums(
+    pooled, score_w, grad_features, grad_pooled, n, c,
+    C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, K_TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Over the channels c, of every head, [K_tile] each: dx·P, W_G·P, direct·P, the largest |dx|, |W_G|, |direct|."""
+    heads = tl.arange(0, K_TILE)
+    x_p = tl.zeros([K_TILE], ACC)
+    w_p = tl.zeros([K_TILE], ACC)
+    direct_p = tl.zeros([K_TILE], ACC)
+    x_most = tl.zeros([K_TILE], ACC)
+    w_most = tl.zeros([K_TILE], ACC)
+    direct_most = tl.zeros([K_TILE], ACC)
+    for k in range(HEADS):
+        here = heads == k
+        p = _of_head(pooled, n, k, c, C, HEADS)
+        if grad_features is not None:
+            pointers, real = _feature_pointers(grad_features, n, k, c, C, GATED)
+            dx = tl.trans(tl.load(pointers, mask=real & (k < GATED), other=0.0).to(ACC))
+            x_p += tl.where(here, _one_number(dx * p), 0.0)
+            x_most += tl.where(here, _most(dx), 0.0)
+        if score_w is not None:
+            weight = _of_head(score_w, 0, k, c, C, HEADS).to(ACC)
+            w_p += tl.where(here, _one_number(weight * p), 0.0)
+            w_most += tl.where(here, _most(weight), 0.0)
+        if grad_pooled is not None:
+            direct = _of_head(grad_pooled, n, k, c, C, HEADS).to(ACC)
+            direct_p += tl.where(here, _one_number(direct * p), 0.0)
+            direct_most += tl.where(here, _most(direct), 0.0)
+    return x_p, w_p, direct_p, x_most, w_most, direct_most
+
+
+@triton.jit
+def gradient_sums_kernel(
+    pooled, score_w, grad_features, grad_pooled, parts,
+    C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, C_TILE: tl.constexpr, K_TILE: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """One program: some channels of one image; parts [N, chunks, 6, K_tile] of _gradient_sums."""
+    n, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    c = chunk * C_TILE + tl.arange(0, C_TILE)
+    found = _gradient_sums(pooled, score_w, grad_features, grad_pooled, n, c, C, HEADS, GATED, K_TILE, ACC)
+    at = parts + (n * tl.num_programs(1) + chunk) * (6 * K_TILE) + tl.arange(0, K_TILE)
+    for i in tl.static_range(6):
+        tl.store(at + i * K_TILE, found[i])
+
+
+@triton.jit
+def gate_gradient_kernel(
+    pooled, score_w, scores, gates, grad_features, grad_gates, grad_scores, grad_pooled, parts,
+    dp, delta, dt, scale, unscale,
+    C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, C_TILE: tl.constexpr, K_TILE: tl.constexpr,
+    CHUNK_TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One program: some channels of one image (parts None: all of them). dt, dP_k = g_k dx_k + dt_k W_G[k] + direct,
+    δ_k = dP_k·P_k. scale: of a float16 image a power of two for dP, since gradients of a mean loss are below what
+    float16 holds. What is of an image every program of it stores, the same."""
+    n, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    heads = tl.arange(0, K_TILE)
+    c = chunk * C_TILE + tl.arange(0, C_TILE)
+    if parts is not None:
+        chunks = tl.arange(0, CHUNK_TILE)[:, None]
+        at = parts + (n * tl.num_programs(1) + chunks) * (6 * K_TILE) + heads[None, :]
+        present = chunks < tl.num_programs(1)
+        x_p = tl.sum(tl.load(at, mask=present, other=0.0), axis=0)
+        w_p = tl.sum(tl.load(at + K_TILE, mask=present, other=0.0), axis=0)
+        direct_p = tl.sum(tl.load(at + 2 * K_TILE, mask=present, other=0.0), axis=0)
+        x_most = tl.max(tl.load(at + 3 * K_TILE, mask=present, other=0.0), axis=0)
+        w_most = tl.max(tl.load(at + 4 * K_TILE, mask=present, other=0.0), axis=0)
+        direct_most = tl.max(tl.load(at + 5 * K_TILE, mask=present, other=0.0), axis=0)
+    else:
+        x_p, w_p, direct_p, x_most, w_most, direct_most = _gradient_sums(
+            pooled, score_w, grad_features, grad_pooled, n, c, C, HEADS, GATED, K_TILE, ACC
+        )
+    g = tl.zeros([K_TILE], ACC)
+    d = tl.zeros([K_TILE], ACC)
+    if grad_scores is not None:
+        d += tl.load(grad_scores + n * HEADS + heads, mask=heads < HEADS, other=0.0).to(ACC)
+    if gates is not None:
+        g += tl.load(gates + n * GATED + heads, mask=heads < GATED, other=0.0)
+        dg = x_p
+        if grad_gates is not None:
+            dg += tl.load(grad_gates + n * GATED + heads, mask=heads < GATED, other=0.0).to(ACC)
+        hyperbolic = tanh(tl.load(scores + n * HEADS + heads, mask=heads < HEADS, other=0.0))
+        d += g * (dg - tl.sum(g * dg, axis=0)) * (1.0 - hyperbolic * hyperbolic)
+    if dt is not None:
+        tl.store(dt + n * HEADS + heads, d, mask=heads < HEADS)
+    tl.store(delta + n * HEADS + heads, g * x_p + d * w_p + direct_p, mask=heads < HEADS)
+    factor = 1.0
+    if scale is not None:
+        most = tl.max(tl.abs(g) * x_most + tl.abs(d) * w_most + direct_most, axis=0)
+        exponent = tl.floor(tl.log2(tl.minimum(tl.maximum(most, 1e-30), 1e30)))
+        factor = tl.exp2(-exponent)
+        tl.store(scale + n, factor)
+        tl.store(unscale + n, tl.exp2(exponent))
+    taps = tl.arange(0, 16)
+    for k in range(HEADS):
+        grad = tl.zeros([16, C_TILE], ACC)
+        if grad_features is not None:
+            pointers, real = _feature_pointers(grad_features, n, k, c, C, GATED)
+            dx = tl.load(pointers, mask=real & (k < GATED), other=0.0).to(ACC)
+            grad += tl.trans(dx) * tl.sum(tl.where(heads == k, g, 0.0), axis=0)
+        if score_w is not None:
+            grad += _of_head(score_w, 0, k, c, C, HEADS).to(ACC) * tl.sum(tl.where(heads == k, d, 0.0), axis=0)
+        if grad_pooled is not None:
+            grad += _of_head(grad_pooled, n, k, c, C, HEADS).to(ACC)
+        rows = dp + ((n * 9 + taps[:, None]) * HEADS + k) * C + c[None, :]
+        tl.store(rows, (grad * factor).to(dp.dtype.element_ty), mask=(taps < 9)[:, None] & (c < C)[None, :])
+
+
+@triton.jit(do_not_specialize=["items", "splits", "split_length"])
+def map_gradient_kernel(
+    z, w, dp, a, dl, unscale, grad_mean, upstream, dz, shares,
+    items, splits, split_length, height, width,
+    z_n, z_c, z_h, z_w, up_n, up_c, up_h, up_w, dz_n, dz_c, dz_w,
+    C: tl.constexpr, HEADS: tl.constexpr, R_TILE: tl.constexpr, C_TILE: tl.constexpr, S_TILE: tl.constexpr,
+    UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr,
+    UP_UNIT: tl.constexpr, UP_VECTOR: tl.constexpr, UP_FLAT: tl.constexpr,
+    DZ_UNIT: tl.constexpr, DZ_VECTOR: tl.constexpr, WIDE: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dZ_s = Σ_k Σ_τ (a_{k,s-τ} dP_kτ + dℓ_{k,s-τ} W_kτ) + upstream + dmean/S, and shares [programs, 9, K, C] of
+    dW = Σ_n Σ_s dℓ_{k,s-τ} Z_s. One program: some channels of some splits of images, one after the other."""
+    positions = height * width
+    rows = tl.arange(0, R_TILE)
+    c = tl.program_id(1) * C_TILE + tl.arange(0, C_TILE)
+    kind = z.dtype.element_ty
+    w_tile = _tap_rows(w, rows, c, C, 9 * HEADS)
+    share = tl.zeros([R_TILE, C_TILE], ACC)
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        n = (item // splits).to(tl.int64)
+        begin = aligned(item % splits * split_length, S_TILE)
+        end = aligned(tl.minimum(begin + split_length, positions), VECTOR if UNIT == "s" else 1)
+        dp_tile = _tap_rows(dp + n * (9 * HEADS * C), rows, c, C, 9 * HEADS)
+        inverse = 1.0
+        if unscale is not None:
+            inverse = tl.load(unscale + n)
+        of_image = tl.zeros([R_TILE, C_TILE], ACC)
+        for start in range(begin, end, S_TILE):
+            s = start + tl.arange(0, S_TILE)
+            maps = n * HEADS * ((height + 2) * (width + 2))
+            dl_rows = _shifted(dl + maps, rows, s, height, width, HEADS)
+            if shares is not None:
+                z_tile = load_tile(z + n * VECTOR * z_n, s, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
+                of_image = tl.dot(dl_rows, z_tile, of_image, input_precision=PRECISION, out_dtype=ACC)
+            if dz is not None:
+                a_rows = _shifted(a + maps, rows, s, height, width, HEADS)
+                grad = tl.dot(tl.trans(a_rows), dp_tile, input_precision=PRECISION, out_dtype=ACC)
+                grad = tl.dot(tl.trans(dl_rows), w_tile, grad, input_precision=PRECISION, out_dtype=ACC) * inverse
+                if grad_mean is not None:
+                    of_mean = tl.load(grad_mean + n * C + c, mask=c < C, other=0.0).to(ACC) / positions
+                    grad += of_mean[None, :]
+                if upstream is not None:
+                    up = upstream + n * UP_VECTOR * up_n
+                    grad += load_tile(up, s, end, c, width, up_c, up_h, up_w, C, UP_UNIT, UP_VECTOR, UP_FLAT, WIDE).to(
+                        ACC
+                    )
+                offsets = tile_offsets(s, c, width, dz_c, 0, dz_w, DZ_UNIT, DZ_VECTOR, True, WIDE)
+                real = (s < end)[:, None] & (c < C)[None, :]
+                tl.store(dz + n * DZ_VECTOR * dz_n + offsets, grad.to(kind), mask=real)
+        share += of_image * inverse
+    if shares is not None:
+        at = shares + tl.program_id(0).to(tl.int64) * (9 * HEADS * C) + rows[:, None] * C + c[None, :]
+        tl.store(at, share, mask=(rows < 9 * HEADS)[:, None] & (c < C)[None, :])
+
+
+# ---------------------------------------------------------------------------------------------- launching
+
+
+def tap_rows(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """[..., K, C, 9] → [..., 9, K, C] in dtype, contiguous: what the products read row by row."""
+    return weights.movedim(-1, -3).to(dtype, memory_format=torch.contiguous_format).contiguous()
+
+
+def framed_maps(z: Tensor, count: int) -> Tensor:
+    """Zeros [N, count, H+2, W+2] in z's dtype."""
+    return z.new_zeros(z.shape[0], count, z.shape[2] + 2, z.shape[3] + 2)
+
+
+class _Cut(NamedTuple):
+    """What all kernels for maps of one shape, strides and dtype share."""
+
+    constants: dict
+    sizes: tuple[int, ...]  # height, width, the map's strides
+    row_tile: int  # of the 9·K rows, and the mean's
+    chip: Chip
+    itemsize: int
+
+    @property
+    def half(self) -> bool:
+        return self.itemsize == 2
+
+    @property
+    def hopper(self) -> bool:
+        return self.chip.capability == 9
+
+    @property
+    def maxnreg(self) -> int | None:
+        return None if self.hopper and self.half else MOST_REGISTERS
+
+    def channel_tile(self, area: int, most: int) -> int:
+        """A power of two, so wide that row_tile times it is at most `area` sums; fewer of wider elements."""
+        elements = area if self.half else area // self.itemsize
+        return min(most, max(16, next_power_of_2(self.constants["C"])), max(16, elements // self.row_tile))
+
+    def splits(self, images: int, chunks: int, tile: int) -> tuple[int, int]:
+        """How many programs share an image's positions, and how many of these each has, a multiple of tile."""
+        tiles = -(-self.sizes[0] * self.sizes[1] // tile)
+        splits = max(1, min(-(-tiles // 2), self.chip.processors // max(images * chunks, 1)))
+        length = -(-tiles // splits)
+        return -(-tiles // length), length * tile
+
+
+def _cut(
+    sizes: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, device: int, heads: int, precision: str
+) -> _Cut:
+    z = map_strides(sizes, strides, dtype.itemsize)
+    row_tile = max(16, next_power_of_2(TAPS * heads + 1))
+    constants = {
+        "C": sizes[1], "HEADS": heads, "R_TILE": row_tile, "UNIT": z.unit, "VECTOR": z.vector, "FLAT": z.flat,
+        "WIDE": z.wide, "ACC": accumulator(dtype), "PRECISION": matmul_precision(dtype, precision, row_tile),
+    }  # fmt: skip
+    return _Cut(constants, (*sizes[2:], z.n, z.c, z.h, z.w), row_tile, chip(device), dtype.itemsize)
+
+
+class _Sums(NamedTuple):
+    """tap_sums_kernel's launch, and the shape of its scratch."""
+
+    launch: Launch
+    scratch: tuple[int, int, int]
+
+
+def _tap_sums(cut: _Cut, images: int, heads: int, of_image: bool) -> _Sums:
+    height, width = cut.sizes[:2]
+    lines = min(height, max(1, -(-1024 // width)))  # of a band: the fewer, the more often a line is read again
+    while lines * width > 256 and images * -(-height // lines) < 3 * cut.chip.processors:
+        lines = -(-lines // 2)
+    bands = -(-height // lines)
+    programs = min(images * bands, 3 * cut.chip.processors)
+    pitch = -(-((lines + 2) * width + 32) // 16) * 16
+    most = 128 if cut.hopper else 64
+    tile = min(max(32, 8192 // cut.row_tile), most, max(32, next_power_of_2(height * width))) if cut.half else 32
+    launch = Launch(
+        tap_sums_kernel, (programs,), (images * bands, bands, lines, *cut.sizes), **cut.constants,
+        OF_IMAGE=of_image, PITCH=pitch, C_TILE=128 // cut.itemsize, S_TILE=tile, K_TILE=next_power_of_2(heads),
+        num_warps=4 if cut.half and cut.row_tile <= 64 else 8, num_stages=3 if cut.half else 2,
+        maxnreg=cut.maxnreg,
+    )  # fmt: skip
+    return _Sums(launch, (programs, TAPS * heads, pitch))
+
+
+class _Gates(NamedTuple):
+    """Two kernels over chunks of channels: sums over all of them, then what needs the sums."""
+
+    sums: Launch | None  # None: one chunk, the second kernel does it
+    gates: Launch
+    parts: tuple[int, ...]
+
+
+def _gates(sums: Any, kernel: Any, images: int, channels: int, heads: int, width: int, **constants: Any) -> _Gates:
+    """width: how many numbers of a head and a chunk `sums` stores."""
+    tile = min(256, max(16, next_power_of_2(channels)))
+    chunks = -(-channels // tile)
+    constants |= {"C": channels, "HEADS": heads, "C_TILE": tile, "K_TILE": next_power_of_2(heads), "num_warps": 8}
+    constants["maxnreg"] = MOST_REGISTERS
+    of_sums = {name: value for name, value in constants.items() if name in (*sums.arg_names, "num_warps", "maxnreg")}
+    return _Gates(
+        Launch(sums, (images, chunks), (), **of_sums) if chunks > 1 else None,
+        Launch(kernel, (images, chunks), (), CHUNK_TILE=next_power_of_2(chunks), **constants),
+        (images, chunks, width, constants["K_TILE"]),
+    )
+
+
+class _Forward(NamedTuple):
+    sums: _Sums
+    masks: Launch
+    pool: Launch
+    splits: int
+    gates: _Gates | None
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_plan(
+    sizes: torch.Size,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    device: int,
+    heads: int,
+    gated: int,
+    precision: str,
+) -> _Forward:
+    cut = _cut(sizes, strides, dtype, device, heads, precision)
+    images, channels = sizes[:2]
+    positions = math.prod(sizes[2:])
+    masks = Launch(
+        masks_kernel, (images * heads,), tuple(sizes[2:]), S_TILE=min(1024, next_power_of_2(positions)),
+        ACC=accumulator(dtype), num_warps=4,
+    )  # fmt: skip
+    channel_tile = cut.channel_tile(16384, 256)
+    tile = 64 if cut.half and cut.row_tile <= 128 else 32
+    chunks = -(-channels // channel_tile)
+    splits, length = cut.splits(images, chunks, tile)
+    pool = Launch(
+        pool_kernel, (images * splits, chunks), (splits, length, *cut.sizes), **cut.constants,
+        C_TILE=channel_tile, S_TILE=tile, num_warps=8, num_stages=3 if cut.half else 2, maxnreg=cut.maxnreg,
+    )  # fmt: skip
+    gates = None
+    if gated:
+        acc = accumulator(dtype)
+        gates = _gates(score_sums_kernel, gate_kernel, images, channels, heads, 1, GATED=gated, ACC=acc)
+    return _Forward(_tap_sums(cut, images, heads, False), masks, pool, splits, gates)
+
+
+def attend3x3_forward(
+    z: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    score_w: Tensor | None,
+    score_b: Tensor | None,
+    pooled: Tensor,
+    lse: Tensor,
+    logits: Tensor,
+    mean: Tensor | None,
+    scores: Tensor | None,
+    gates: Tensor | None,
+    features: Tensor | None,
+) -> None:
+    """Launches into outputs that ops.py allocated; pooled is [N, 9, K, C]."""
+    heads = w.shape[0]
+    plan = _forward_plan(
+        z.shape, z.stride(), z.dtype, z.get_device(), heads, 0 if gates is None else gates.shape[1],
+        float32_precision(z.dtype),
+    )  # fmt: skip
+    scratch = lse.new_empty(plan.sums.scratch)
+    rows = tap_rows(w.flatten(2), z.dtype)
+    plan.sums.launch(z, rows, b, logits, None, None, None, None, None, scratch, None, None)
+    masks = framed_maps(z, heads)
+    plan.masks(logits, lse, masks)
+    if plan.splits == 1:
+        plan.pool(z, masks, pooled, mean)
+    else:
+        parts = pooled.new_empty(plan.splits, *pooled.shape)
+        means = None if mean is None else mean.new_empty(plan.splits, *mean.shape)
+        plan.pool(z, masks, parts, means)
+        torch.sum(parts, dim=0, out=pooled)
+        if mean is not None:
+            torch.sum(means, dim=0, out=mean)
+    if plan.gates is not None:
+        score_rows = parts = None
+        if score_w is not None:
+            score_rows = tap_rows(score_w.flatten(2), score_w.dtype)
+            if plan.gates.sums is not None:
+                parts = lse.new_empty(plan.gates.parts)
+                plan.gates.sums(pooled, score_rows, parts)
+        plan.gates.gates(pooled, score_rows, score_b, parts, scores, gates, features)
+
+
+class _Backward(NamedTuple):
+    gates: _Gates
+    sums: _Sums | None
+    gradient: Launch | None
+    programs: int  # of the last one, each with its share of dW_H
+    weights: Launch | None
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_plan(
+    sizes: torch.Size,
+    strides: tuple[int, ...],
+    up_strides: tuple[int, ...] | None,
+    dz_strides: tuple[int, ...] | None,
+    dtype: torch.dtype,
+    device: int,
+    heads: int,
+    gated: int,
+    has_dw: bool,
+    has_dt: bool,
+    precision: str,
+) -> _Backward:
+    cut = _cut(sizes, strides, dtype, device, heads, precision)
+    images, channels = sizes[:2]
+    acc = accumulator(dtype)
+    gates = _gates(gradient_sums_kernel, gate_gradient_kernel, images, channels, heads, 6, GATED=gated, ACC=acc)
+    sums = gradient = weights = None
+    programs = 0
+    if has_dw or dz_strides is not None:
+        z = map_strides(sizes, strides, dtype.itemsize)
+        up = z if up_strides is None else map_strides(sizes, up_strides, dtype.itemsize)
+        dz = z if dz_strides is None else map_strides(sizes, dz_strides, dtype.itemsize)
+        channel_tile = cut.channel_tile(8192 if cut.hopper and cut.row_tile > 64 else 4096, 128)
+        tile = 64 if cut.half and cut.hopper and cut.row_tile <= 128 else 32
+        chunks = -(-channels // channel_tile)
+        splits, length = cut.splits(images, chunks, tile)
+        programs = min(images * splits, max(1, 2 * cut.chip.processors // chunks))
+        constants = cut.constants | {"WIDE": z.wide or up.wide or dz.wide}
+        gradient = Launch(
+            map_gradient_kernel, (programs, chunks),
+            (images * splits, splits, length, *cut.sizes, up.n, up.c, up.h, up.w, dz.n, dz.c, dz.w), **constants,
+            C_TILE=channel_tile, S_TILE=tile, UP_UNIT=up.unit, UP_VECTOR=up.vector, UP_FLAT=up.flat,
+            DZ_UNIT=dz.unit, DZ_VECTOR=dz.vector, num_stages=2,
+            num_warps=4 if cut.hopper and cut.half and cut.row_tile <= 64 else 8, maxnreg=cut.maxnreg,
+        )  # fmt: skip
+        sums = _tap_sums(cut, images, heads, True)
+    if has_dw or has_dt:
+        tile = min(64, next_power_of_2(channels))
+        weights = Launch(
+            weight_sums_kernel, (TAPS * heads * (has_dw + has_dt), -(-channels // tile)), (programs, images),
+            C=channels, HEADS=TAPS * heads, C_TILE=tile, R_TILE=64, num_warps=4,
+        )  # fmt: skip
+    return _Backward(gates, sums, gradient, programs, weights)
+
+
+def attend3x3_backward(
+    z: Tensor,
+    w: Tensor,
+    score_w: Tensor | None,
+    pooled: Tensor,
+    lse: Tensor,
+    logits: Tensor,
+    scores: Tensor | None,
+    gates: Tensor | None,
+    grad_pooled: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_logits: Tensor | None,
+    grad_scores: Tensor | None,
+    grad_gates: Tensor | None,
+    grad_features: Tensor | None,
+    grad_mean: Tensor | None,
+    upstream: Tensor | None,
+    dz_strides: tuple[int, ...] | None,
+    dw: Tensor | None,
+    dscore_w: Tensor | None,
+    dscore_b: Tensor | None,
+) -> Tensor | None:
+    """Launches into dw and dscore_w [K, C, 3, 3] and dscore_b [K]; returns dz with the strides asked for, contiguous or
+    channels_last. What is None is not computed, the two scores' go together. pooled is [N, 9, K, C], grad_pooled
+    [N, K, C, 9]."""
+    (images, channels), heads = z.shape[:2], w.shape[0]
+    plan = _backward_plan(
+        z.shape, z.stride(), None if upstream is None else upstream.stride(), dz_strides,
+        z.dtype, z.get_device(), heads, 0 if gates is None else gates.shape[1], dw is not None, dscore_w is not None,
+        float32_precision(z.dtype),
+    )  # fmt: skip
+    dp = z.new_empty(images, TAPS, heads, channels)
+    delta = lse.new_empty(images, heads)
+    dt = None if dscore_w is None else lse.new_empty(images, heads)
+    scale = unscale = None
+    if z.dtype == torch.float16:
+        scale, unscale = lse.new_empty(images), lse.new_empty(images)
+    score_rows = None if score_w is None else tap_rows(score_w.flatten(2), score_w.dtype)
+    direct = None if grad_pooled is None else tap_rows(grad_pooled, grad_pooled.dtype)
+    parts = None
+    if plan.gates.sums is not None:
+        parts = lse.new_empty(plan.gates.parts)
+        plan.gates.sums(pooled, score_rows, grad_features, direct, parts)
+    plan.gates.gates(
+        pooled, score_rows, scores, gates, grad_features, grad_gates, grad_scores, direct, parts,
+        dp, delta, dt, scale, unscale,
+    )  # fmt: skip
+    dz = shares = None
+    if plan.gradient is not None:
+        a, dl = framed_maps(z, 2 * heads).view(2, images, heads, -1)
+        scratch = lse.new_empty(plan.sums.scratch)
+        plan.sums.launch(z, dp, None, logits, lse, delta, grad_lse, grad_logits, scale, scratch, a, dl)
+        del scratch  # dz may take its place
+        dz = None if dz_strides is None else z.new_empty_strided(z.shape, dz_strides)
+        shares = None if dw is None else lse.new_empty(plan.programs, TAPS, heads, channels)
+        plan.gradient(z, tap_rows(w.flatten(2), z.dtype), dp, a, dl, unscale, grad_mean, upstream, dz, shares)
+    if plan.weights is not None:
+        sums = None if dw is None else dw.new_empty(TAPS, heads, channels)
+        score_sums = score_bias = None
+        if dt is not None:  # every tap's rows with the same weight
+            dt = dt.repeat(1, TAPS)
+            score_sums, score_bias = dscore_w.new_empty(TAPS, heads, channels), lse.new_empty(TAPS, heads)
+        plan.weights(shares, pooled, dt, sums, score_sums, score_bias)
+        for gradient, rows in ((dw, sums), (dscore_w, score_sums)):
+            if gradient is not None:
+                gradient.copy_(rows.movedim(0, 2).unflatten(2, (3, 3)))
+        if dscore_b is not None:
+            dscore_b.copy_(score_bias[0])
+    return dz

@@ -1,0 +1,172 @@
+"""3×3 heads: every implementation against the reference, the operators as PyTorch sees them, what they hold."""
+
+import pytest
+import torch
+from layers import Layer, assert_within_budget, batch_last, channels_last, slice_of_cat
+
+import ar_kernels
+from ar_kernels import ops
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+SHAPES = {
+    "small": {},
+    "one position": {"n": 2, "c": 16, "h": 1, "w": 1, "k": 1},
+    "one row": {"n": 2, "c": 6, "h": 1, "w": 37, "mean": False, "tap": False},
+    "one column": {"n": 2, "c": 6, "h": 21, "w": 1, "k": 3},
+    "global heads": {"n": 3, "c": 20, "h": 5, "w": 7, "k": 4, "globals": 3},
+    "split over positions": {"n": 1, "c": 40, "h": 17, "w": 19, "k": 3},
+    "bands": {"n": 2, "c": 16, "h": 70, "w": 20, "k": 2},
+    "a band of each line": {"n": 1, "c": 4, "h": 3, "w": 1030, "k": 1},
+    "more images than programs": {"n": 10, "c": 8, "h": 3, "w": 3},
+    "channels in chunks": {"n": 2, "c": 200, "h": 4, "w": 8, "k": 4},
+    "many heads": {"n": 2, "c": 24, "h": 4, "w": 5, "k": 28},
+    "ungated, no biases": {"n": 2, "c": 12, "h": 4, "w": 4, "gated": False, "bias": False},
+    "ungated beside global heads": {"n": 2, "c": 12, "h": 4, "w": 4, "gated": False, "globals": 2},
+}
+LAYOUTS = {"contiguous": None, "channels_last": channels_last, "batch_last": batch_last, "slice": slice_of_cat}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float64_equals_the_reference(shape, implementation, device):
+    layer = Layer(**SHAPES[shape], kernel_size=3, device=device)
+    got, exact = layer.run(implementation), layer.run("reference")
+    assert got.keys() == exact.keys()
+    for name, truth in exact.items():
+        assert (got[name] - truth).abs().max().item() <= 1e-12 * max(1.0, truth.abs().max().item()), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", ["global heads", "split over positions", "channels in chunks"])
+def test_error_budget(shape, layout, dtype, device):
+    draws = []
+    for seed in range(3):
+        layer = Layer(**SHAPES[shape], kernel_size=3, dtype=dtype, device=device, seed=seed)
+        runs = layer.run("triton", layout=LAYOUTS[layout]), layer.run("eager", layout=LAYOUTS[layout])
+        draws.append((*runs, layer.run("reference", exact=True)))
+    assert_within_budget(draws, dtype)
+
+
+def test_float16_gradients_of_a_mean_loss(device):
+    """Far below what float16 holds: their images' powers of two bring them back."""
+    layer = Layer(n=4, c=24, h=5, w=6, k=3, kernel_size=3, dtype=torch.float16, device=device)
+    grads = {}
+    for implementation, dtype in (("triton", torch.float16), ("eager", torch.float64)):
+        t = {name: value.to(dtype).requires_grad_() for name, value in layer.tensors.items()}
+        output = ar_kernels.attention_module(**t, implementation=implementation).hypothesis
+        weights = torch.linspace(1e-7, 3e-5, 4, device=device, dtype=torch.float64)[:, None]  # of each image its own
+        loss = (output.double() * weights).sum()
+        grads[implementation] = torch.autograd.grad(loss, (t["mask_weight"], t["gate_weight"]))
+    for mine, truth in zip(grads["triton"], grads["eager"]):
+        assert (mine.double() - truth).abs().max() <= 0.02 * truth.abs().max() + 2**-24
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype, device):
+    layer = Layer(n=2, c=6, h=3, w=4, k=3, globals=2, kernel_size=3, dtype=dtype, device=device)
+    t = layer.tensors
+    z, w = t["feature_map"], torch.cat([t["mask_weight"], t["global_mask_weight"]])
+    score_w = torch.cat([t["gate_weight"], t["global_gate_weight"]])
+    operators = torch.ops.ar_kernels
+    for arguments in ((z, w, None, score_w, None, 3, True), (channels_last(z), w, w[:, 0, 0, 0], None, None, 0, False)):
+        torch.library.opcheck(operators.gated_attend3x3, arguments)
+    pooled, lse, logits, scores, gates, features, mean = ops._gated_attend3x3(z, w, None, score_w, None, 3, True)
+    saved = (z, w, score_w, pooled, lse, logits, scores, gates)
+    grads = (pooled, lse, logits, scores, gates, features, mean, z)
+    torch.library.opcheck(operators.gated_attend3x3_backward, (*saved, *grads, True, True, True, True))
+    none = (None,) * 7
+    torch.library.opcheck(operators.gated_attend3x3_backward, (*saved, pooled, *none, True, False, False, False))
+
+
+def test_compile_fullgraph_with_a_dynamic_batch(device):
+    from torch._dynamo.backends.common import aot_autograd
+
+    layer = Layer(n=4, c=6, h=3, w=4, k=3, globals=2, kernel_size=3, dtype=torch.float64, device=device)
+    names = [name for name in layer.tensors if name != "feature_map"]
+    weights = [layer.tensors[name].requires_grad_() for name in names]
+    graphs = []
+
+    def step(z, *values):
+        out = ar_kernels.attention_module(
+            z, **dict(zip(names, values)), masks=True, mean=True, tap=True, implementation="triton"
+        )
+        return out.hypothesis.sum() + out.masks.square().sum() + out.mean.sum() + (out.feature_map**2).sum()
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(step, fullgraph=True, backend=aot_autograd(fw_compiler=counting))
+    for n in (5, 7):
+        z = torch.randn(n, 6, 3, 4, dtype=torch.float64, device=device, requires_grad=True)
+        torch._dynamo.mark_dynamic(z, 0)
+        got = torch.autograd.grad(compiled(z, *weights), [z, *weights], allow_unused=True)
+        want = torch.autograd.grad(step(z, *weights), [z, *weights], allow_unused=True)
+        for name, mine, truth in zip(["feature_map", *names], got, want):
+            torch.testing.assert_close(mine, truth, rtol=1e-10, atol=1e-10, msg=name)
+    assert len(graphs) == 2, "another batch size recompiled"
+
+
+def test_double_backward(device):
+    layer = Layer(n=2, c=3, h=2, w=3, k=2, labels=2, kernel_size=3, device=device)
+    names = list(layer.tensors)
+
+    def function(*values):
+        out = ar_kernels.attention_module(**dict(zip(names, values)), masks=True, mean=True, implementation="triton")
+        return out.hypothesis, out.masks, out.mean
+
+    values = [value.requires_grad_() for value in layer.tensors.values()]
+    assert torch.autograd.gradgradcheck(function, values, fast_mode=True)
+
+
+def test_functorch(device):
+    layer = Layer(n=1, c=3, h=2, w=3, k=2, kernel_size=3, device=device)
+    w = layer.tensors["mask_weight"]
+    maps = torch.randn(3, 1, 3, 2, 3, dtype=torch.float64, device=device)
+
+    def loss(z, implementation):
+        return ar_kernels.attend(z, w, implementation=implementation).pooled.square().sum()
+
+    got = torch.func.vmap(torch.func.grad(lambda z: loss(z, "triton")))(maps)
+    torch.testing.assert_close(got, torch.stack([torch.func.grad(lambda z: loss(z, "eager"))(z) for z in maps]))
+
+
+def test_no_images(device):
+    z = torch.randn(0, 4, 5, 6, device=device, requires_grad=True)
+    w = torch.randn(2, 4, 3, 3, device=device, requires_grad=True)
+    attended = ar_kernels.attend(z, w, mean=True, masks=True, implementation="triton")
+    assert attended.pooled.shape == (0, 2, 4, 9) and attended.masks.shape == (0, 2, 5, 6)
+    dz, dw = torch.autograd.grad(attended.pooled.sum() + attended.mean.sum(), (z, w))
+    assert dz.shape == z.shape and dw.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_same_bits_again(layout, device):
+    layer = Layer(n=3, c=24, h=9, w=8, k=4, kernel_size=3, dtype=torch.bfloat16, device=device)
+    runs = [layer.run("triton", layout=LAYOUTS[layout]) for _ in range(2)]
+    for name, value in runs[0].items():
+        assert torch.equal(value, runs[1][name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n, c, side, labels", [(128, 160, 32, 100), (256, 256, 56, 1000), (256, 2048, 7, 1000)])
+def test_peak_memory(n, c, side, labels, device):
+    """Above inputs, weights and their gradients: at most |dZ| + 0.3 |Z| + 3 P of nine taps in float32."""
+    z = torch.randn(n, c, side, side, device=device).bfloat16().contiguous(memory_format=torch.channels_last)
+    shapes = (4, c, 3, 3), (labels, 4 * c * 9), (4, c, 3, 3)
+    weights = [(torch.randn(shape, device=device) / c**0.5).bfloat16().requires_grad_() for shape in shapes]
+    z.requires_grad_()
+
+    def step():
+        hypothesis = ar_kernels.attention_module(z, *weights, implementation="triton").hypothesis
+        return torch.autograd.grad(hypothesis.float().square().sum(), (z, *weights))
+
+    step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before - sum(weight.nbytes for weight in weights)
+    assert peak <= 1.3 * z.nbytes + 3 * (n * 4 * c * 9 * 4)
