@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import benchmarks.__main__ as main
-from ar_kernels import reference
+from ar_kernels import native, reference
 from benchmarks import bars, cases, compare, counters, first_call, floors, host, rivals, step, suite, taps, timing
 from benchmarks.cases import Case, Shard
 from benchmarks.parity import _moved
@@ -130,7 +130,8 @@ def test_rivals_are_added_beside_ours_of_the_same_process(tmp_path):
     assert {row["operation"] for row in reported} == {"layer", "floor"}, "attend is known already"
     layers = [row for row in reported if row["operation"] == "layer" and row["direction"] == "forward"]
     assert [row["implementation"] for row in layers] == ["ours", *(one.name for one in RIVALS)]
-    assert {row["ours_us"] for row in layers} == {layers[0]["p50_us"]}
+    assert layers[0]["ours_us"] == layers[0]["p50_us"]
+    assert all(row["ours_us"] > 0 for row in layers)  # on a CPU of the same minute, in turns: a figure for each
     assert measured(TINY[:1], path, "eager") == ([], [])
 
 
@@ -197,14 +198,14 @@ def test_memory_that_runs_out_later_spares_what_is_known(monkeypatch):
     def trains_only(*inputs):
         return rivals.matmul(*inputs)
 
-    real = suite.measure
+    real = suite.measure_beside
 
-    def measure(calls, *rest):
+    def measure_beside(calls, *rest):
         if calls[0].func.__name__ == "forward" and calls[0].func.__self__.name == "mine":
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(calls, *rest)
 
-    monkeypatch.setattr(suite, "measure", measure)
+    monkeypatch.setattr(suite, "measure_beside", measure_beside)
     monkeypatch.setattr(suite, "RIVALS", (rival(trains_only),))
     reported, _ = measured(TINY[:1], level="eager")
     found = {row["direction"]: row for row in reported if row["implementation"] == "mine"}
@@ -407,7 +408,8 @@ def test_rotation():
 
 def test_host_time_of_every_contender():
     rows = host.measure("float32", "contiguous", "cpu", calls=2, count=2)
-    assert [row["implementation"] for row in rows] == ["x * 2", "ours", *(one.name for one in RIVALS)]
+    ours = ["ours", "eager"] if native.why_not("cpu") is None else ["ours"]  # eager by name where it is not the default
+    assert [row["implementation"] for row in rows] == ["x * 2", *ours, *(one.name for one in RIVALS)]
     assert all(row["correct"] and row["over_yardstick"] > 0 for row in rows[1:])
 
 

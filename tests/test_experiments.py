@@ -19,6 +19,7 @@ from test_experiments_data import write_folder
 from torch import nn
 
 import ar_kernels
+from ar_kernels import native
 from ar_kernels.attend_rectify import Rectified
 from ar_kernels.experiments import __main__ as command_line
 from ar_kernels.experiments import demo, figures
@@ -306,7 +307,8 @@ def test_the_demo_tells_what_it_does(tmp_path, device, capsys):
     options = arguments(tmp_path, device, "--steps", "4", "--compare-steps", "2", "--attention-depth", "2")
     assert command_line.main(options) == 0
     printed = capsys.readouterr().out
-    for text in ("→ triton" if device.type == "cuda" else "→ eager", "reference", "median", "step 4 of 4"):
+    default = "triton" if device.type == "cuda" else "eager" if native.why_not("cpu") else "native"
+    for text in (f"→ {default}", "reference", "median", "step 4 of 4"):
         assert text in printed
     share = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["test_accuracy"]
     assert f"Test accuracy: {100 * share:.1f} % (355 held-out digits" in printed

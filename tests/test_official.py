@@ -687,7 +687,9 @@ def test_a_modules_implementation_is_the_one_that_runs():
     module = ar_kernels.AttentionModule(4, 3, 2, implementation="triton", kernel_size=3)
     with pytest.raises(ar_kernels.ImplementationUnavailable, match="triton"), use_implementation("eager"):
         module.to("meta")(torch.zeros(1, 4, 3, 3, device="meta"))
-    with pytest.raises(ValueError, match="implementation must be one of triton, eager, reference or None, got 'fast'"):
+    with pytest.raises(
+        ValueError, match="implementation must be one of triton, native, eager, reference or None, got 'fast'"
+    ):
         ar_kernels.GlobalGates(4, 3, implementation="fast")
 
 
