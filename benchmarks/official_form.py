@@ -43,8 +43,9 @@ class AttentionModule(nn.Module):
         if not self.self_attention:
             return outputs
         scores = torch.tanh((masks * self.score(x)).sum(dim=2))
-        self.gates = torch.softmax(scores, dim=1)
-        return (self.gates.unsqueeze(2) * outputs).sum(dim=1, keepdim=True)
+        gates = torch.softmax(scores, dim=1)
+        self.gates = gates.detach()  # with its graph it would keep the step's, which then cannot be captured
+        return (gates.unsqueeze(2) * outputs).sum(dim=1, keepdim=True)
 
     def reg_loss(self) -> Tensor:
         gram = torch.bmm(self.pooled, self.pooled.transpose(1, 2)) * self.att_head.diag

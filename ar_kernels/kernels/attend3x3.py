@@ -647,7 +647,7 @@ def _backward_plan(
         up = z if up_strides is None else map_strides(sizes, up_strides, dtype.itemsize)
         dz = z if dz_strides is None else map_strides(sizes, dz_strides, dtype.itemsize)
         channel_tile = cut.channel_tile(8192 if cut.hopper and cut.row_tile > 64 else 4096, 128)
-        tile = 64 if cut.half and cut.hopper and cut.row_tile <= 128 else 32
+        tile = 64 if cut.half and cut.hopper and cut.row_tile <= 128 else 128 // max(cut.itemsize, 4)
         chunks = -(-channels // channel_tile)
         splits, length = cut.splits(images, chunks, tile)
         programs = min(images * splits, max(1, 2 * cut.chip.processors // chunks))
