@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attend_backward import weight_sums_kernel
-from .attend_forward import _store_gates
+from .attend_forward import store_gates
 from .heuristics import MOST_REGISTERS, Chip, chip, next_power_of_2
 from .launch import Launch
 from .tiles import (
@@ -249,7 +249,7 @@ def gate_kernel(
         t += tl.sum(tl.load(at, mask=(chunks < tl.num_programs(1))[:, None], other=0.0), axis=0)
     elif score_w is not None:
         t += _score_sums(pooled, score_w, n, c, C, HEADS, K_TILE, ACC)
-    g = _store_gates(t, n, heads, score_w, score_b, scores, gates, HEADS, GATED)  # the same from every program
+    g = store_gates(t, n, heads, score_w, score_b, scores, gates, HEADS, GATED)  # the same from every program
     for k in range(GATED):
         gate = tl.sum(tl.where(heads == k, g, 0.0), axis=0)
         x = tl.trans(_of_head(pooled, n, k, c, C, HEADS) * gate)

@@ -81,7 +81,7 @@ def _store_pooled(
 
 
 @triton.jit
-def _store_gates(t, n, heads, score_w, score_b, scores, gates, HEADS: tl.constexpr, GATED: tl.constexpr):
+def store_gates(t, n, heads, score_w, score_b, scores, gates, HEADS: tl.constexpr, GATED: tl.constexpr):
     """Scores and gates of one image from t without its bias; returns the gates [K_tile]."""
     if score_b is not None:
         t += tl.load(score_b + heads, mask=heads < HEADS, other=0.0).to(t.dtype)
@@ -153,7 +153,7 @@ def held_kernel(
             c = i * C_TILE + channels
             t += _store_pooled(p_sums[i] / d[None, :], n, heads, c, pooled, mean, score_w, C, HEADS)
         if features is not None:
-            g = _store_gates(t, n, heads, score_w, score_b, scores, gates, HEADS, GATED)
+            g = store_gates(t, n, heads, score_w, score_b, scores, gates, HEADS, GATED)
             for i in tl.static_range(PARTS):
                 _store_features(p_sums[i] / d[None, :], g, n, heads, i * C_TILE + channels, features, C, GATED)
     else:
@@ -234,7 +234,7 @@ def chunked_kernel(
     if part_p is None:
         _store_head_sums(n, heads, m, d, lse, HEADS)
         if features is not None:
-            g = _store_gates(t, n, heads, score_w, score_b, scores, gates, HEADS, GATED)
+            g = store_gates(t, n, heads, score_w, score_b, scores, gates, HEADS, GATED)
             _store_features_of_pooled(pooled, g, n, heads, features, C, C_TILE, HEADS, GATED)
     else:
         _store_part(row, heads, m, d, part_m, part_d, ROWS)
@@ -279,7 +279,7 @@ def merge_kernel(
                 p_tile += sums * tl.exp(part - m)[None, :]
         t += _store_pooled(p_tile / d[None, :], n, heads, c, pooled, mean, score_w, C, HEADS)
     if features is not None:
-        g = _store_gates(t, n, heads, score_w, score_b, scores, gates, HEADS, GATED)
+        g = store_gates(t, n, heads, score_w, score_b, scores, gates, HEADS, GATED)
         _store_features_of_pooled(pooled, g, n, heads, features, C, C_TILE, HEADS, GATED)
 
 
