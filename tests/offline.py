@@ -159,10 +159,7 @@ LAYERS = [
 LAYERS3X3 = [
     # channels, side, heads, channels_last
     (160, 32, 4, True),
-    (256, 56, 4, False),
     (1024, 14, 4, False),
-    (2048, 7, 4, True),
-    (320, 16, 1, False),
     (320, 16, 8, True),
     (384, 14, 16, False),
 ]
