@@ -646,8 +646,12 @@ def _backward_plan(
         z = map_strides(sizes, strides, dtype.itemsize)
         up = z if up_strides is None else map_strides(sizes, up_strides, dtype.itemsize)
         dz = z if dz_strides is None else map_strides(sizes, dz_strides, dtype.itemsize)
-        channel_tile = cut.channel_tile(8192 if cut.hopper and cut.row_tile > 64 else 4096, 128)
-        tile = 64 if cut.half and cut.hopper and cut.row_tile <= 128 else 128 // max(cut.itemsize, 4)
+        if cut.half and cut.hopper:
+            channel_tile = cut.channel_tile(4096 if cut.row_tile <= 64 else 8192, 128)
+            tile = 64 if cut.row_tile <= 128 else 32
+        else:  # registers decide
+            channel_tile = cut.channel_tile(2048, 128)
+            tile = 32 if cut.half and cut.row_tile <= 128 else 16
         chunks = -(-channels // channel_tile)
         splits, length = cut.splits(images, chunks, tile)
         programs = min(images * splits, max(1, 2 * cut.chip.processors // chunks))
@@ -656,7 +660,7 @@ def _backward_plan(
             map_gradient_kernel, (programs, chunks),
             (images * splits, splits, length, *cut.sizes, up.n, up.c, up.h, up.w, dz.n, dz.c, dz.w), **constants,
             C_TILE=channel_tile, S_TILE=tile, UP_UNIT=up.unit, UP_VECTOR=up.vector, UP_FLAT=up.flat,
-            DZ_UNIT=dz.unit, DZ_VECTOR=dz.vector, num_stages=2,
+            DZ_UNIT=dz.unit, DZ_VECTOR=dz.vector, num_stages=2 if cut.half else 1,
             num_warps=4 if cut.hopper and cut.half and cut.row_tile <= 64 else 8, maxnreg=cut.maxnreg,
         )  # fmt: skip
         sums = _tap_sums(cut, images, heads, True)
