@@ -24,11 +24,11 @@ IMPLEMENTATIONS = ("triton", "native", "eager", "reference")
 MAX_FUSED_HEADS = 64
 """The most attention heads that the Triton kernels take (global masks come on top)."""
 
-_FUSED = ("triton", "native")
-"""Implementations behind the operators of ops.py."""
-
 MAX_FUSED_3X3_HEADS = 28
 """The same of 3×3 heads, nine rows each in a tile of 256."""
+
+_FUSED = ("triton", "native")
+"""Implementations behind the operators of ops.py."""
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MIXES = ("logit", "log", "prob")

@@ -106,16 +106,18 @@ def _allocate(
     z: Tensor, w: Tensor, gated_heads: int, wants_logits: bool, wants_mean: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     images, channels = z.shape[:2]
-    heads = w.shape[0]
+    heads, taps = w.shape[0], w.shape[2:].numel()
     gated = gated_heads > 0
-    pooled = z.new_empty((images, heads, channels), dtype=accumulator_dtype(z.dtype))
+    pooled = z.new_empty(
+        (images, heads, channels) if w.dim() == 2 else (images, taps, heads, channels), dtype=accumulator_dtype(z.dtype)
+    )
     return (
-        pooled,
+        pooled if w.dim() == 2 else pooled.movedim(1, 3),
         pooled.new_empty(images, heads),
         pooled.new_empty(images, heads, math.prod(z.shape[2:])) if wants_logits else pooled.new_empty(0),
         pooled.new_empty(images, heads) if gated else pooled.new_empty(0),
         pooled.new_empty(images, gated_heads) if gated else pooled.new_empty(0),
-        z.new_empty(images, gated_heads * channels) if gated else z.new_empty(0),
+        z.new_empty(images, gated_heads * channels * taps) if gated else z.new_empty(0),
         pooled.new_empty(images, channels) if wants_mean else pooled.new_empty(0),
     )
 
@@ -179,10 +181,6 @@ def _gradient_strides(z: Tensor, channels_last: bool) -> tuple[int, ...]:
     return channels * positions, 1 if channels_last else positions, *rows, step
 
 
-def _empty_gradient(z: Tensor, channels_last: bool) -> Tensor:
-    return z.new_empty_strided(z.shape, _gradient_strides(z, channels_last))
-
-
 def _allocate_gradients(
     z: Tensor,
     w: Tensor,
@@ -193,13 +191,12 @@ def _allocate_gradients(
     needs_score: bool,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    heads, channels = w.shape[0], z.shape[1]
     scored = needs_score and score_w is not None
     return (
-        _empty_gradient(z, channels_last) if needs_z else z.new_empty(0),
-        w.new_empty(heads, channels) if needs_w else w.new_empty(0),
-        score_w.new_empty(heads, channels) if scored else w.new_empty(0),
-        lse.new_empty(heads if scored else 0),
+        z.new_empty_strided(z.shape, _gradient_strides(z, channels_last)) if needs_z else z.new_empty(0),
+        w.new_empty(w.shape) if needs_w else w.new_empty(0),
+        score_w.new_empty(w.shape) if scored else w.new_empty(0),
+        lse.new_empty(w.shape[0] if scored else 0),
     )
 
 
@@ -276,22 +273,6 @@ _define(
 # always written: the backward takes them, not to read the map a third time.
 
 
-def _allocate3x3(z: Tensor, w: Tensor, gated_heads: int, wants_mean: bool) -> tuple[Tensor, ...]:
-    images, channels, height, width = z.shape
-    heads = w.shape[0]
-    gated = gated_heads > 0
-    pooled = z.new_empty((images, 9, heads, channels), dtype=accumulator_dtype(z.dtype))
-    return (
-        pooled.movedim(1, 3),
-        pooled.new_empty(images, heads),
-        pooled.new_empty(images, heads, height * width),
-        pooled.new_empty(images, heads) if gated else pooled.new_empty(0),
-        pooled.new_empty(images, gated_heads) if gated else pooled.new_empty(0),
-        z.new_empty(images, gated_heads * channels * 9) if gated else z.new_empty(0),
-        pooled.new_empty(images, channels) if wants_mean else pooled.new_empty(0),
-    )
-
-
 def _gated_attend3x3(
     z: Tensor,
     w: Tensor,
@@ -301,7 +282,7 @@ def _gated_attend3x3(
     gated_heads: int,
     wants_mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    outputs = _allocate3x3(z, w, gated_heads, wants_mean)
+    outputs = _allocate(z, w, gated_heads, True, wants_mean)
     if z.shape[0] > 0:
         pooled, lse, logits, scores, gates, features, mean = outputs
         gated = gated_heads > 0
@@ -324,7 +305,7 @@ def _gated_attend3x3(
 
 
 def _gated_attend3x3_fake(z, w, b, score_w, score_b, gated_heads, wants_mean):
-    return _allocate3x3(z, w, gated_heads, wants_mean)
+    return _allocate(z, w, gated_heads, True, wants_mean)
 
 
 _define(
@@ -333,25 +314,6 @@ _define(
     _gated_attend3x3,
     _gated_attend3x3_fake,
 )
-
-
-def _allocate_gradients3x3(
-    z: Tensor,
-    w: Tensor,
-    score_w: Tensor | None,
-    lse: Tensor,
-    needs_z: bool,
-    needs_w: bool,
-    needs_score: bool,
-    channels_last: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    scored = needs_score and score_w is not None
-    return (
-        _empty_gradient(z, channels_last) if needs_z else z.new_empty(0),
-        w.new_empty(w.shape) if needs_w else w.new_empty(0),
-        score_w.new_empty(score_w.shape) if scored else w.new_empty(0),
-        lse.new_empty(w.shape[0] if scored else 0),
-    )
 
 
 def _gated_attend3x3_backward(
@@ -377,12 +339,12 @@ def _gated_attend3x3_backward(
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if z.shape[0] == 0:
-        gradients = _allocate_gradients3x3(z, w, score_w, lse, needs_z, needs_w, needs_score, channels_last)
+        gradients = _allocate_gradients(z, w, score_w, lse, needs_z, needs_w, needs_score, channels_last)
         for gradient in gradients:
             gradient.zero_()
         return gradients
     # dz comes from the launcher, which allocates it after its scratch is gone.
-    _, dw, dscore_w, dscore_b = _allocate_gradients3x3(z, w, score_w, lse, False, needs_w, needs_score, channels_last)
+    _, dw, dscore_w, dscore_b = _allocate_gradients(z, w, score_w, lse, False, needs_w, needs_score, channels_last)
     scored = needs_score and score_w is not None
     with torch.cuda.device_of(z):
         dz = _kernels().attend3x3.attend3x3_backward(
@@ -411,7 +373,7 @@ def _gated_attend3x3_backward(
 
 
 def _gated_attend3x3_backward_fake(z, w, score_w, pooled, lse, *arguments):
-    return _allocate_gradients3x3(z, w, score_w, lse, *arguments[-4:])
+    return _allocate_gradients(z, w, score_w, lse, *arguments[-4:])
 
 
 _define(

@@ -37,18 +37,18 @@ def our_contender(problem: Problem) -> Contender:
         return [*found[:3], found[3].flatten(1), *found[4:]]
 
     eager = partial(layer, implementation="eager")
-    return Contender("layer-3x3", "ours", "ours", layer, parameters, problem.grad, exact, eager)
+    return Contender("layer", "ours", "ours", layer, parameters, problem.grad, exact, eager)
 
 
 def measure_shard(shard: Shard, device: str, results: Results) -> None:
-    """Adds a row for each implementation of one shard; without those that ran out of memory."""
+    """Adds a row for each implementation of one shard."""
     problem = Problem(shard, device)
     case = shard.case
     mine = None
-    for contender in (our_contender(problem), *(partial(rival_contender, problem, r, "eager") for r in RIVALS_3X3)):
-        if not isinstance(contender, Contender):
-            contender = contender()
-            contender.operation = "layer-3x3"
+    rivals = (partial(rival_contender, rival=rival, kind="eager") for rival in RIVALS_3X3)
+    for make in (our_contender, *rivals):  # one at a time: each has weights of its own
+        contender = make(problem)
+        contender.operation = "layer-3x3"
         for row in measure_contender(contender, problem, ("forward_backward",)):
             row = shard.fields() | {"bytes": shard.nbytes} | row
             weights = sum(value.nbytes for value in contender.parameters) / 1e6
