@@ -107,8 +107,9 @@ def record_layer(capability, dtype, channels, side, heads, channels_last, mean=F
     return launches
 
 
-def record_layer3x3(capability, dtype, channels, side, heads, channels_last):
+def record_layer3x3(capability, dtype, channels, side, heads, channels_last, tf32=False):
     """The launches of 3×3 heads with a mean, forward and backward, tapped."""
+    torch.backends.cuda.matmul.allow_tf32 = tf32
     layout = torch.channels_last if channels_last else torch.contiguous_format
     z = torch.empty(128, channels, side, side, dtype=dtype, device="cpu").to(memory_format=layout)
     w = torch.empty(heads, channels, 3, 3, dtype=dtype)
@@ -189,6 +190,7 @@ def main(capabilities):
     tasks = [(record_layer, c, d, *case) for d, case, c in itertools.product(DTYPES, LAYERS, capabilities)]
     tasks += [(record_layer, c, torch.float32, *case, True) for case, c in itertools.product(LAYERS[:2], capabilities)]
     tasks += [(record_layer3x3, c, d, *case) for d, case, c in itertools.product(DTYPES, LAYERS3X3, capabilities)]
+    tasks += [(record_layer3x3, c, torch.float32, *case, True) for case, c in itertools.product(LAYERS3X3, capabilities)]
     tasks += [(record_rectify, c, torch.bfloat16, mix) for mix, c in itertools.product(("logit", "prob"), capabilities)]
     faults = 0
     with ProcessPoolExecutor() as pool:

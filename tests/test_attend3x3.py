@@ -16,8 +16,8 @@ SHAPES = {
     "one column": {"n": 2, "c": 6, "h": 21, "w": 1, "k": 3},
     "global heads": {"n": 3, "c": 20, "h": 5, "w": 7, "k": 4, "globals": 3},
     "split over positions": {"n": 1, "c": 40, "h": 17, "w": 19, "k": 3},
-    "bands": {"n": 2, "c": 16, "h": 70, "w": 20, "k": 2},
-    "a band of each line": {"n": 1, "c": 4, "h": 3, "w": 1030, "k": 1},
+    "bands": {"n": 2, "c": 16, "h": 30, "w": 20, "k": 2},
+    "a band of each line": {"n": 1, "c": 4, "h": 3, "w": 260, "k": 1},
     "more images than programs": {"n": 10, "c": 8, "h": 3, "w": 3},
     "channels in chunks": {"n": 2, "c": 200, "h": 4, "w": 8, "k": 4},
     "many heads": {"n": 2, "c": 24, "h": 4, "w": 5, "k": 28},
@@ -27,6 +27,7 @@ SHAPES = {
 LAYOUTS = {"contiguous": None, "channels_last": channels_last, "batch_last": batch_last, "slice": slice_of_cat}
 
 
+@pytest.mark.parametrize("implementation", ["eager", "triton"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_float64_equals_the_reference(shape, implementation, device):
     layer = Layer(**SHAPES[shape], kernel_size=3, device=device)

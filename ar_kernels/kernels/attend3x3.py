@@ -492,7 +492,7 @@ class _Sums(NamedTuple):
 def _tap_sums(cut: _Cut, images: int, heads: int, of_image: bool) -> _Sums:
     height, width = cut.sizes[:2]
     lines = min(height, max(1, -(-1024 // width)))  # of a band: the fewer, the more often a line is read again
-    while lines * width > 256 and images * -(-height // lines) < 3 * cut.chip.processors:
+    while lines > 1 and lines * width > 256 and images * -(-height // lines) < 3 * cut.chip.processors:
         lines = -(-lines // 2)
     bands = -(-height // lines)
     programs = min(images * bands, 3 * cut.chip.processors)

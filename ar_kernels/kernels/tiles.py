@@ -62,11 +62,12 @@ def matmul_precision(dtype: torch.dtype, precision: str, head_tile: int) -> str:
     """tl.dot's input_precision. precision: float32_precision's answer, for PyTorch's own products follow it as well.
 
     Full precision is three TF32 products on the matrix units, which keep 21 of float32's 24 bits in each term; with so
-    many heads that those spill registers, plain multiplications.
+    many heads that matrix units spill registers, plain multiplications.
     """
-    if dtype != torch.float32 or precision == "tf32":
+    if dtype != torch.float32:
         return precision
-    return "tf32x3" if head_tile <= 64 else "ieee"
+    most, fast = (128, "tf32") if precision == "tf32" else (64, "tf32x3")
+    return fast if head_tile <= most else "ieee"
 
 
 @triton.jit
