@@ -190,7 +190,9 @@ def main(capabilities):
     tasks = [(record_layer, c, d, *case) for d, case, c in itertools.product(DTYPES, LAYERS, capabilities)]
     tasks += [(record_layer, c, torch.float32, *case, True) for case, c in itertools.product(LAYERS[:2], capabilities)]
     tasks += [(record_layer3x3, c, d, *case) for d, case, c in itertools.product(DTYPES, LAYERS3X3, capabilities)]
-    tasks += [(record_layer3x3, c, torch.float32, *case, True) for case, c in itertools.product(LAYERS3X3, capabilities)]
+    tasks += [
+        (record_layer3x3, c, torch.float32, *case, True) for case, c in itertools.product(LAYERS3X3, capabilities)
+    ]
     tasks += [(record_rectify, c, torch.bfloat16, mix) for mix, c in itertools.product(("logit", "prob"), capabilities)]
     faults = 0
     with ProcessPoolExecutor() as pool:
