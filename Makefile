@@ -43,6 +43,7 @@ test:
 lint:
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
+	$(python) -m mypy
 	$(if $(strip $(VENV)),$(VENV)/bin/)clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*/*)
 
 bench:

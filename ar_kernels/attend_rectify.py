@@ -4,7 +4,7 @@ import difflib
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,11 @@ def rectified(
     gates = global_gates_of(scores, gating)
     stacked = torch.stack([hypothesis.to(output.dtype) for hypothesis in hypotheses], dim=1)
     return Rectified(
-        output, stacked, gates, tuple(layer.gates for layer in attended), tuple(layer.masks for layer in attended)
+        output,
+        stacked,
+        gates,
+        tuple(layer.gates for layer in attended),
+        tuple(layer.masks for layer in attended if layer.masks is not None),
     )
 
 
@@ -105,7 +109,7 @@ class AttendRectify(nn.Module):
         gating: str | None = "softmax",
         kernel_size: int = 1,
         gated: bool = True,
-        example_input: Tensor | tuple | None = None,
+        example_input: Tensor | tuple[Any, ...] | None = None,
         channel_dim: int | None = None,
     ) -> None:
         super().__init__()
@@ -220,11 +224,12 @@ class _Call:
             if feature_map._version != version:
                 raise RuntimeError(_OVERWRITTEN.format(repr(name)))
         for index, name in enumerate(self.wrapper.layers):
-            if self.deferred[index] is not None:
-                self.attend(index, self.deferred[index])
+            deferred = self.deferred[index]
+            if deferred is not None:
+                self.attend(index, deferred)
             if self.outputs[index] is None:
                 raise RuntimeError(f"layer {name!r} did not run in this forward, but did when AttendRectify was made")
-        return self.outputs
+        return [output for output in self.outputs if output is not None]
 
 
 class _Calls(threading.local):
@@ -261,7 +266,7 @@ class _Hook:
     def __init__(self, token: object, index: int) -> None:
         self.token, self.index = token, index
 
-    def __call__(self, module: nn.Module, inputs: tuple, returned: object) -> Tensor | None:
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], returned: object) -> Tensor | None:
         call = _calls.innermost
         while call is not None and call.wrapper._token is not self.token:
             call = call.outer
@@ -312,7 +317,7 @@ def _dry_run(
     backbone: nn.Module,
     layers: tuple[str, ...],
     num_classes: int,
-    example_input: Tensor | tuple | None,
+    example_input: Tensor | tuple[Any, ...] | None,
     channel_dim: int | None,
 ) -> tuple[list[_Map], int]:
     """Runs the backbone; returns what it found about each layer's map, and the layer that ran last."""
@@ -329,7 +334,7 @@ def _dry_run(
         _check_returned(name, returned[index])
     _check_own_output(returned[-1], inputs, num_classes)
 
-    shapes = [(tuple(feature_map.shape),) for feature_map in returned[:-1]]
+    shapes: list[tuple[tuple[int, ...], ...]] = [(tuple(feature_map.shape),) for feature_map in returned[:-1]]
     image = next((value.shape for value in inputs if isinstance(value, Tensor) and value.dim() > 2), ())
     if channel_dim is None and example_input is None:
         undecided = [_channels_last(known, image) is None for known in shapes]
@@ -337,7 +342,7 @@ def _dry_run(
             with suppress(*_REFUSALS):  # a backbone of one input size: then the shapes of one run must do
                 again = _observe(backbone, layers, (_square(backbone, sizes[0]),))[0]
                 shapes = [known + (tuple(map_.shape),) for known, map_ in zip(shapes, again[:-1], strict=True)]
-    maps = []
+    maps: list[_Map] = []
     for name, feature_map, known in zip(layers, returned[:-1], shapes, strict=True):
         channels_last = _channels_last(known, image) if channel_dim is None else channel_dim == -1
         if channels_last is None:
@@ -351,7 +356,7 @@ def _dry_run(
     return maps, fired[-1]
 
 
-def _first_run(backbone: nn.Module, layers: tuple[str, ...], sizes: list[int]) -> tuple:
+def _first_run(backbone: nn.Module, layers: tuple[str, ...], sizes: list[int]) -> tuple[Any, ...]:
     """The first of `sizes` (taken from the list as they are tried) that the backbone accepts, and what it returned."""
     failures: list[str] = []
     while sizes:
@@ -375,14 +380,16 @@ def _square(backbone: nn.Module, size: int) -> Tensor:
     )
 
 
-def _observe(backbone: nn.Module, layers: tuple[str, ...], inputs: tuple) -> tuple[list, list[int], list[int]]:
+def _observe(
+    backbone: nn.Module, layers: tuple[str, ...], inputs: tuple[Any, ...]
+) -> tuple[list[Any], list[int], list[int]]:
     """One forward: what each layer returned (last: the backbone), which layers fired in which order, map versions."""
-    returned: list = [None] * (len(layers) + 1)
+    returned: list[Any] = [None] * (len(layers) + 1)
     versions = [-1] * len(layers)
     fired: list[int] = []
 
-    def watch(index: int) -> object:
-        def hook(module: nn.Module, arguments: tuple, output: object) -> None:
+    def watch(index: int) -> Any:
+        def hook(module: nn.Module, arguments: tuple[Any, ...], output: object) -> None:
             fired.append(index)
             returned[index] = output
             versions[index] = output._version if isinstance(output, Tensor) else -1
@@ -424,7 +431,7 @@ def _check_returned(name: str, returned: object) -> None:
         )
 
 
-def _check_own_output(output: object, inputs: tuple, num_classes: int) -> None:
+def _check_own_output(output: object, inputs: tuple[Any, ...], num_classes: int) -> None:
     if not isinstance(output, Tensor):
         raise TypeError(f"backbone must return a tensor [N, {num_classes}], got {type(output).__name__}")
     batch = next((value.shape[0] for value in inputs if isinstance(value, Tensor)), None)

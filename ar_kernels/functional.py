@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -187,14 +187,11 @@ def _why_not(candidate: str, data: Tensor, mask_weight: Tensor | None, named: bo
 
 def _choose(implementation: str | None, data: Tensor, mask_weight: Tensor | None) -> str:
     name = _named(implementation)
-    if name is None:
-        for candidate in IMPLEMENTATIONS:
-            if _why_not(candidate, data, mask_weight, named=False) is None:
-                return candidate
-    reason = _why_not(name, data, mask_weight, named=True)
-    if reason is not None:
-        raise ImplementationUnavailable(f"implementation {name!r} cannot run: {reason}")
-    return name
+    for candidate in IMPLEMENTATIONS if name is None else (name,):
+        reason = _why_not(candidate, data, mask_weight, name is not None)
+        if reason is None:
+            return candidate
+    raise ImplementationUnavailable(f"implementation {name!r} cannot run: {reason}")
 
 
 # ---------------------------------------------------------------------------------------------- attend
@@ -248,13 +245,15 @@ def attend(
             module = eager if name == "eager" else reference
             pooled, lse, maps, average = module.attend(feature_map, mask_weight, mask_bias, mean)
             tapped = feature_map
-        if wants_logits:
+        attention = None
+        if maps is not None and wants_logits:
             maps = maps.reshape(maps.shape[:2] + feature_map.shape[2:])
+            attention = _masks(maps, lse) if masks else None
         return Attended(
             pooled,
             lse,
             logits=maps if logits else None,
-            masks=_masks(maps, lse) if masks else None,
+            masks=attention,
             mean=average,
             feature_map=tapped if tap else None,
         )
@@ -321,20 +320,26 @@ def attention_module(
         _check_weight("global_mask_weight", global_mask_weight, feature_map, tuple(shape))
         _check_weight("global_gate_weight", global_gate_weight, feature_map, tuple(shape))
     name = _choose(implementation, feature_map, mask_weight)
+    gates: Tensor | None
+    logits: Tensor | None
+    average: Tensor | None
+    hypothesis: Tensor | None
+    attention = scores = None
     with ops.autocast_off(feature_map):
         if name == "reference":
             rows = output_weight.transpose(0, 1).reshape(labels, -1) if by_head else output_weight
             hypothesis, gates, logits = reference.attention_module(
                 feature_map, mask_weight, rows, gate_weight, mask_bias, output_bias, gate_bias
             )
-            attention = reference.attention_masks(logits) if masks else None
             average = feature_map.to(gates.dtype).flatten(2).mean(dim=2) if mean else None
-            scores, tapped = None, feature_map
-            if global_mask_weight is not None:
+            tapped = feature_map
+            if masks:
+                attention = reference.attention_masks(logits)
+            if global_mask_weight is not None and global_gate_weight is not None:
                 scores = reference.global_scores(feature_map, global_mask_weight, global_gate_weight)
         else:
             weight, bias, score_weight, score_bias = mask_weight, mask_bias, gate_weight, gate_bias
-            if global_mask_weight is not None:
+            if global_mask_weight is not None and global_gate_weight is not None:
                 extra = global_mask_weight.shape[0]
                 weight = torch.cat([mask_weight, global_mask_weight.to(mask_weight.dtype)])
                 local = torch.zeros_like(mask_weight) if gate_weight is None else gate_weight
@@ -342,24 +347,26 @@ def attention_module(
                 bias = None if mask_bias is None else F.pad(mask_bias, (0, extra))
                 score_bias = None if gate_bias is None else F.pad(gate_bias, (0, extra))
             arguments = (feature_map, weight, bias, score_weight, score_bias)
-            rows = None if by_head else output_weight
             if name in _FUSED:
-                fused = ops.gated_attend(*arguments, rows, heads, masks, mean, tap, name)
+                fused = ops.gated_attend(*arguments, None if by_head else output_weight, heads, masks, mean, tap, name)
+                lse, logits, t, gates, features, average, hypothesis, tapped = fused[1:]
             else:
-                *pooled, features, average = eager.gated_attend(*arguments, heads, mean)
+                _, lse, logits, t, gates, features, average = eager.gated_attend(*arguments, heads, mean)
                 features = features.flatten(1)
-                hypothesis = None if by_head else F.linear(features, rows.to(feature_map.dtype))
-                fused = ops.GatedAttended(*pooled, features, average, hypothesis, feature_map)
-            hypothesis, gates, average, tapped = fused.hypothesis, fused.gates, fused.mean, fused.feature_map
-            if by_head:
-                features = fused.features.unflatten(1, (heads, feature_map.shape[1], -1))
+                hypothesis = None if by_head else F.linear(features, output_weight.to(feature_map.dtype))
+                tapped = feature_map
+            assert gates is not None and features is not None  # there are gated heads
+            if hypothesis is None:
+                features = features.unflatten(1, (heads, feature_map.shape[1], -1))
                 products = ops.head_hypotheses(features, output_weight)
                 hypothesis = products.sum(dim=1, dtype=gates.dtype).to(feature_map.dtype)
             if output_bias is not None:
                 hypothesis = hypothesis + (gates @ output_bias.to(gates.dtype)).to(hypothesis.dtype)
-            attention = _masks(fused.logits[:, :heads], fused.lse[:, :heads]) if masks else None
-            scores = None if global_mask_weight is None else torch.tanh(fused.scores[:, heads:])
-        if masks:
+            if masks and logits is not None:
+                attention = _masks(logits[:, :heads], lse[:, :heads])
+            if global_mask_weight is not None and t is not None:
+                scores = torch.tanh(t[:, heads:])
+        if attention is not None:
             attention = attention.reshape(attention.shape[:2] + feature_map.shape[2:])
         return AttentionOutput(hypothesis, gates, attention, average, scores, tapped if tap else None)
 
@@ -465,12 +472,12 @@ def _shape(tensor: Tensor) -> str:
     return "[" + ", ".join(str(size) for size in tensor.shape) + "]"
 
 
-def _check_tensor(name: str, value: object) -> None:
+def _check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
-def _check_float(name: str, value: object) -> None:
+def _check_float(name: str, value: Any) -> None:
     _check_tensor(name, value)
     if value.dtype not in _FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")

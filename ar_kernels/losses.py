@@ -5,6 +5,7 @@ is small or given: no log-softmax [N, D+1, L] outlives forward (docs/math.md).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -103,18 +104,18 @@ class _GatedCrossEntropy(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(hypotheses, gates, target):
+    def forward(hypotheses: Tensor, gates: Tensor, target: Tensor) -> Any:
         values = hypotheses.to(gates.dtype)
         lse = torch.logsumexp(values, dim=2)
         return (gates * (lse - _at(values, target))).sum(dim=1), lse
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(*inputs, output[1])
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
         hypotheses, gates, target, lse = ctx.saved_tensors
         with autocast_off(hypotheses):
             values = hypotheses.to(gates.dtype)
@@ -133,15 +134,15 @@ class _GatedBinaryCrossEntropy(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(hypotheses, gates, target):
+    def forward(hypotheses: Tensor, gates: Tensor, target: Tensor) -> Any:
         return torch.einsum("nd,ndl->nl", gates, _binary(hypotheses.to(gates.dtype), target))
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         hypotheses, gates, target = ctx.saved_tensors
         with autocast_off(hypotheses):
             values = hypotheses.to(gates.dtype)
@@ -201,19 +202,19 @@ class _GramPenalty(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(pooled, weight):
+    def forward(pooled: Tensor, weight: float) -> Any:
         gram = _off_diagonal_gram(pooled)
         return torch.mean(gram * gram) * weight, gram
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         pooled, weight = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(pooled, output[1])
         ctx.factor = 4 * weight / max(output[1].numel(), 1)
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
         pooled, gram = ctx.saved_tensors
         with autocast_off(pooled):
             if torch.is_grad_enabled():  # differentiated once more: E as a function of M

@@ -70,12 +70,15 @@ class AttentionModule(nn.Module):
         self.heads = _check_positive("heads", heads)
         self.gated, self.kernel_size = gated, kernel_size
         shape = _head_shape(heads, in_channels, kernel_size)
-        options = {"device": device, "dtype": dtype}
-        self.mask_weight = nn.Parameter(torch.empty(shape, **options))
-        self.output_weight = nn.Parameter(torch.empty((num_classes, self.mask_weight.numel()), **options))
-        self.gate_weight = nn.Parameter(torch.empty(shape, **options)) if gated else None
-        self.output_bias = nn.Parameter(torch.empty((heads, num_classes), **options)) if bias else None
-        self.gate_bias = nn.Parameter(torch.empty(heads, **options)) if bias and gated else None
+
+        def parameter(*sizes: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(sizes, device=device, dtype=dtype))
+
+        self.mask_weight = parameter(*shape)
+        self.output_weight = parameter(num_classes, self.mask_weight.numel())
+        self.gate_weight = parameter(*shape) if gated else None
+        self.output_bias = parameter(heads, num_classes) if bias else None
+        self.gate_bias = parameter(heads) if bias and gated else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -7,9 +7,9 @@ import math
 import os
 import pickle
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -102,23 +102,26 @@ class AttentionModule(nn.Module):
         Raises what ar_kernels.attend raises.
         """
         is_regularised = self.training and self.reg_w > 0
-        options = {"masks": is_regularised, "mean": mean, "tap": tap}
+        mask_weight = self.att_head.conv.weight
         output_weight = self.out_head.conv.weight.unflatten(0, (self.nheads, self.nlabels))
         if self.self_attention:
-            attended = attention_module(
-                feature_map, self.att_head.conv.weight, output_weight, self.score.conv.weight, **options
-            )
-            outputs, gates = attended.hypothesis.unsqueeze(1), attended.gates
+            layer = attention_module(
+                feature_map, mask_weight, output_weight, self.score.conv.weight,
+                masks=is_regularised, mean=mean, tap=tap,
+            )  # fmt: skip
+            outputs, gates = layer.hypothesis.unsqueeze(1), layer.gates
+            masks, average, tapped = layer.masks, layer.mean, layer.feature_map
         else:
-            attended = attend(feature_map, self.att_head.conv.weight, **options)
+            attended = attend(feature_map, mask_weight, masks=is_regularised, mean=mean, tap=tap)
             outputs, gates = head_hypotheses(attended.pooled.to(feature_map.dtype), output_weight), None
-        pooled = pooled_masks(attended.masks) if is_regularised else None
+            masks, average, tapped = attended.masks, attended.mean, attended.feature_map
+        pooled = None if masks is None else pooled_masks(masks)
         if not torch.compiler.is_exporting():  # an exported program has no module to leave anything in
             self._pooled_masks = None if mean or tap else pooled
         if not (mean or tap):
             return outputs
         loss = None if pooled is None else gram_penalty(pooled, self.reg_w)
-        return AttendedLayer(outputs, gates, attended.mean, attended.feature_map, loss)
+        return AttendedLayer(outputs, gates, average, tapped, loss)
 
     def reg_loss(self) -> Tensor:
         """reg_w times ar_kernels.mask_regulariser of the last forward's masks, a scalar; takes them, so that nothing
@@ -158,7 +161,7 @@ class AttentionModule(nn.Module):
             f"self_attention={self.self_attention}"
         )
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles take: all but masks that await reg_loss()."""
         return self.__dict__ | {"_pooled_masks": None}
 
@@ -256,15 +259,17 @@ class WideResNetAttention(_WideNet):
         def attend_to(group: int, feature_map: Tensor) -> Tensor:
             if group not in self._attended_groups():
                 return feature_map
-            attended[group] = self.get_submodule(f"att{group}")(feature_map, tap=True)
-            return attended[group].feature_map
+            layer = self.get_submodule(f"att{group}")(feature_map, tap=True)
+            attended[group] = layer
+            return layer.feature_map
 
         last = F.relu(self.bn_g2(self._last_of_groups(images, attend_to)), inplace=True)
         if self.attention_depth == 0:
             mean = last.mean(dim=(2, 3))
         else:
-            attended[2] = self.att2(last, mean=True)
-            mean = attended[2].mean.to(last.dtype)
+            layer = self.get_submodule("att2")(last, mean=True)
+            attended[2] = layer
+            mean = layer.mean.to(last.dtype)
         layers = [attended[group] for group in self._attended_groups()]
         hypotheses = [layer.outputs for layer in layers] + [self.classifier(mean)]
         gates = None if self.attention_type is None else self.output_gate(mean)
@@ -289,12 +294,12 @@ class Checkpoint(NamedTuple):
 
     epoch: int
     training_time: float
-    optimizer: dict
+    optimizer: dict[str, Any]
     """The optimizer's state, its parameters in the order of the model's: optimizer.load_state_dict takes it where the
     optimizer was made from model.parameters()."""
 
 
-def load_checkpoint(model: nn.Module, file: str | os.PathLike | IO[bytes]) -> Checkpoint:
+def load_checkpoint(model: nn.Module, file: str | os.PathLike[str] | IO[bytes]) -> Checkpoint:
     """Loads a checkpoint of the official code, dict(state_dict, optimizer, training_time, epoch), into model.
 
     model: one of this module's networks (or of the official code's); inside DataParallel or not. Its state_dict keys
@@ -332,7 +337,7 @@ def load_checkpoint(model: nn.Module, file: str | os.PathLike | IO[bytes]) -> Ch
     return Checkpoint(content["epoch"], content["training_time"], optimizer)
 
 
-def _read(file: str | os.PathLike | IO[bytes]) -> object:
+def _read(file: str | os.PathLike[str] | IO[bytes]) -> object:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
@@ -362,7 +367,7 @@ def _matched(model: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def _reordered(optimizer: object, given: dict[str, Tensor], model: nn.Module) -> dict:
+def _reordered(optimizer: Any, given: dict[str, Tensor], model: nn.Module) -> dict[str, Any]:
     """The file's optimizer state, whose parameters are in the order of its own net, in the order of model's."""
     groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
     if not isinstance(groups, list) or not all(isinstance(group, dict) and "params" in group for group in groups):
@@ -384,9 +389,9 @@ def _kind(value: object) -> str:
     return f"a dict of {_names(value)}" if isinstance(value, dict) else type(value).__name__
 
 
-def _names(names: object) -> str:
-    names = sorted(map(str, names))
-    return ", ".join(names[:6]) + (f", ... ({len(names)} in all)" if len(names) > 6 else "") or "nothing"
+def _names(names: Iterable[Any]) -> str:
+    known = sorted(map(str, names))
+    return ", ".join(known[:6]) + (f", ... ({len(known)} in all)" if len(known) > 6 else "") or "nothing"
 
 
 # ---------------------------------------------------------------------------------------------- swap
@@ -428,10 +433,11 @@ def swap(model: nn.Module) -> SwapReport:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    holder = nn.ModuleDict({"model": model})
+    holder = nn.Module()
+    holder.model = model
     swapped: dict[str, str] = {}
     kept: dict[str, str] = {}
-    twins: dict[int, nn.Module] = {}
+    twins: dict[int, nn.Module | None] = {}
     for path, parent in list(holder.named_modules()):
         for child, module in list(parent._modules.items()):
             name = f"{path}.{child}".removeprefix(".").partition(".")[2]  # as model itself knows it
@@ -445,7 +451,7 @@ def swap(model: nn.Module) -> SwapReport:
             if twin is not None:
                 parent._modules[child] = twin
                 swapped[name] = f"{_where(module)} → {_where(twin)}({twin.extra_repr()})"
-    return SwapReport(holder["model"], swapped, kept)
+    return SwapReport(holder.model, swapped, kept)
 
 
 def _where(module: nn.Module) -> str:
@@ -465,6 +471,7 @@ def _twin(module: nn.Module | None) -> nn.Module | None:
         raise _NotSwapped("reads one vector for each image, not a feature map: there is nothing to fuse")
     if not _has_children(module, "att_head", "out_head"):
         return None
+    assert module is not None  # it has children
     heads = [getattr(module, name) for name in ("att_head", "out_head", "score") if _has_children(module, name)]
     sizes = _official_sizes(module, heads)
     with torch.device("meta"):
@@ -485,6 +492,7 @@ def _has_children(module: nn.Module | None, *names: str) -> bool:
 
 def _official_sizes(module: nn.Module, heads: list[nn.Module]) -> tuple[int, int, int, float, bool]:
     """(in_ch, nlabels, nheads, reg_w, self_attention) of a module built like the official one."""
+    convolutions: list[nn.Conv2d] = []
     for head in heads:
         conv = head._modules.get("conv")
         if not isinstance(conv, nn.Conv2d) or conv.weight.shape[2:] != (3, 3) or conv.bias is not None:
@@ -493,15 +501,16 @@ def _official_sizes(module: nn.Module, heads: list[nn.Module]) -> tuple[int, int
             raise _NotSwapped("its heads' convolutions have other than stride 1, padding 1, dilation 1 and one group")
         if conv.padding_mode != "zeros":
             raise _NotSwapped(f"its heads' convolutions pad with {conv.padding_mode}, not with zeros")
+        convolutions.append(conv)
     for part in module.modules():
         if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
             raise _NotSwapped("hooks are on it or on its heads, which the twin would not call")
-    masks, outputs, *scores = (head.conv for head in heads)
+    masks, outputs, *scores = convolutions
     nheads, in_ch = masks.out_channels, masks.in_channels
     if outputs.out_channels % nheads or any(score.out_channels != nheads for score in scores):
         rows = [conv.out_channels for conv in (outputs, *scores)]
         raise _NotSwapped(f"its {nheads} attention heads do not go with output and score heads of {rows} channels")
-    known = {id(value) for head in heads for value in head.conv.parameters()}
+    known = {id(value) for conv in convolutions for value in conv.parameters()}
     if {id(value) for value in module.parameters()} != known or len(list(module.buffers())) > 1:
         raise _NotSwapped("it has parameters or buffers beyond those of the official module")
     reg_w = getattr(module, "reg_w", None)

@@ -24,13 +24,13 @@ try:  # what Function.apply itself goes by, in torch 2.11 to 2.13
     from torch._C import _are_functorch_transforms_active as _functorch_is_active
     from torch._functorch.utils import unwrap_dead_wrappers as _unwrap_dead_wrappers
 except ImportError:  # another torch: every call goes through Function.apply
-    _functorch_is_active = _unwrap_dead_wrappers = None
+    _functorch_is_active = _unwrap_dead_wrappers = None  # type: ignore[assignment]
 
 _triton_library = torch.library.Library("ar_kernels", "DEF")
 _native_library = torch.library.Library(native.NAMESPACE, "DEF")
 
 
-def _define(schema: str, implementation: Callable, fake: Callable) -> None:
+def _define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """One operator, in both namespaces; implementation: the Triton one.
 
     Its kernels read any strides, so Inductor need not copy inputs into the layout it traced.
@@ -66,7 +66,7 @@ def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     if _functorch_is_active is None or torch.compiler.is_compiling() or _functorch_is_active():
         return function.apply(*arguments)
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-        return super(torch.autograd.Function, function).apply(*_unwrap_dead_wrappers(arguments))
+        return super(torch.autograd.Function, function).apply(*_unwrap_dead_wrappers(arguments))  # type: ignore[misc]
     return function.forward(*arguments)
 
 
@@ -78,7 +78,7 @@ def _kernels() -> ModuleType:
     return kernels
 
 
-def autocast_off(data: Tensor) -> AbstractContextManager:
+def autocast_off(data: Tensor) -> AbstractContextManager[Any]:
     """The computation runs in its input's dtype; outside autocast there is nothing to switch, and no time to lose."""
     kind = data.device.type
     on = kind != "meta" and torch.is_autocast_enabled(kind)  # meta knows no autocast and would raise
@@ -195,7 +195,7 @@ def _allocate_gradients(
     return (
         z.new_empty_strided(z.shape, _gradient_strides(z, channels_last)) if needs_z else z.new_empty(0),
         w.new_empty(w.shape) if needs_w else w.new_empty(0),
-        score_w.new_empty(w.shape) if scored else w.new_empty(0),
+        w.new_empty(0) if score_w is None or not scored else score_w.new_empty(w.shape),
         lse.new_empty(w.shape[0] if scored else 0),
     )
 
@@ -439,7 +439,8 @@ class _GatedAttend(torch.autograd.Function):
         z, w, b, score_w, score_b, output_w, pooled, lse, logits, scores, gates, features = ctx.saved_tensors
         needs_z, needs_w, needs_b, needs_score_w, needs_score_b, needs_output_w = ctx.needs_input_grad[:6]
         needs_score = needs_score_w or needs_score_b
-        dz = dw = db = dscore_w = dscore_b = doutput_w = None
+        dz = dw = db = dscore_w = doutput_w = None
+        dscore_b: Any = None
         if grad_hypothesis is not None:  # differentiable once more: features is this Function's own output
             with autocast_off(z):
                 if needs_output_w:
@@ -528,11 +529,11 @@ def gated_attend(
     makes their hypothesis; 3×3 heads: [K, C, 3, 3], [L, K'·C·9]. implementation: "triton" or "native". Other arguments
     as in eager.gated_attend; fields that were not asked for are None, but for the logits of 3×3 heads."""
     through = tap and z.requires_grad  # a frozen map stays frozen
-    *outputs, tapped = _apply(
+    outputs = _apply(
         _GatedAttend, z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, through,
         implementation,
     )  # fmt: skip
-    return GatedAttended(*outputs, tapped if through else z)
+    return GatedAttended(*(outputs if through else (*outputs[:-1], z)))
 
 
 # ---------------------------------------------------------------------------------------------- head_hypotheses
@@ -676,7 +677,7 @@ def rectify(hypotheses: Tensor, scores: Tensor, mix: str, gating: str | None, im
 
 
 def _double_backward(
-    forward: Callable,
+    forward: Callable[..., Any],
     inputs: tuple[Tensor | None, ...],
     differentiated: tuple[int, ...],
     grads: tuple[Tensor | None, ...],
@@ -707,7 +708,7 @@ def _double_backward(
         return tuple(products[i] for i, grad in zip(differentiated, second) if grad is not None and i in products)
 
     cotangents = tuple(g for i, g in zip(differentiated, second) if g is not None and i in given)
-    values = [inputs[i] for i in given] + [grads[i] for i in used]
+    values: list[Any] = [inputs[i] for i in given] + [grads[i] for i in used]
     with autocast_off(values[0]):
         results = torch.func.vjp(first_order, *values)[1](cotangents)
     received: list[Tensor | None] = [None] * (len(inputs) + len(grads))
@@ -716,7 +717,9 @@ def _double_backward(
     return received
 
 
-def _map_samples(function: type[torch.autograd.Function], info: Any, in_dims: tuple, arguments: tuple) -> tuple:
+def _map_samples(
+    function: type[torch.autograd.Function], info: Any, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]
+) -> tuple[Any, ...]:
     """The vmap rule of every Function: one call for each sample, results stacked."""
     samples = []
     for index in range(info.batch_size):

@@ -116,7 +116,7 @@ class DigitNet(nn.Module):
 
 
 def _block(channels: int, out_channels: int, kernel_size: int, padding: int = 0, pool: bool = False) -> nn.Sequential:
-    layers = [nn.Conv2d(channels, out_channels, kernel_size, padding=padding, bias=False)]
+    layers: list[nn.Module] = [nn.Conv2d(channels, out_channels, kernel_size, padding=padding, bias=False)]
     if pool:
         layers.append(nn.MaxPool2d(2))
     return nn.Sequential(*layers, nn.ReLU(), nn.BatchNorm2d(out_channels))

@@ -1,6 +1,7 @@
 """Wide Residual Networks (arXiv 1605.07146) and WARN, their attentive twins of "Attend and Rectify"."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,6 +45,12 @@ class Block(nn.Module):
 class _WideNet(nn.Module):
     """What the plain and the attentive nets share: everything but the last normalisation and the attention."""
 
+    group_0: nn.Sequential
+    group_1: nn.Sequential
+    group_2: nn.Sequential
+    bn: nn.BatchNorm2d  # the plain net's last norm
+    bn_g2: nn.BatchNorm2d  # an attentive net's
+
     def __init__(self, depth: int, width: int, num_classes: int, dropout: float) -> None:
         super().__init__()
         _check_positive("depth", depth)
@@ -81,7 +88,7 @@ class _WideNet(nn.Module):
         """
         x = self.group_0(self.conv0(images))
         for index, group in enumerate((self.group_1, self.group_2)):
-            first, *others = group
+            first, *others = list[Any](group)
             x = first(x, attend(index, first.activate(x)))
             for block in others:
                 x = block(x)
