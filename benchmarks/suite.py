@@ -72,8 +72,8 @@ class Problem:
     same shard: every process measures the same numbers.
     """
 
-    def __init__(self, shard: Shard, device: str, maps: int | None = None) -> None:
-        torch.manual_seed(0)
+    def __init__(self, shard: Shard, device: str, maps: int | None = None, seed: int = 0) -> None:
+        torch.manual_seed(seed)
         case, dtype = shard.case, DTYPES[shard.dtype]
         self.shard, self.device, self.layout = shard, device, LAYOUTS[shard.layout]
         count = maps or (rotation(shard.nbytes) if device == "cuda" else min(4, rotation(shard.nbytes)))

@@ -1,6 +1,7 @@
 """Compiles for GPUs that are not here exactly what the launchers would launch, and reads registers, spills and
 shared memory from the result. Run as a process of its own, without TRITON_INTERPRET."""
 
+import argparse
 import contextlib
 import itertools
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -19,8 +21,27 @@ from ar_kernels import ops
 from ar_kernels.kernels import attend3x3, attend_backward, attend_forward, rectify
 from ar_kernels.kernels.heuristics import Chip
 
-# Shared memory that one block may ask for, in bytes, by compute capability.
-SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+
+class Target(NamedTuple):
+    """A GPU to compile for."""
+
+    gpu: GPUTarget
+    chip: Chip
+
+
+def _nvidia(capability, kilobytes, processors=132):
+    return Target(GPUTarget("cuda", capability, 32), Chip(processors, capability // 10, kilobytes * 1024))
+
+
+TARGETS = {
+    "sm_80": _nvidia(80, 163, 108),
+    "sm_86": _nvidia(86, 99, 84),
+    "sm_89": _nvidia(89, 99, 128),
+    "sm_90": _nvidia(90, 227),
+    "sm_100": _nvidia(100, 227, 148),
+    "sm_120": _nvidia(120, 99, 170),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), Chip(304, 0, 64 * 1024)),
+}
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64"}
 
 
@@ -35,9 +56,8 @@ class Recorder:
 
 
 @contextlib.contextmanager
-def recording(capability):
-    """Every launch inside the block is recorded instead of run, as if on a GPU of 132 multiprocessors."""
-    chip = Chip(132, capability // 10)
+def recording(chip):
+    """Every launch inside the block is recorded instead of run, as if on that chip."""
     launches = []
     with contextlib.ExitStack() as stack:
         for module in (attend_forward, attend_backward, attend3x3, rectify):
@@ -53,10 +73,12 @@ def recording(capability):
         yield launches
 
 
-def compile_launch(kernel, args, kwargs, capability):
-    """Compiles one recorded launch for sm_<capability>; returns its registers, spills and shared memory."""
+def compile_launch(kernel, args, kwargs, gpu):
+    """Compiles one recorded launch for a GPUTarget; returns its registers, spills and shared memory."""
     options = {k: v for k, v in kwargs.items() if k in ("num_warps", "num_stages", "maxnreg")}
     values = dict(zip(kernel.arg_names, args)) | {k: v for k, v in kwargs.items() if k not in options}
+    if gpu.backend == "hip":
+        options.pop("maxnreg", None)  # as Launch does there
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = values[parameter.name]
@@ -73,9 +95,14 @@ def compile_launch(kernel, args, kwargs, capability):
         else:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
     source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    compiled = triton.compile(source, target=gpu, options=options)
+    figures = _amd_figures(compiled.asm["amdgcn"]) if gpu.backend == "hip" else _nvidia_figures(compiled.asm["cubin"])
+    return figures | {"shared": compiled.metadata.shared, "warps": compiled.metadata.num_warps}
+
+
+def _nvidia_figures(cubin):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
@@ -85,19 +112,27 @@ def compile_launch(kernel, args, kwargs, capability):
         "registers": registers,
         "stack": stack,
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        "shared": compiled.metadata.shared,
-        "warps": compiled.metadata.num_warps,
         "mma": len(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA|UTCQMMA)\b", sass)),
     }
 
 
-def record_layer(capability, dtype, channels, side, heads, channels_last, mean=False, tf32=False):
+def _amd_figures(assembly):
+    found = dict(re.findall(r"\.(\w+_count|private_segment_fixed_size):\s*(\d+)", assembly))
+    return {
+        "registers": int(found["vgpr_count"]),
+        "stack": int(found["private_segment_fixed_size"]),
+        "spills": int(found["vgpr_spill_count"]) + int(found["sgpr_spill_count"]),
+        "mma": len(re.findall(r"\bv_mfma_", assembly)),
+    }
+
+
+def record_layer(chip, dtype, channels, side, heads, channels_last, mean=False, tf32=False):
     """The launches of a whole layer, forward and backward, of one shape: tapped, its logits with a gradient."""
     torch.backends.cuda.matmul.allow_tf32 = tf32
     layout = torch.channels_last if channels_last else torch.contiguous_format
     z = torch.empty(128, channels, side, side, dtype=dtype, device="cpu").to(memory_format=layout)
     w = torch.empty(heads, channels, dtype=dtype)
-    with recording(capability) as launches:
+    with recording(chip) as launches:
         outputs = ops._gated_attend(z, w, None, w, None, heads, mean, mean)
         pooled, lse, logits, scores, gates, features, average = outputs
         ops._gated_attend_backward(
@@ -107,13 +142,13 @@ def record_layer(capability, dtype, channels, side, heads, channels_last, mean=F
     return launches
 
 
-def record_layer3x3(capability, dtype, channels, side, heads, channels_last, tf32=False):
+def record_layer3x3(chip, dtype, channels, side, heads, channels_last, tf32=False):
     """The launches of 3×3 heads with a mean, forward and backward, tapped."""
     torch.backends.cuda.matmul.allow_tf32 = tf32
     layout = torch.channels_last if channels_last else torch.contiguous_format
     z = torch.empty(128, channels, side, side, dtype=dtype, device="cpu").to(memory_format=layout)
     w = torch.empty(heads, channels, 3, 3, dtype=dtype)
-    with recording(capability) as launches:
+    with recording(chip) as launches:
         outputs = ops._gated_attend3x3(z, w, None, w, None, heads, True)
         pooled, lse, logits, scores, gates, features, mean = outputs
         ops._gated_attend3x3_backward(
@@ -123,9 +158,9 @@ def record_layer3x3(capability, dtype, channels, side, heads, channels_last, tf3
     return launches
 
 
-def record_rectify(capability, dtype, mix):
+def record_rectify(chip, dtype, mix):
     hypotheses, scores = torch.empty(128, 4, 1000, dtype=dtype), torch.empty(128, 4)
-    with recording(capability) as launches:
+    with recording(chip) as launches:
         y, lse = ops._rectify(hypotheses, scores, mix, "softmax")
         ops._rectify_backward(y, hypotheses, scores, y, lse, mix, "softmax")
     return launches
@@ -167,41 +202,79 @@ LAYERS3X3 = [
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def fault(figures, capability):
-    """What is wrong with the figures of a compiled kernel, or None."""
+def fault(figures, limit):
+    """What is wrong with the figures of a compiled kernel, or None; limit: of shared memory, in bytes."""
     if figures["spills"]:
         return f"{figures['spills']} spills"
-    if figures["shared"] > SHARED_LIMIT[capability]:
-        return f"{figures['shared']} bytes of shared memory, the limit is {SHARED_LIMIT[capability]}"
+    if figures["shared"] > limit:
+        return f"{figures['shared']} bytes of shared memory, the limit is {limit}"
     return None
 
 
+class Compiled(NamedTuple):
+    """One launch, compiled."""
+
+    target: str
+    case: list
+    kernel: str  # file.kernel
+    figures: dict
+    fault: str | None
+
+
 def check(task):
-    """Compiles every launch of one task; returns (name, figures, fault or None) of each."""
-    record, capability, *case = task
+    """Compiles every launch of one task."""
+    record, name, *case = task
+    target = TARGETS[name]
     results = []
-    for kernel, args, kwargs in record(capability, *case):
-        figures = compile_launch(kernel, args, kwargs, capability)
-        results.append((f"sm_{capability} {case} {kernel.__name__}", figures, fault(figures, capability)))
+    for kernel, args, kwargs in record(target.chip, *case):
+        figures = compile_launch(kernel, args, kwargs, target.gpu)
+        kernel_name = f"{kernel.fn.__module__.split('.')[-1]}.{kernel.__name__}"
+        results.append(Compiled(name, case, kernel_name, figures, fault(figures, target.chip.shared)))
     return results
 
 
-def main(capabilities):
-    tasks = [(record_layer, c, d, *case) for d, case, c in itertools.product(DTYPES, LAYERS, capabilities)]
-    tasks += [(record_layer, c, torch.float32, *case, True) for case, c in itertools.product(LAYERS[:2], capabilities)]
-    tasks += [(record_layer3x3, c, d, *case) for d, case, c in itertools.product(DTYPES, LAYERS3X3, capabilities)]
-    tasks += [
-        (record_layer3x3, c, torch.float32, *case, True) for case, c in itertools.product(LAYERS3X3, capabilities)
-    ]
-    tasks += [(record_rectify, c, torch.bfloat16, mix) for mix, c in itertools.product(("logit", "prob"), capabilities)]
-    faults = 0
+def tasks_of(target, every):
+    """What is compiled for a target; every: of so many layers one."""
+    layers, layers3x3 = LAYERS[::every], LAYERS3X3[::every]
+    for dtype in DTYPES:
+        yield from ((record_layer, target, dtype, *case) for case in layers)
+        yield from ((record_layer3x3, target, dtype, *case) for case in layers3x3)
+    yield from ((record_layer, target, torch.float32, *case, True) for case in layers[:2])
+    yield from ((record_layer3x3, target, torch.float32, *case, True) for case in layers3x3)
+    yield from ((record_rectify, target, torch.bfloat16, mix) for mix in ("logit", "prob"))
+
+
+def table(compiled):
+    """Markdown: for each kernel and target the most registers of a thread and bytes of shared memory of a program."""
+    targets = list(dict.fromkeys(result.target for result in compiled))
+    most = {}
+    for result in compiled:
+        pair = most.get((result.kernel, result.target), (0, 0))
+        most[result.kernel, result.target] = tuple(map(max, pair, map(result.figures.get, ("registers", "shared"))))
+    yield f"| Triton {triton.__version__} | {' | '.join(targets)} |"
+    yield "|---" * (len(targets) + 1) + "|"
+    for kernel in dict.fromkeys(result.kernel for result in compiled):
+        cells = (most.get((kernel, target)) for target in targets)
+        yield f"| {kernel} | {' | '.join('' if cell is None else f'{cell[0]}, {cell[1]}' for cell in cells)} |"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("targets", nargs="*", default=list(TARGETS), help=", ".join(TARGETS))
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="compile one of N layers")
+    parser.add_argument("--table", action="store_true", help="end with the table of docs/kernels.md")
+    arguments = parser.parse_args()
+    tasks = [task for target in arguments.targets for task in tasks_of(target, arguments.every)]
+    compiled = []
     with ProcessPoolExecutor() as pool:
-        for name, figures, wrong in itertools.chain.from_iterable(pool.map(check, tasks)):
-            faults += wrong is not None
-            print(f"FAULT {wrong}:" if wrong else "ok", name, figures, flush=True)
-    print(f"{faults} faults")
-    return faults
+        for result in itertools.chain.from_iterable(pool.map(check, tasks)):
+            compiled.append(result)
+            verdict = "ok" if result.fault is None else f"FAULT {result.fault}:"
+            print(verdict, result.target, result.case, result.kernel, result.figures, flush=True)
+    faults = sum(result.fault is not None for result in compiled)
+    print(*(table(compiled) if arguments.table else ()), f"{faults} faults", sep="\n")
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":
-    sys.exit(1 if main([int(name.removeprefix("sm_")) for name in sys.argv[1:]] or [80, 90, 100]) else 0)
+    sys.exit(main())

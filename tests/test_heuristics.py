@@ -34,7 +34,16 @@ def test_splits_cover_every_position_and_tiles_are_those_of_any_batch(backward, 
         for positions in (1, 49, 196, 1024, 3136):
             compiled = set()
             for images in (1, 2, 8, 33, 64, 128, 257):
-                arguments = (images, channels, positions, 4, itemsize, 4, channels_last, Chip(132, capability))
+                arguments = (
+                    images,
+                    channels,
+                    positions,
+                    4,
+                    itemsize,
+                    4,
+                    channels_last,
+                    Chip(132, capability, 99 * 1024),
+                )
                 config = sweep_config(*arguments, backward=backward)
                 assert config.splits * config.split_length >= positions > (config.splits - 1) * config.split_length
                 assert config.split_length % config.position_tile == 0

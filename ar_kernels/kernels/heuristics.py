@@ -6,6 +6,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+from triton.runtime import driver
 
 MOST_REGISTERS = 255
 """Asked for by name, this many keep the compiler from spilling a few for the sake of occupancy."""
@@ -37,16 +38,19 @@ class Chip(NamedTuple):
     """What the cuts depend on of a GPU."""
 
     processors: int  # multiprocessors
-    capability: int  # major compute capability: 8 Ampere and Ada, 9 Hopper, 10 and more Blackwell
+    capability: int  # major compute capability: 8 Ampere and Ada, 9 Hopper, 10 and more Blackwell; 0: of AMD
+    shared: int  # bytes of shared memory that one program may take
 
 
 @cache
 def chip(device_index: int) -> Chip:
     """The chip of a CUDA device. Triton's interpreter (index -1) passes for a small one: its loops stay short."""
     if device_index < 0:
-        return Chip(4, 9)
+        return Chip(4, 9, 227 * 1024)
     properties = torch.cuda.get_device_properties(device_index)
-    return Chip(properties.multi_processor_count, properties.major)
+    capability = properties.major if torch.version.hip is None else 0  # there `major` counts AMD's generations
+    shared = driver.active.utils.get_device_properties(device_index)["max_shared_mem"]
+    return Chip(properties.multi_processor_count, capability, shared)
 
 
 def channel_parts(channels: int, most: int) -> tuple[int, int]:
@@ -85,7 +89,7 @@ def sweep_config(
 ) -> SweepConfig:
     """The cut of one sweep. heads counts the mean's row too; itemsize is the feature map's, in bytes; vector is how
     many of its elements load at once; tapped: the backward also reads an upstream gradient."""
-    half, hopper = itemsize == 2, chip.capability == 9
+    half, hopper, amd = itemsize == 2, chip.capability == 9, chip.capability == 0
     channel_tile, parts = channel_parts(channels, 128 if backward else 256)
     padded = channel_tile * parts
     # Heads are the narrow side of the matrix products. 8 is the least width of one (the backward has two columns for
@@ -136,7 +140,13 @@ def sweep_config(
         if backward and not (half and hopper):
             channel_tile, position_tile = min(channel_tile, 64), 16
             num_warps, num_stages = 4 if half else 8, 2
+        elif chip.capability > 10 and head_tile > 8:
+            position_tile = min(position_tile, 32)
+        elif amd and head_tile > 64:
+            position_tile = 16
     position_tile = min(position_tile, max(16, next_power_of_2(positions)))
+    while num_stages > 1 and num_stages * position_tile * channel_tile * max(parts, 1) * itemsize > chip.shared:
+        num_stages -= 1
     tiles = -(-positions // position_tile)
     if backward:
         splits = busiest_splits(max(images, 1), tiles, per_processor * chip.processors)

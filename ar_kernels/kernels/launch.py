@@ -36,7 +36,8 @@ class Launch:
         self.kernel = kernel
         self.grid = (*grid, 1, 1)[:3]
         self.sizes = sizes
-        self.constants = constants
+        # Registers have no limit to name on AMD.
+        self.constants = {k: v for k, v in constants.items() if k != "maxnreg" or torch.version.hip is None}
         self.prepared = False
         self._compiled: dict[tuple, Callable] = {}
         # Triton's interpreter compiles nothing. On ROCm a kernel is specialised by its tensors' sizes too.
