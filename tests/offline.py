@@ -133,7 +133,8 @@ def record_layer(chip, dtype, channels, side, heads, channels_last, mean=False, 
     z = torch.empty(128, channels, side, side, dtype=dtype, device="cpu").to(memory_format=layout)
     w = torch.empty(heads, channels, dtype=dtype)
     with recording(chip) as launches:
-        outputs = ops._gated_attend(z, w, None, w, None, heads, mean, mean)
+        for maps in (z[:1], z):  # one image alone is split, and its parts are merged
+            outputs = ops._gated_attend(maps, w, None, w, None, heads, mean, mean)
         pooled, lse, logits, scores, gates, features, average = outputs
         ops._gated_attend_backward(
             z, w, None, w, pooled, lse, scores, gates, None, None, logits if mean else None, None, None, features,

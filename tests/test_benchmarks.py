@@ -9,7 +9,22 @@ import torch
 
 import benchmarks.__main__ as main
 from ar_kernels import native, reference
-from benchmarks import bars, cases, compare, counters, first_call, floors, host, rivals, step, suite, taps, timing
+from benchmarks import (
+    bars,
+    cases,
+    compare,
+    counters,
+    first_call,
+    floors,
+    host,
+    numerics,
+    results,
+    rivals,
+    step,
+    suite,
+    taps,
+    timing,
+)
 from benchmarks.cases import Case, Shard
 from benchmarks.parity import _moved
 from benchmarks.results import OtherResults, Results
@@ -463,3 +478,25 @@ def test_the_3x3_layer_beside_its_rivals(layout):
     }
     assert all(row["correct"] for row in results.rows), "checked against float64, gradients too"
     assert all(row["times_ours"] > 0 for row in rivals)
+
+
+# ---------------------------------------------------------------------------------------------- numerics
+
+
+@pytest.mark.parametrize("taps", [1, 9])
+def test_numerics_know_each_form_of_the_layer(taps, monkeypatch):
+    """A right form errs by roundings in every result and gradient; one with a wrong gradient shows."""
+    monkeypatch.setattr(numerics, "CASE", Case(2, 8, 4, 5))
+    found = numerics.measure("float32", taps, "cpu")
+    assert {"eager", "matmul" if taps == 1 else "matmul-3x3"} <= found.keys()
+    assert all(0 < error < 1e-5 for errors in found.values() for error in errors)
+    wrong = Rival("wrong", lambda z, *weights: RIVALS[0].function(z.detach() + 0 * z, *weights), RIVALS[0].store)
+    monkeypatch.setattr(numerics, "RIVALS", (wrong,))
+    errors = dict(zip(numerics.NAMES, numerics.measure("float32", 1, "cpu")["wrong"]))
+    assert errors["d feature_map"] == pytest.approx(1.0) and errors["hypothesis"] < 1e-5
+
+
+def test_the_docs_table_of_errors_is_that_of_the_results():
+    content = json.loads((results.FOLDER / "numerics-x86_64.json").read_text(encoding="utf-8"))
+    docs = (results.FOLDER.parents[1] / "docs" / "numerics.md").read_text(encoding="utf-8")
+    assert "\n".join(numerics.table(content["rows"])) in docs
