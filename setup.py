@@ -30,7 +30,13 @@ TORCH_VERSION = "0x020b000000000000"
 CUDA_ARCHS = "80;90a"
 """Compiled for by default: Ampere and what follows it, as PTX beyond; Hopper with what only it has."""
 
-PER_TARGET = ("attend_forward.cpp", "attend_backward.cpp", "rectify.cpp")
+PER_TARGET = (
+    "attend_forward.cpp",
+    "attend_backward.cpp",
+    "attend3x3_forward.cpp",
+    "attend3x3_backward.cpp",
+    "rectify.cpp",
+)
 """Files of csrc/cpu that are compiled once for each target; the others once."""
 
 TARGETS = {"portable": []}

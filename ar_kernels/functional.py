@@ -159,8 +159,6 @@ _known_capability = functools.cache(torch.cuda.get_device_capability)
 def _why_not(candidate: str, data: Tensor, mask_weight: Tensor | None, named: bool) -> str | None:
     """What stops `candidate` from running on data (and its attention heads, if any); None if nothing does."""
     if candidate == "native":
-        if mask_weight is not None and mask_weight.dim() == 4:
-            return "3×3 heads are not in the native library yet"
         return native.why_not(data.device.type)
     if candidate != "triton":
         return None

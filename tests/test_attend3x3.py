@@ -27,7 +27,6 @@ SHAPES = {
 LAYOUTS = {"contiguous": None, "channels_last": channels_last, "batch_last": batch_last, "slice": slice_of_cat}
 
 
-@pytest.mark.parametrize("implementation", ["eager", "triton"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_float64_equals_the_reference(shape, implementation, device):
     layer = Layer(**SHAPES[shape], kernel_size=3, device=device)
@@ -40,39 +39,40 @@ def test_float64_equals_the_reference(shape, implementation, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", ["global heads", "split over positions", "channels in chunks"])
-def test_error_budget(shape, layout, dtype, device):
+def test_error_budget(shape, layout, dtype, fused, device):
     draws = []
     for seed in range(3):
         layer = Layer(**SHAPES[shape], kernel_size=3, dtype=dtype, device=device, seed=seed)
-        runs = layer.run("triton", layout=LAYOUTS[layout]), layer.run("eager", layout=LAYOUTS[layout])
+        runs = layer.run(fused, layout=LAYOUTS[layout]), layer.run("eager", layout=LAYOUTS[layout])
         draws.append((*runs, layer.run("reference", exact=True)))
     assert_within_budget(draws, dtype)
 
 
-def test_float16_gradients_of_a_mean_loss(device):
+def test_float16_gradients_of_a_mean_loss(fused, device):
     """Far below what float16 holds: their images' powers of two bring them back."""
     layer = Layer(n=4, c=24, h=5, w=6, k=3, kernel_size=3, dtype=torch.float16, device=device)
     grads = {}
-    for implementation, dtype in (("triton", torch.float16), ("eager", torch.float64)):
+    for implementation, dtype in ((fused, torch.float16), ("eager", torch.float64)):
         t = {name: value.to(dtype).requires_grad_() for name, value in layer.tensors.items()}
         output = ar_kernels.attention_module(**t, implementation=implementation).hypothesis
         weights = torch.linspace(1e-7, 3e-5, 4, device=device, dtype=torch.float64)[:, None]  # of each image its own
         loss = (output.double() * weights).sum()
         grads[implementation] = torch.autograd.grad(loss, (t["mask_weight"], t["gate_weight"]))
-    for mine, truth in zip(grads["triton"], grads["eager"]):
+    for mine, truth in zip(grads[fused], grads["eager"]):
         assert (mine.double() - truth).abs().max() <= 0.02 * truth.abs().max() + 2**-24
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(dtype, device):
+def test_opcheck(dtype, fused, device):
     layer = Layer(n=2, c=6, h=3, w=4, k=3, globals=2, kernel_size=3, dtype=dtype, device=device)
     t = layer.tensors
     z, w = t["feature_map"], torch.cat([t["mask_weight"], t["global_mask_weight"]])
     score_w = torch.cat([t["gate_weight"], t["global_gate_weight"]])
-    operators = torch.ops.ar_kernels
+    operators = ops._operators(fused)
     for arguments in ((z, w, None, score_w, None, 3, True), (channels_last(z), w, w[:, 0, 0, 0], None, None, 0, False)):
         torch.library.opcheck(operators.gated_attend3x3, arguments)
-    pooled, lse, logits, scores, gates, features, mean = ops._gated_attend3x3(z, w, None, score_w, None, 3, True)
+    saved = operators.gated_attend3x3(z, w, None, score_w, None, 3, True)
+    pooled, lse, logits, scores, gates, features, mean = saved
     saved = (z, w, score_w, pooled, lse, logits, scores, gates)
     grads = (pooled, lse, logits, scores, gates, features, mean, z)
     torch.library.opcheck(operators.gated_attend3x3_backward, (*saved, *grads, True, True, True, True))
@@ -80,7 +80,7 @@ def test_opcheck(dtype, device):
     torch.library.opcheck(operators.gated_attend3x3_backward, (*saved, pooled, *none, True, False, False, False))
 
 
-def test_compile_fullgraph_with_a_dynamic_batch(device):
+def test_compile_fullgraph_with_a_dynamic_batch(fused, device):
     from torch._dynamo.backends.common import aot_autograd
 
     layer = Layer(n=4, c=6, h=3, w=4, k=3, globals=2, kernel_size=3, dtype=torch.float64, device=device)
@@ -90,7 +90,7 @@ def test_compile_fullgraph_with_a_dynamic_batch(device):
 
     def step(z, *values):
         out = ar_kernels.attention_module(
-            z, **dict(zip(names, values)), masks=True, mean=True, tap=True, implementation="triton"
+            z, **dict(zip(names, values)), masks=True, mean=True, tap=True, implementation=fused
         )
         return out.hypothesis.sum() + out.masks.square().sum() + out.mean.sum() + (out.feature_map**2).sum()
 
@@ -109,19 +109,19 @@ def test_compile_fullgraph_with_a_dynamic_batch(device):
     assert len(graphs) == 2, "another batch size recompiled"
 
 
-def test_double_backward(device):
+def test_double_backward(fused, device):
     layer = Layer(n=2, c=3, h=2, w=3, k=2, labels=2, kernel_size=3, device=device)
     names = list(layer.tensors)
 
     def function(*values):
-        out = ar_kernels.attention_module(**dict(zip(names, values)), masks=True, mean=True, implementation="triton")
+        out = ar_kernels.attention_module(**dict(zip(names, values)), masks=True, mean=True, implementation=fused)
         return out.hypothesis, out.masks, out.mean
 
     values = [value.requires_grad_() for value in layer.tensors.values()]
     assert torch.autograd.gradgradcheck(function, values, fast_mode=True)
 
 
-def test_functorch(device):
+def test_functorch(fused, device):
     layer = Layer(n=1, c=3, h=2, w=3, k=2, kernel_size=3, device=device)
     w = layer.tensors["mask_weight"]
     maps = torch.randn(3, 1, 3, 2, 3, dtype=torch.float64, device=device)
@@ -129,23 +129,23 @@ def test_functorch(device):
     def loss(z, implementation):
         return ar_kernels.attend(z, w, implementation=implementation).pooled.square().sum()
 
-    got = torch.func.vmap(torch.func.grad(lambda z: loss(z, "triton")))(maps)
+    got = torch.func.vmap(torch.func.grad(lambda z: loss(z, fused)))(maps)
     torch.testing.assert_close(got, torch.stack([torch.func.grad(lambda z: loss(z, "eager"))(z) for z in maps]))
 
 
-def test_no_images(device):
+def test_no_images(fused, device):
     z = torch.randn(0, 4, 5, 6, device=device, requires_grad=True)
     w = torch.randn(2, 4, 3, 3, device=device, requires_grad=True)
-    attended = ar_kernels.attend(z, w, mean=True, masks=True, implementation="triton")
+    attended = ar_kernels.attend(z, w, mean=True, masks=True, implementation=fused)
     assert attended.pooled.shape == (0, 2, 4, 9) and attended.masks.shape == (0, 2, 5, 6)
     dz, dw = torch.autograd.grad(attended.pooled.sum() + attended.mean.sum(), (z, w))
     assert dz.shape == z.shape and dw.count_nonzero() == 0
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_the_same_bits_again(layout, device):
+def test_the_same_bits_again(layout, fused, device):
     layer = Layer(n=3, c=24, h=9, w=8, k=4, kernel_size=3, dtype=torch.bfloat16, device=device)
-    runs = [layer.run("triton", layout=LAYOUTS[layout]) for _ in range(2)]
+    runs = [layer.run(fused, layout=LAYOUTS[layout]) for _ in range(2)]
     for name, value in runs[0].items():
         assert torch.equal(value, runs[1][name]), name
 

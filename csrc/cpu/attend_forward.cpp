@@ -6,26 +6,11 @@
 // A spatial mean is one more row of masks, of ones. A tile of positions stays in cache between its two products, so
 // that Z comes from memory once. Bytes: |Z| read, O(N K C) written.
 
-#include "maps.h"
+#include "image.h"
 
 namespace ar_kernels::AR_TARGET {
 
 namespace {
-
-// Running sums of an image, or of a split of it.
-template <class A>
-struct Sums {
-  A* m;  // [K] largest logit
-  A* d;  // [K] sum of exp(l - m)
-  A* p;  // [K + mean, channel_step] sum of exp(l - m) Z; of the mean's row, sum of Z
-
-  static Sums take(Scratch& scratch, const ForwardArguments& a) {
-    const int64_t heads = a.layer.heads;
-    A* m = scratch.take<A>(heads);
-    A* d = scratch.take<A>(heads);
-    return {m, d, scratch.take<A>((heads + 1) * channel_step<A>(a.layer))};
-  }
-};
 
 template <class A>
 void clear(const ForwardArguments& a, const Sums<A>& sums) {
@@ -34,11 +19,6 @@ void clear(const ForwardArguments& a, const Sums<A>& sums) {
     sums.d[k] = 0;
   }
   memset(sums.p, 0, (a.layer.heads + 1) * channel_step<A>(a.layer) * sizeof(A));
-}
-
-template <class A>
-void scale(A* row, int64_t size, A factor) {  // size in whole vectors
-  for (int64_t i = 0; i < size; i += kLanes<A>) store(row + i, load(row + i) * factor);
 }
 
 // Logits without bias to exp(l - m) of the largest logit so far; returns what the sums so far shrink by. Lanes beyond
@@ -93,51 +73,12 @@ void sweep(const ForwardArguments& a, int64_t n, int64_t begin, int64_t end, con
 template <class T>
 void finish(const ForwardArguments& a, int64_t n, const Sums<Accumulator<T>>& sums) {
   using A = Accumulator<T>;
-  const Layer& layer = a.layer;
-  const int64_t channels = layer.channels, heads = layer.heads, gated = layer.gated, c_step = channel_step<A>(layer);
-  A* pooled = (A*)a.pooled + n * heads * channels;
+  const int64_t heads = a.layer.heads, c_step = channel_step<A>(a.layer);
   for (int64_t k = 0; k < heads; ++k) {
     scale(sums.p + k * c_step, c_step, 1 / sums.d[k]);
-    memcpy(pooled + k * channels, sums.p + k * c_step, channels * sizeof(A));
     ((A*)a.lse)[n * heads + k] = sums.m[k] + logarithm(sums.d[k]);
   }
-  if (a.mean != nullptr) {
-    A* row = sums.p + heads * c_step;
-    scale(row, c_step, 1 / A(layer.positions()));
-    memcpy((A*)a.mean + n * channels, row, channels * sizeof(A));
-  }
-  if (gated == 0) return;
-  A* scores = (A*)a.scores + n * heads;
-  for (int64_t k = 0; k < heads; ++k) {
-    scores[k] = 0;
-    if (a.score_w == nullptr) continue;
-    const A* weights = (const A*)a.score_w + k * channels;
-    const A* p = sums.p + k * c_step;
-    Vector<A> products = {};
-    int64_t c = 0;
-    for (; c + kLanes<A> <= channels; c += kLanes<A>) products += load(weights + c) * load(p + c);
-    if (c < channels) products += load(weights + c, (int)(channels - c)) * load(p + c, (int)(channels - c));
-    scores[k] = sum<A>(products) + (a.score_b == nullptr ? A(0) : ((const A*)a.score_b)[k]);
-  }
-  A* gates = (A*)a.gates + n * gated;
-  A total = 0;  // no maximum is needed, tanh is bounded
-  for (int64_t k = 0; k < gated; ++k) total += gates[k] = exponential(hyperbolic_tangent(scores[k]));
-  for (int64_t k = 0; k < gated; ++k) {
-    gates[k] /= total;
-    T* features = (T*)a.features + (n * gated + k) * channels;
-    const A* p = sums.p + k * c_step;
-    int64_t c = 0;
-    for (; c + kLanes<A> <= channels; c += kLanes<A>) store(features + c, load(p + c) * gates[k]);
-    if (c < channels) store(features + c, load(p + c) * gates[k], (int)(channels - c));
-  }
-}
-
-template <class A>
-Sums<A> part_of(const ForwardArguments& a, int64_t item) {
-  Scratch size(nullptr);
-  Sums<A>::take(size, a);
-  Scratch part((char*)a.parts + item * size.used());
-  return Sums<A>::take(part, a);
+  store_pooled<T>(a, n, sums.p);
 }
 
 // Items [first, last); with `used`, only what they need of memory.
@@ -159,7 +100,7 @@ void forward(const ForwardArguments& a, int64_t first, int64_t last, void* memor
   for (int64_t s = 0; s < s_step; ++s) masks[heads * s_step + s] = 1;
   for (int64_t item = first; item < last; ++item) {
     const int64_t n = item / layer.splits, begin = item % layer.splits * layer.split_length;
-    if (layer.splits > 1) sums = part_of<A>(a, item);
+    if (layer.splits > 1) sums = Sums<A>::part(a, item);
     sweep<T>(a, n, begin, smaller(begin + layer.split_length, layer.positions()), weights, masks, gathered, sums);
     if (layer.splits == 1) finish<T>(a, n, sums);
   }
@@ -181,9 +122,9 @@ void merge(const ForwardArguments& a, int64_t first, int64_t last) {
   const Layer& layer = a.layer;
   const int64_t heads = layer.heads, c_step = channel_step<A>(layer), rows = heads + (a.mean != nullptr);
   for (int64_t n = first; n < last; ++n) {
-    const Sums<A> sums = part_of<A>(a, n * layer.splits);
+    const Sums<A> sums = Sums<A>::part(a, n * layer.splits);
     for (int64_t split = 1; split < layer.splits; ++split) {
-      const Sums<A> part = part_of<A>(a, n * layer.splits + split);
+      const Sums<A> part = Sums<A>::part(a, n * layer.splits + split);
       for (int64_t k = 0; k < rows; ++k) {
         A mine = 1, theirs = 1;
         if (k < heads) {

@@ -28,6 +28,7 @@ constexpr int64_t kFewestPositions = 16;  // of a tile, if the map has them
 constexpr int64_t kMostPositions = 128;   // of channels_last, where one sum runs over all of them: it rounds less so
 // Parts that the work is cut into for threads to share: by shape alone, so that sums don't depend on the threads.
 constexpr int64_t kItems = 32;
+constexpr int64_t kFewestLines = 4;  // of a split, of 3x3 heads
 constexpr int64_t kElementsOfGroup = 1 << 16, kMostGroups = 128;
 constexpr int64_t kStreamedBytes = 1 << 23;       // of dZ: a larger one leaves the caches before it is read again
 constexpr int64_t kElementsPerThread = 1 << 17;   // less is not worth another thread
@@ -54,6 +55,7 @@ bool positions_are_adjacent(const Map& z, int64_t channels, int64_t height, int6
   return between_positions < z.c;
 }
 
+// w: [K, C] or [K, C, 3, 3].
 Layer layer_of(const Tensor& z, const Tensor& w, int64_t gated) {
   Layer layer;
   layer.kind = kind_of(z.scalar_type());
@@ -62,6 +64,7 @@ Layer layer_of(const Tensor& z, const Tensor& w, int64_t gated) {
   layer.height = z.dim() == 4 ? z.size(2) : 1;
   layer.width = z.size(-1);
   layer.heads = w.size(0);
+  layer.taps = w.dim() == 2 ? 1 : 9;
   layer.gated = gated;
   layer.positions_adjacent = positions_are_adjacent(map_of(z), layer.channels, layer.height, layer.width);
 
@@ -71,6 +74,13 @@ Layer layer_of(const Tensor& z, const Tensor& w, int64_t gated) {
   const int64_t positions = layer.positions();
   layer.tile = std::min(positions, std::max(step, bytes / (layer.channels * element) / step * step));
   if (!layer.positions_adjacent) layer.tile = std::min(layer.tile, kMostPositions);
+  if (layer.taps > 1) {  // whole lines, and not so few that those around them, which are read too, outweigh them
+    const int64_t wanted = (kItems + layer.images - 1) / std::max<int64_t>(layer.images, 1);
+    const int64_t lines = std::max(kFewestLines, (layer.height + wanted - 1) / std::max<int64_t>(wanted, 1));
+    layer.splits = layer.images == 0 ? 1 : (layer.height + lines - 1) / lines;
+    layer.split_length = lines * layer.width;
+    return layer;
+  }
   const int64_t tiles = (positions + layer.tile - 1) / layer.tile;
   const int64_t wanted = std::min(tiles, (kItems + layer.images - 1) / std::max<int64_t>(layer.images, 1));
   layer.split_length = (tiles + wanted - 1) / std::max<int64_t>(wanted, 1) * layer.tile;
@@ -88,6 +98,20 @@ MaybeTensor accumulated(const MaybeTensor& tensor, ScalarType dtype) {
 MaybeTensor contiguous(const MaybeTensor& tensor) {
   if (!tensor.has_value() || tensor->is_contiguous()) return tensor;
   return torch::stable::contiguous(*tensor);
+}
+
+// [..., C, 3, 3] or [..., C, 9] as [..., taps, C] in the accumulator's dtype, contiguous; [..., C] as it is.
+MaybeTensor tap_rows(const MaybeTensor& tensor, int64_t taps, ScalarType dtype) {
+  if (!tensor.has_value() || taps == 1) return accumulated(tensor, dtype);
+  const Tensor flat = tensor->dim() == 4 && tensor->size(3) == 3 ? torch::stable::flatten(*tensor, 2) : *tensor;
+  return accumulated(torch::stable::transpose(flat, -2, -1), dtype);
+}
+
+// [K, taps, C] as [K, C] or [K, C, 3, 3].
+Tensor weight_of(const Tensor& rows, int64_t heads, int64_t taps, int64_t channels) {
+  if (taps == 1) return torch::stable::view(rows, {heads, channels});
+  const Tensor turned = torch::stable::transpose(torch::stable::view(rows, {heads, taps, channels}), 1, 2);
+  return torch::stable::view(torch::stable::contiguous(turned), {heads, channels, 3, 3});
 }
 
 const void* data(const MaybeTensor& tensor) { return tensor.has_value() ? tensor->const_data_ptr() : nullptr; }
@@ -110,16 +134,39 @@ void in_parallel(int64_t count, int64_t elements, int64_t scratch, const Work& w
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_attend(
+// Calls work(stage, items): all stages in one where images are not split, else one after another.
+template <class Work>
+void in_stages(const Layer& layer, std::initializer_list<Stage> stages, const Work& work) {
+  if (layer.splits == 1) return work(Stage::kAll, layer.images);
+  for (const Stage stage : stages) {
+    const bool by_image = stage == Stage::kMasks || stage == Stage::kMerge;
+    work(stage, by_image ? layer.images : layer.items());
+  }
+}
+
+// K of w [K, C] or [K, C, 3, 3], after the checks of it.
+int64_t heads_of(const Tensor& z, const Tensor& w, int64_t taps) {
+  const int64_t heads = w.dim() == (taps == 1 ? 2 : 4) ? w.size(0) : 0;
+  STD_TORCH_CHECK(heads > 0, "w must be ", taps == 1 ? "[K, C]" : "[K, C, 3, 3]", " with a head, got ", shape_of(w));
+  STD_TORCH_CHECK(taps == 1 || z.dim() == 4, "z must be [N, C, H, W] for 3x3 heads, got ", shape_of(z));
+  return heads;
+}
+
+void check_weight(const char* name, const MaybeTensor& weight, int64_t heads, int64_t channels, int64_t taps) {
+  if (taps == 1)
+    check_shape(name, weight, {heads, channels});
+  else
+    check_shape(name, weight, {heads, channels, 3, 3});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& z, const Tensor& w, const MaybeTensor& b, const MaybeTensor& score_w, const MaybeTensor& score_b,
-    int64_t gated_heads, bool wants_logits, bool wants_mean) {
+    int64_t gated_heads, bool wants_logits, bool wants_mean, int64_t taps) {
   check_map("z", z);
-  const int64_t images = z.size(0), channels = z.size(1);
-  const int64_t heads = w.dim() == 2 ? w.size(0) : 0;
-  STD_TORCH_CHECK(heads > 0, "w must be [K, C] with a head, got ", shape_of(w));
-  check_shape("w", w, {heads, channels});
+  const int64_t images = z.size(0), channels = z.size(1), heads = heads_of(z, w, taps);
+  check_weight("w", w, heads, channels, taps);
   check_shape("b", b, {heads});
-  check_shape("score_w", score_w, {heads, channels});
+  check_weight("score_w", score_w, heads, channels, taps);
   check_shape("score_b", score_b, {heads});
   STD_TORCH_CHECK(gated_heads >= 0 && gated_heads <= heads, "gated_heads must be from 0 to K = ", heads, ", got ",
                   gated_heads);
@@ -127,16 +174,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_attend(
   const ScalarType dtype = accumulator_dtype(z.scalar_type());
   const Layer layer = layer_of(z, w, gated_heads);
   const bool gated = gated_heads > 0;
-  const Tensor pooled = empty({images, heads, channels}, dtype), lse = empty({images, heads}, dtype);
+  const Tensor pooled =
+      taps == 1 ? empty({images, heads, channels}, dtype) : empty({images, taps, heads, channels}, dtype);
+  const Tensor lse = empty({images, heads}, dtype);
   const Tensor logits = wants_logits ? empty({images, heads, layer.positions()}, dtype) : empty({0}, dtype);
   const Tensor scores = gated ? empty({images, heads}, dtype) : empty({0}, dtype);
   const Tensor gates = gated ? empty({images, gated_heads}, dtype) : empty({0}, dtype);
   const Tensor features =
-      gated ? empty({images, gated_heads * channels}, z.scalar_type()) : empty({0}, z.scalar_type());
+      gated ? empty({images, gated_heads * channels * taps}, z.scalar_type()) : empty({0}, z.scalar_type());
   const Tensor mean = wants_mean ? empty({images, channels}, dtype) : empty({0}, dtype);
 
   if (images > 0) {
-    const MaybeTensor weights[] = {accumulated(w, dtype), accumulated(b, dtype), accumulated(score_w, dtype),
+    const MaybeTensor weights[] = {tap_rows(w, taps, dtype), accumulated(b, dtype), tap_rows(score_w, taps, dtype),
                                    accumulated(score_b, dtype)};
     ForwardArguments arguments = {layer,
                                   map_of(z),
@@ -151,21 +200,46 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_attend(
                                   written(scores),
                                   written(gates),
                                   written(features),
+                                  nullptr,
                                   nullptr};
     const Kernels& target = kernels();
-    Tensor parts;
+    Tensor parts, masks;
     if (layer.splits > 1) {
       parts = empty({layer.items(), target.forward_part(arguments)}, ScalarType::Byte);
       arguments.parts = parts.mutable_data_ptr();
     }
-    in_parallel(
-        layer.items(), z.numel(), target.forward_scratch(arguments),
-        [&](int64_t begin, int64_t end, void* memory) { target.attend_forward(arguments, begin, end, memory); });
-    if (layer.splits > 1)
-      in_parallel(images, layer.items() * heads * channels, 1,
-                  [&](int64_t begin, int64_t end, void*) { target.merge_splits(arguments, begin, end); });
+    if (taps == 1) {
+      in_parallel(
+          layer.items(), z.numel(), target.forward_scratch(arguments),
+          [&](int64_t begin, int64_t end, void* memory) { target.attend_forward(arguments, begin, end, memory); });
+      if (layer.splits > 1)
+        in_parallel(images, layer.items() * heads * channels, 1,
+                    [&](int64_t begin, int64_t end, void*) { target.merge_splits(arguments, begin, end); });
+    } else {
+      masks = empty({images, heads, layer.height + 2, layer.width + 2}, dtype);
+      arguments.masks = masks.mutable_data_ptr();
+      in_stages(layer, {Stage::kLogits, Stage::kMasks, Stage::kMaps, Stage::kMerge}, [&](Stage stage, int64_t items) {
+        in_parallel(items, z.numel() * taps, target.forward3x3_scratch(arguments),
+                    [&](int64_t begin, int64_t end, void* memory) {
+                      target.attend3x3_forward(arguments, stage, begin, end, memory);
+                    });
+      });
+    }
   }
-  return {pooled, lse, logits, scores, gates, features, mean};
+  const Tensor by_channel = taps == 1 ? pooled : torch::stable::transpose(torch::stable::transpose(pooled, 1, 2), 2, 3);
+  return {by_channel, lse, logits, scores, gates, features, mean};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_attend(
+    const Tensor& z, const Tensor& w, const MaybeTensor& b, const MaybeTensor& score_w, const MaybeTensor& score_b,
+    int64_t gated_heads, bool wants_logits, bool wants_mean) {
+  return forward(z, w, b, score_w, score_b, gated_heads, wants_logits, wants_mean, 1);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_attend3x3(
+    const Tensor& z, const Tensor& w, const MaybeTensor& b, const MaybeTensor& score_w, const MaybeTensor& score_b,
+    int64_t gated_heads, bool wants_mean) {
+  return forward(z, w, b, score_w, score_b, gated_heads, true, wants_mean, 9);
 }
 
 // z's gradient, contiguous or channels_last.
@@ -201,35 +275,42 @@ Tensor summed(const Kernels& target, const Tensor& rows, const MaybeTensor& weig
   return sums.scalar_type() == dtype ? sums : torch::stable::to(sums, dtype);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> gated_attend_backward(
-    const Tensor& z, const Tensor& w, const MaybeTensor& b, const MaybeTensor& score_w, const Tensor& pooled,
-    const Tensor& lse, const MaybeTensor& scores, const MaybeTensor& gates, const MaybeTensor& grad_pooled,
-    const MaybeTensor& grad_lse, const MaybeTensor& grad_logits, const MaybeTensor& grad_scores,
-    const MaybeTensor& grad_gates, const MaybeTensor& grad_features, const MaybeTensor& grad_mean,
-    const MaybeTensor& upstream, bool needs_z, bool needs_w, bool needs_score, bool channels_last) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& z, const Tensor& w, const MaybeTensor& b,
+                                                    const MaybeTensor& score_w, const Tensor& pooled, const Tensor& lse,
+                                                    const MaybeTensor& logits, const MaybeTensor& scores,
+                                                    const MaybeTensor& gates, const MaybeTensor& grad_pooled,
+                                                    const MaybeTensor& grad_lse, const MaybeTensor& grad_logits,
+                                                    const MaybeTensor& grad_scores, const MaybeTensor& grad_gates,
+                                                    const MaybeTensor& grad_features, const MaybeTensor& grad_mean,
+                                                    const MaybeTensor& upstream, bool needs_z, bool needs_w,
+                                                    bool needs_score, bool channels_last, int64_t taps) {
   check_map("z", z);
-  const int64_t images = z.size(0), channels = z.size(1);
-  const int64_t heads = w.dim() == 2 ? w.size(0) : 0;
-  STD_TORCH_CHECK(heads > 0, "w must be [K, C] with a head, got ", shape_of(w));
+  const int64_t images = z.size(0), channels = z.size(1), heads = heads_of(z, w, taps);
   const int64_t gated = gates.has_value() && gates->dim() == 2 ? gates->size(1) : 0;
   STD_TORCH_CHECK(gated <= heads, "gates must be [N, K'] with K' at most K = ", heads, ", got ", gated, " columns");
   const Layer layer = layer_of(z, w, gated);
-  check_shape("w", w, {heads, channels});
+  check_weight("w", w, heads, channels, taps);
   check_shape("b", b, {heads});
-  check_shape("score_w", score_w, {heads, channels});
-  check_shape("pooled", pooled, {images, heads, channels});
+  check_weight("score_w", score_w, heads, channels, taps);
+  for (const auto& [name, tensor] :
+       {std::pair<const char*, MaybeTensor>{"pooled", pooled}, {"grad_pooled", grad_pooled}}) {
+    if (taps == 1)
+      check_shape(name, tensor, {images, heads, channels});
+    else
+      check_shape(name, tensor, {images, heads, channels, taps});
+  }
   check_shape("lse", lse, {images, heads});
+  check_shape("logits", logits, {images, heads, layer.positions()});
   if (gated > 0) {
     STD_TORCH_CHECK(scores.has_value(), "scores must come with gates, got None");
     check_shape("scores", scores, {images, heads});
     check_shape("gates", gates, {images, gated});
   }
-  check_shape("grad_pooled", grad_pooled, {images, heads, channels});
   check_shape("grad_lse", grad_lse, {images, heads});
   check_shape("grad_logits", grad_logits, {images, heads, layer.positions()});
   check_shape("grad_scores", grad_scores, {images, heads});
   check_shape("grad_gates", grad_gates, {images, gated});
-  check_shape("grad_features", grad_features, {images, gated * channels});
+  check_shape("grad_features", grad_features, {images, gated * channels * taps});
   check_dtype("grad_features", grad_features, "z", z);
   check_shape("grad_mean", grad_mean, {images, channels});
   if (upstream.has_value()) check_like("upstream", *upstream, "z", z);
@@ -237,39 +318,118 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_attend_backward(
   const ScalarType dtype = accumulator_dtype(z.scalar_type());
   const bool scored = needs_score && score_w.has_value();
   Tensor dz = needs_z ? empty_gradient(z, channels_last) : empty({0}, z.scalar_type());
-  if (images == 0) {
-    Tensor dw = needs_w ? empty({heads, channels}, w.scalar_type()) : empty({0}, w.scalar_type());
-    Tensor dscore_w = scored ? empty({heads, channels}, score_w->scalar_type()) : empty({0}, w.scalar_type());
-    Tensor dscore_b = empty({scored ? heads : 0}, dtype);
-    for (Tensor* sums : {&dw, &dscore_w, &dscore_b}) torch::stable::zero_(*sums);
-    return {dz, dw, dscore_w, dscore_b};
-  }
-  const MaybeTensor small[] = {
-      accumulated(w, dtype),           accumulated(b, dtype),           accumulated(score_w, dtype),
-      accumulated(pooled, dtype),      accumulated(lse, dtype),         accumulated(scores, dtype),
-      accumulated(gates, dtype),       contiguous(grad_features),       accumulated(grad_gates, dtype),
-      accumulated(grad_scores, dtype), accumulated(grad_pooled, dtype), accumulated(grad_lse, dtype),
-      accumulated(grad_logits, dtype), accumulated(grad_mean, dtype)};
-  const int64_t groups = std::clamp<int64_t>(z.numel() / kElementsOfGroup, 1, std::min(layer.items(), kMostGroups));
   const Tensor none = empty({0}, dtype);
-  const Tensor dw_shares = needs_w ? empty({groups, heads, channels}, dtype) : none;
+  if (images == 0) {
+    const auto zeros = [&](bool wanted, ScalarType kind) {
+      Tensor rows = empty({wanted ? layer.rows() : 0, channels}, kind);
+      torch::stable::zero_(rows);
+      return wanted ? weight_of(rows, heads, taps, channels) : empty({0}, kind);
+    };
+    Tensor dscore_b = empty({scored ? heads : 0}, dtype);
+    torch::stable::zero_(dscore_b);
+    return {dz, zeros(needs_w, w.scalar_type()), zeros(scored, scored ? score_w->scalar_type() : w.scalar_type()),
+            dscore_b};
+  }
+  MaybeTensor features = grad_features;
+  if (features.has_value() && taps > 1) {  // taps before channels
+    const Tensor rows = torch::stable::reshape(*features, {images, gated, channels, taps});
+    features = torch::stable::transpose(rows, 2, 3);
+  }
+  const MaybeTensor small[] = {tap_rows(w, taps, dtype),
+                               accumulated(b, dtype),
+                               tap_rows(score_w, taps, dtype),
+                               tap_rows(pooled, taps, dtype),
+                               accumulated(lse, dtype),
+                               accumulated(scores, dtype),
+                               accumulated(gates, dtype),
+                               contiguous(features),
+                               accumulated(grad_gates, dtype),
+                               accumulated(grad_scores, dtype),
+                               tap_rows(grad_pooled, taps, dtype),
+                               accumulated(grad_lse, dtype),
+                               accumulated(grad_logits, dtype),
+                               accumulated(grad_mean, dtype),
+                               accumulated(logits, dtype)};
+  const int64_t groups = std::clamp<int64_t>(z.numel() / kElementsOfGroup, 1, std::min(layer.items(), kMostGroups));
+  const Tensor dw_shares = needs_w ? empty({groups, layer.rows(), channels}, dtype) : none;
   const Tensor dt = scored ? empty({images, heads}, dtype) : none;
   const Map tap = upstream.has_value() ? map_of(*upstream) : Map{};
   const bool streams = needs_z && z.numel() * static_cast<int64_t>(z.element_size()) >= kStreamedBytes;
-  const BackwardArguments arguments = {layer,           map_of(z),         tap,
-                                       data(small[0]),  data(small[1]),    data(small[2]),
-                                       data(small[3]),  data(small[4]),    data(small[5]),
-                                       data(small[6]),  data(small[7]),    data(small[8]),
-                                       data(small[9]),  data(small[10]),   data(small[11]),
-                                       data(small[12]), data(small[13]),   written(dz),
-                                       channels_last,   streams,           written(dt),
-                                       groups,          written(dw_shares)};
+  Tensor dmasks, masks;
+  if (taps > 1) {
+    dmasks = empty({images, heads, layer.positions()}, dtype);
+    masks = empty({images, 2 * heads, layer.height + 2, layer.width + 2}, dtype);
+  }
+  const BackwardArguments arguments = {layer,
+                                       map_of(z),
+                                       tap,
+                                       data(small[0]),
+                                       data(small[1]),
+                                       data(small[2]),
+                                       data(small[3]),
+                                       data(small[4]),
+                                       data(small[5]),
+                                       data(small[6]),
+                                       data(small[7]),
+                                       data(small[8]),
+                                       data(small[9]),
+                                       data(small[10]),
+                                       data(small[11]),
+                                       data(small[12]),
+                                       data(small[13]),
+                                       written(dz),
+                                       channels_last,
+                                       streams,
+                                       written(dt),
+                                       groups,
+                                       written(dw_shares),
+                                       data(small[14]),
+                                       taps > 1 ? dmasks.mutable_data_ptr() : nullptr,
+                                       taps > 1 ? masks.mutable_data_ptr() : nullptr};
   const Kernels& target = kernels();
-  in_parallel(groups, z.numel(), target.backward_scratch(arguments),
-              [&](int64_t begin, int64_t end, void* memory) { target.attend_backward(arguments, begin, end, memory); });
-  return {dz, needs_w ? summed(target, dw_shares, std::nullopt, w.scalar_type()) : empty({0}, w.scalar_type()),
-          scored ? summed(target, *small[3], dt, score_w->scalar_type()) : empty({0}, w.scalar_type()),
-          scored ? summed(target, dt, std::nullopt, dtype) : none};
+  if (taps == 1) {
+    in_parallel(groups, z.numel(), target.backward_scratch(arguments), [&](int64_t begin, int64_t end, void* memory) {
+      target.attend_backward(arguments, begin, end, memory);
+    });
+  } else {
+    in_stages(layer, {Stage::kLogits, Stage::kMasks, Stage::kMaps}, [&](Stage stage, int64_t items) {
+      const bool by_group = stage == Stage::kAll || stage == Stage::kMaps;
+      in_parallel(by_group ? groups : items, z.numel() * taps, target.backward3x3_scratch(arguments),
+                  [&](int64_t begin, int64_t end, void* memory) {
+                    target.attend3x3_backward(arguments, stage, begin, end, memory);
+                  });
+    });
+  }
+  Tensor dw = empty({0}, w.scalar_type()), dscore_w = empty({0}, w.scalar_type()), dscore_b = none;
+  if (needs_w) dw = weight_of(summed(target, dw_shares, std::nullopt, w.scalar_type()), heads, taps, channels);
+  if (scored) {
+    const Tensor rows = torch::stable::view(*small[3], {images, heads, taps * channels});
+    dscore_w = weight_of(summed(target, rows, dt, score_w->scalar_type()), heads, taps, channels);
+    dscore_b = summed(target, dt, std::nullopt, dtype);
+  }
+  return {dz, dw, dscore_w, dscore_b};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gated_attend_backward(
+    const Tensor& z, const Tensor& w, const MaybeTensor& b, const MaybeTensor& score_w, const Tensor& pooled,
+    const Tensor& lse, const MaybeTensor& scores, const MaybeTensor& gates, const MaybeTensor& grad_pooled,
+    const MaybeTensor& grad_lse, const MaybeTensor& grad_logits, const MaybeTensor& grad_scores,
+    const MaybeTensor& grad_gates, const MaybeTensor& grad_features, const MaybeTensor& grad_mean,
+    const MaybeTensor& upstream, bool needs_z, bool needs_w, bool needs_score, bool channels_last) {
+  return backward(z, w, b, score_w, pooled, lse, std::nullopt, scores, gates, grad_pooled, grad_lse, grad_logits,
+                  grad_scores, grad_gates, grad_features, grad_mean, upstream, needs_z, needs_w, needs_score,
+                  channels_last, 1);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gated_attend3x3_backward(
+    const Tensor& z, const Tensor& w, const MaybeTensor& score_w, const Tensor& pooled, const Tensor& lse,
+    const Tensor& logits, const MaybeTensor& scores, const MaybeTensor& gates, const MaybeTensor& grad_pooled,
+    const MaybeTensor& grad_lse, const MaybeTensor& grad_logits, const MaybeTensor& grad_scores,
+    const MaybeTensor& grad_gates, const MaybeTensor& grad_features, const MaybeTensor& grad_mean,
+    const MaybeTensor& upstream, bool needs_z, bool needs_w, bool needs_score, bool channels_last) {
+  return backward(z, w, std::nullopt, score_w, pooled, lse, logits, scores, gates, grad_pooled, grad_lse, grad_logits,
+                  grad_scores, grad_gates, grad_features, grad_mean, upstream, needs_z, needs_w, needs_score,
+                  channels_last, 9);
 }
 
 RectifyArguments rectify_arguments(const Tensor& hypotheses, const Tensor& scores, const std::string& mix,
@@ -344,6 +504,8 @@ std::tuple<Tensor, Tensor> rectify_backward(const Tensor& grad, const Tensor& hy
 STABLE_TORCH_LIBRARY_IMPL(ar_kernels_native, CPU, m) {
   m.impl("gated_attend", TORCH_BOX(&gated_attend));
   m.impl("gated_attend_backward", TORCH_BOX(&gated_attend_backward));
+  m.impl("gated_attend3x3", TORCH_BOX(&gated_attend3x3));
+  m.impl("gated_attend3x3_backward", TORCH_BOX(&gated_attend3x3_backward));
   m.impl("rectify", TORCH_BOX(&rectify));
   m.impl("rectify_backward", TORCH_BOX(&rectify_backward));
 }

@@ -183,15 +183,6 @@ inline void outer_rows_block(const A* u, int64_t u_step, const A* v, int64_t v_s
   constexpr int kStep = kLanes<A>;
   const int64_t real = dz.rows - i < Rows ? dz.rows - i : Rows;
   Vector<A> sums[Rows][Vectors] = {};
-  if (upstream != nullptr) {
-    AR_UNROLL for (int j = 0; j < Rows; ++j) {
-      if (j < real) {
-        const T* from = upstream->data + (i + j) * upstream->row_step + x;
-        AR_UNROLL for (int l = 0; l < Vectors; ++l)
-          sums[j][l] = Tail && l == Vectors - 1 ? load(from + l * kStep, last) : load(from + l * kStep);
-      }
-    }
-  }
   int64_t offsets[Rows];
   AR_UNROLL for (int j = 0; j < Rows; ++j)
     offsets[j] = i + (j < real ? j : real - 1);
@@ -203,6 +194,15 @@ inline void outer_rows_block(const A* u, int64_t u_step, const A* v, int64_t v_s
       const Vector<A> weight = all<A>(u[k * u_step + offsets[j]]);
       AR_UNROLL for (int l = 0; l < Vectors; ++l)
         sums[j][l] += weight * values[l];
+    }
+  }
+  if (upstream != nullptr) {  // last: it is as large as all else, and rounds once
+    AR_UNROLL for (int j = 0; j < Rows; ++j) {
+      if (j < real) {
+        const T* from = upstream->data + (i + j) * upstream->row_step + x;
+        AR_UNROLL for (int l = 0; l < Vectors; ++l)
+          sums[j][l] += Tail && l == Vectors - 1 ? load(from + l * kStep, last) : load(from + l * kStep);
+      }
     }
   }
   AR_UNROLL for (int j = 0; j < Rows; ++j) {

@@ -21,19 +21,6 @@ void for_each_vector(int64_t size, const Visit& visit) {
   for (int64_t i = 0; i < size; i += kLanes<A>) visit(i, size - i < kLanes<A> ? (int)(size - i) : kLanes<A>);
 }
 
-template <class T>
-Vector<Accumulator<T>> some(const T* from, int count) {
-  return count == kLanes<Accumulator<T>> ? load(from) : load(from, count);
-}
-
-template <class T>
-void put(T* to, Vector<Accumulator<T>> value, int count) {
-  if (count == kLanes<Accumulator<T>>)
-    store(to, value);
-  else
-    store(to, value, count);
-}
-
 // The first `count` lanes, and `other` in those beyond.
 template <class A>
 Vector<A> kept(Vector<A> value, int count, A other) {

@@ -225,6 +225,20 @@ inline void store(T* to, Vector<Accumulator<T>> value, int count) {
 #endif
 }
 
+// A vector of which `count` elements are there.
+template <class T>
+inline Vector<Accumulator<T>> some(const T* from, int count) {
+  return count == kLanes<Accumulator<T>> ? load(from) : load(from, count);
+}
+
+template <class T>
+inline void put(T* to, Vector<Accumulator<T>> value, int count) {
+  if (count == kLanes<Accumulator<T>>)
+    store(to, value);
+  else
+    store(to, value, count);
+}
+
 // A store past the caches: memory that is written and not read again soon need not be read first. Where the address
 // is not aligned, and where a target has no such instruction, it is a plain store. streamed() ends a run of them.
 template <class T>

@@ -15,13 +15,28 @@
   void merge_splits(const ForwardArguments&, int64_t begin, int64_t end);                                       \
   int64_t backward_scratch(const BackwardArguments&);                                                           \
   void attend_backward(const BackwardArguments&, int64_t begin, int64_t end, void* memory);                     \
+  int64_t forward3x3_scratch(const ForwardArguments&);                                                          \
+  void attend3x3_forward(const ForwardArguments&, Stage, int64_t begin, int64_t end, void* memory);             \
+  int64_t backward3x3_scratch(const BackwardArguments&);                                                        \
+  void attend3x3_backward(const BackwardArguments&, Stage, int64_t begin, int64_t end, void* memory);           \
   void weight_sums(Kind, const void* rows, const void* weights, int64_t count, int64_t heads, int64_t channels, \
                    void* out, int64_t begin, int64_t end);                                                      \
   void rectify_forward(const RectifyArguments&, int64_t begin, int64_t end, void* memory);                      \
   void rectify_backward(const RectifyArguments&, int64_t begin, int64_t end, void* memory);                     \
-  inline constexpr Kernels kKernels = {#target,          &forward_scratch,  &forward_part,    &attend_forward,  \
-                                       &merge_splits,    &backward_scratch, &attend_backward, &weight_sums,     \
-                                       &rectify_forward, &rectify_backward};                                    \
+  inline constexpr Kernels kKernels = {#target,                                                                 \
+                                       &forward_scratch,                                                        \
+                                       &forward_part,                                                           \
+                                       &attend_forward,                                                         \
+                                       &merge_splits,                                                           \
+                                       &backward_scratch,                                                       \
+                                       &attend_backward,                                                        \
+                                       &forward3x3_scratch,                                                     \
+                                       &attend3x3_forward,                                                      \
+                                       &backward3x3_scratch,                                                    \
+                                       &attend3x3_backward,                                                     \
+                                       &weight_sums,                                                            \
+                                       &rectify_forward,                                                        \
+                                       &rectify_backward};                                                      \
   }
 
 namespace ar_kernels {

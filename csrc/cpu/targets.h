@@ -15,6 +15,10 @@ struct Kernels {
   void (*merge_splits)(const ForwardArguments&, int64_t begin, int64_t end);                  // images, of their parts
   int64_t (*backward_scratch)(const BackwardArguments&);
   void (*attend_backward)(const BackwardArguments&, int64_t begin, int64_t end, void* memory);  // groups
+  int64_t (*forward3x3_scratch)(const ForwardArguments&);
+  void (*attend3x3_forward)(const ForwardArguments&, Stage, int64_t begin, int64_t end, void* memory);
+  int64_t (*backward3x3_scratch)(const BackwardArguments&);
+  void (*attend3x3_backward)(const BackwardArguments&, Stage, int64_t begin, int64_t end, void* memory);
   // out[k][c] = sum over r of weights[r][k] rows[r][k][c], always in the same order, for elements [begin, end) of out;
   // weights null: 1.
   void (*weight_sums)(Kind kind, const void* rows, const void* weights, int64_t count, int64_t heads, int64_t channels,
