@@ -47,26 +47,34 @@ def _python(code: str, *arguments: str, **variables: str) -> subprocess.Complete
 
 
 @built
+@pytest.mark.parametrize("taps", [(), (3, 3)], ids=["1×1", "3×3"])
 @pytest.mark.parametrize("layout", [None, channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", [(37, 70, 13, 11), (2, 64, 56, 56)], ids=str)
-def test_same_bits_whatever_the_number_of_threads(shape, layout):
+def test_same_bits_whatever_the_number_of_threads(shape, layout, taps):
     """Many images and few: the work is cut by shape alone. (The products with W_O are PyTorch's, not seen here.)"""
     generator = torch.Generator().manual_seed(0)
     z, upstream = (torch.randn(shape, generator=generator) for _ in range(2))
     z = z if layout is None else layout(z)
-    w, score_w = (torch.randn(6, shape[1], generator=generator) / 8 for _ in range(2))
+    w, score_w = (torch.randn(6, shape[1], *taps, generator=generator) / 8 for _ in range(2))
     operators = torch.ops.ar_kernels_native
     before = torch.get_num_threads()
     results = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            outputs = operators.gated_attend(z, w, w[:, 0], score_w, None, 4, True, True)
+            if taps:
+                outputs = operators.gated_attend3x3(z, w, None, score_w, None, 4, True)
+            else:
+                outputs = operators.gated_attend(z, w, w[:, 0], score_w, None, 4, True, True)
             pooled, lse, logits, scores, gates, features, mean = outputs
             grads = pooled, lse, logits, scores, gates, features, mean, upstream  # as good as any of their shapes
-            saved = z, w, w[:, 0], score_w, pooled, lse, scores, gates
-            last = layout is not None
-            results.append(outputs + operators.gated_attend_backward(*saved, *grads, True, True, True, last))
+            rest = (*grads, True, True, True, layout is not None)
+            if taps:
+                saved = z, w, score_w, pooled, lse, logits, scores, gates
+                results.append(outputs + operators.gated_attend3x3_backward(*saved, *rest))
+            else:
+                saved = z, w, w[:, 0], score_w, pooled, lse, scores, gates
+                results.append(outputs + operators.gated_attend_backward(*saved, *rest))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -76,13 +84,15 @@ def test_same_bits_whatever_the_number_of_threads(shape, layout):
 # ---------------------------------------------------------------------------------------------- targets
 
 OF_TARGET = """
+import itertools
 import sys
 import torch
 from layers import Layer, assert_within_budget, channels_last, slice_of_cat
 from ar_kernels import native
 assert native.why_not("cpu") is None and native.target() == sys.argv[1], native.target()
-sizes = {"n": 3, "c": 37, "h": 7, "w": 9, "k": 7, "globals": 4}
-for layout in (None, channels_last, slice_of_cat):
+pointwise = {"n": 3, "c": 37, "h": 7, "w": 9, "k": 7, "globals": 4}
+spatial = {"n": 2, "c": 19, "h": 9, "w": 5, "k": 3, "globals": 2, "kernel_size": 3}
+for sizes, layout in itertools.product((pointwise, spatial), (None, channels_last, slice_of_cat)):
     layer = Layer(**sizes)
     got, exact = layer.run("native", layout=layout), layer.run("reference")
     for name, truth in exact.items():

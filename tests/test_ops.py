@@ -30,8 +30,6 @@ TINY = {"n": 2, "c": 3, "h": 2, "w": 3, "k": 2, "labels": 2}
 @pytest.mark.parametrize("kernel_size", [1, 3])
 @pytest.mark.parametrize("extra", [{"globals": 2}, {"gated": False, "mean": False, "tap": False}])
 def test_gradcheck(extra, kernel_size, implementation, device):
-    if kernel_size == 3 and implementation == "native":
-        pytest.skip("3×3 heads are not in the native library yet")
     function, values = _layer_function(Layer(**TINY, **extra, kernel_size=kernel_size, device=device), implementation)
     assert torch.autograd.gradcheck(function, values, fast_mode=device.type == "cpu")
 
