@@ -547,6 +547,7 @@ def _forward_plan(
     heads: int,
     gated: int,
     precision: str,
+    alike: bool,
 ) -> _Forward:
     cut = _cut(sizes, strides, dtype, device, heads, precision)
     images, channels = sizes[:2]
@@ -558,7 +559,8 @@ def _forward_plan(
     channel_tile = cut.channel_tile(16384, 256)
     tile = 64 if cut.half and cut.row_tile <= 128 else 32
     chunks = -(-channels // channel_tile)
-    splits, length = cut.splits(images, chunks, tile)
+    # An image's sums are added in the same order in whatever batch it comes: not split at all, torch.sum has its own.
+    splits, length = (1, positions) if alike else cut.splits(images, chunks, tile)
     pool = Launch(
         pool_kernel, (images * splits, chunks), (splits, length, *cut.sizes), **cut.constants,
         C_TILE=channel_tile, S_TILE=tile, num_warps=8, num_stages=3 if cut.half else 2, maxnreg=cut.maxnreg,
@@ -588,7 +590,7 @@ def attend3x3_forward(
     heads = w.shape[0]
     plan = _forward_plan(
         z.shape, z.stride(), z.dtype, z.get_device(), heads, 0 if gates is None else gates.shape[1],
-        float32_precision(z.dtype),
+        float32_precision(z.dtype), torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     scratch = lse.new_empty(plan.sums.scratch)
     rows = tap_rows(w.flatten(2), z.dtype)
