@@ -176,7 +176,7 @@ def test_inductor_of_a_network(device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["WARN", "torchvision resnet50", "timm convnext_atto"])
 def test_reduce_overhead(name, device):
-    """mode="reduce-overhead": steps replayed from CUDA graphs leave the gradients of eager mode, and none was refused."""
+    """Steps replayed from CUDA graphs leave the gradients of eager mode, and no graph was refused. Not run so far."""
     from torch._dynamo.utils import counters
 
     model = make(name, device).float() if name in MODELS else wrapped(name, device, torch.float32)
