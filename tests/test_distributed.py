@@ -253,7 +253,7 @@ def test_replicas_run_at_the_same_time(device):
     images, labels = batch(0, device)
     expected = loss_of(model, images, labels)
     truth = torch.autograd.grad(expected, list(model.parameters()))
-    together = threading.Barrier(2, timeout=60)
+    together = threading.Barrier(2, timeout=20)
 
     def wait(*_: object) -> None:
         together.wait()
