@@ -136,7 +136,7 @@ def test_hessian_vector_products(case):
 
 
 def test_forward_mode_where_it_is(case):
-    """Through the eager formulas; the fused operators, the losses and the official output heads have none and say so."""
+    """Through the eager formulas; the fused operators, the losses and the official heads have none and say so."""
     model, images = case
     parameters, rest = states(model)
 
