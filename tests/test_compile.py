@@ -48,7 +48,7 @@ MODELS = {
     "3×3 module": lambda: Attended(kernel_size=3),
     "AttendRectify and losses": Rectified,
     "WARN": lambda: WideAttentiveResNet(10, 1, LABELS, attention_depth=2, attention_width=2),
-    "official": lambda: WideResNetAttention(10, 1, LABELS, 0, 2, 2, 0.1),
+    "official": lambda: WideResNetAttention(10, 1, LABELS, 0, 1, 2, 0.1),
 }
 
 
