@@ -8,6 +8,7 @@ works. Kernels are imported or loaded when an operator first runs, so importing 
 
 import functools
 import math
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
@@ -71,11 +72,24 @@ def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 
 
 @functools.cache  # an import statement takes longer, even of what is imported
-def _kernels() -> ModuleType:
-    from . import kernels
-    from .kernels import attend3x3, attend_backward, attend_forward, rectify  # noqa: F401  (becomes an attribute of kernels)
-
+def _import_kernels() -> ModuleType:
+    try:
+        from . import kernels
+        from .kernels import attend3x3, attend_backward, attend_forward, rectify  # noqa: F401  (attributes of kernels)
+    except ImportError as error:
+        raise RuntimeError(f"the operators of ar_kernels cannot run: {error}; {_WITHOUT_TRITON}") from error
     return kernels
+
+
+_WITHOUT_TRITON = "what was exported under use_implementation('eager') or ('native') runs without Triton"
+
+
+def _kernels(data: Tensor) -> ModuleType:
+    """The launchers, for data; an exported graph gets here with what functional.py never saw."""
+    if not data.is_cuda and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        where = f"inputs are on {data.device.type}, Triton kernels run on a CUDA GPU"
+        raise RuntimeError(f"the operators of ar_kernels cannot run: {where}; {_WITHOUT_TRITON}")
+    return _import_kernels()
 
 
 def autocast_off(data: Tensor) -> AbstractContextManager[Any]:
@@ -137,7 +151,7 @@ def _gated_attend(
         pooled, lse, logits, scores, gates, features, mean = outputs
         gated = gated_heads > 0
         with torch.cuda.device_of(z):
-            _kernels().attend_forward.attend_forward(
+            _kernels(z).attend_forward.attend_forward(
                 z,
                 w.contiguous(),
                 _contiguous(b),
@@ -230,7 +244,7 @@ def _gated_attend_backward(
         return gradients
     scored = needs_score and score_w is not None
     with torch.cuda.device_of(z):
-        _kernels().attend_backward.attend_backward(
+        _kernels(z).attend_backward.attend_backward(
             z,
             w.contiguous(),
             _contiguous(b),
@@ -287,7 +301,7 @@ def _gated_attend3x3(
         pooled, lse, logits, scores, gates, features, mean = outputs
         gated = gated_heads > 0
         with torch.cuda.device_of(z):
-            _kernels().attend3x3.attend3x3_forward(
+            _kernels(z).attend3x3.attend3x3_forward(
                 z,
                 w,
                 _contiguous(b),
@@ -347,7 +361,7 @@ def _gated_attend3x3_backward(
     _, dw, dscore_w, dscore_b = _allocate_gradients(z, w, score_w, lse, False, needs_w, needs_score, channels_last)
     scored = needs_score and score_w is not None
     with torch.cuda.device_of(z):
-        dz = _kernels().attend3x3.attend3x3_backward(
+        dz = _kernels(z).attend3x3.attend3x3_backward(
             z,
             w,
             score_w,
@@ -585,7 +599,9 @@ def _rectify(hypotheses: Tensor, scores: Tensor, mix: str, gating: str | None) -
     outputs = _rectify_fake(hypotheses, scores, mix, gating)
     if hypotheses.shape[0] > 0:
         with torch.cuda.device_of(hypotheses):
-            _kernels().rectify.rectify_forward(hypotheses.contiguous(), scores.contiguous(), mix, gating, *outputs)
+            _kernels(hypotheses).rectify.rectify_forward(
+                hypotheses.contiguous(), scores.contiguous(), mix, gating, *outputs
+            )
     return outputs
 
 
@@ -602,7 +618,7 @@ def _rectify_backward(
     gradients = _rectify_backward_fake(grad, hypotheses, scores, output, lse, mix, gating)
     if hypotheses.shape[0] > 0:
         with torch.cuda.device_of(hypotheses):
-            _kernels().rectify.rectify_backward(
+            _kernels(hypotheses).rectify.rectify_backward(
                 *(value.contiguous() for value in (grad, hypotheses, scores, output, lse)), mix, gating, *gradients
             )
     return gradients

@@ -61,3 +61,19 @@ def test_splits_cover_every_position_and_tiles_are_those_of_any_batch(backward, 
                 )
                 compiled.add(tuple(getattr(config, name) for name in names))
             assert len(compiled) == 1, (channels, positions)
+
+
+@pytest.mark.parametrize("capability", [8, 9, 10])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_alike_an_image_is_cut_the_same_in_any_batch_and_on_more_processors(channels_last, capability):
+    for channels in CHANNELS:
+        for positions in (1, 49, 1024, 3136, 100000):
+            cuts = {
+                sweep_config(
+                    images, channels, positions, 4, 2, 8, channels_last, Chip(processors, capability), alike=True
+                )
+                for images in (1, 2, 33, 257)
+                for processors in (4, 132)
+            }
+            assert len(cuts) == 1
+            assert next(iter(cuts)).splits > 1 or positions <= 1024

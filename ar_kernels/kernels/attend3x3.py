@@ -454,6 +454,11 @@ class _Cut(NamedTuple):
         return self.chip.capability == 9
 
     @property
+    def stages(self) -> int:
+        """Tiles under way at a time, of kernels that read one."""
+        return 3 if self.half and self.chip.shared > 2**16 else 2
+
+    @property
     def maxnreg(self) -> int | None:
         return None if self.hopper and self.half else MOST_REGISTERS
 
@@ -477,7 +482,7 @@ def _cut(
     row_tile = max(16, next_power_of_2(TAPS * heads + 1))
     constants = {
         "C": sizes[1], "HEADS": heads, "R_TILE": row_tile, "UNIT": z.unit, "VECTOR": z.vector, "FLAT": z.flat,
-        "WIDE": z.wide, "ACC": accumulator(dtype), "PRECISION": matmul_precision(dtype, precision, row_tile),
+        "WIDE": z.wide, "ACC": accumulator(dtype), "PRECISION": matmul_precision(dtype, precision, row_tile, chip(device)),
     }  # fmt: skip
     return _Cut(constants, (*sizes[2:], z.n, z.c, z.h, z.w), row_tile, chip(device), dtype.itemsize)
 
@@ -502,7 +507,7 @@ def _tap_sums(cut: _Cut, images: int, heads: int, of_image: bool) -> _Sums:
     launch = Launch(
         tap_sums_kernel, (programs,), (images * bands, bands, lines, *cut.sizes), **cut.constants,
         OF_IMAGE=of_image, PITCH=pitch, C_TILE=128 // cut.itemsize, S_TILE=tile, K_TILE=next_power_of_2(heads),
-        num_warps=4 if cut.half and cut.row_tile <= 64 else 8, num_stages=3 if cut.half else 2,
+        num_warps=4 if cut.half and cut.row_tile <= 64 else 8, num_stages=cut.stages,
         maxnreg=cut.maxnreg,
     )  # fmt: skip
     return _Sums(launch, (programs, TAPS * heads, pitch))
@@ -547,6 +552,7 @@ def _forward_plan(
     heads: int,
     gated: int,
     precision: str,
+    alike: bool,
 ) -> _Forward:
     cut = _cut(sizes, strides, dtype, device, heads, precision)
     images, channels = sizes[:2]
@@ -558,10 +564,11 @@ def _forward_plan(
     channel_tile = cut.channel_tile(16384, 256)
     tile = 64 if cut.half and cut.row_tile <= 128 else 32
     chunks = -(-channels // channel_tile)
-    splits, length = cut.splits(images, chunks, tile)
+    # An image's sums are added in the same order in whatever batch it comes: not split at all, torch.sum has its own.
+    splits, length = (1, positions) if alike else cut.splits(images, chunks, tile)
     pool = Launch(
         pool_kernel, (images * splits, chunks), (splits, length, *cut.sizes), **cut.constants,
-        C_TILE=channel_tile, S_TILE=tile, num_warps=8, num_stages=3 if cut.half else 2, maxnreg=cut.maxnreg,
+        C_TILE=channel_tile, S_TILE=tile, num_warps=8, num_stages=cut.stages, maxnreg=cut.maxnreg,
     )  # fmt: skip
     gates = None
     if gated:
@@ -588,7 +595,7 @@ def attend3x3_forward(
     heads = w.shape[0]
     plan = _forward_plan(
         z.shape, z.stride(), z.dtype, z.get_device(), heads, 0 if gates is None else gates.shape[1],
-        float32_precision(z.dtype),
+        float32_precision(z.dtype), torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     scratch = lse.new_empty(plan.sums.scratch)
     rows = tap_rows(w.flatten(2), z.dtype)

@@ -485,7 +485,7 @@ def _plan(
             **own, C_TILE=config.channel_tile, K_TILE=config.head_tile, S_TILE=config.position_tile,
             UNIT=z.unit, VECTOR=z.vector, FLAT=z.flat, UP_UNIT=up.unit, UP_VECTOR=up.vector, UP_FLAT=up.flat,
             DZ_UNIT=dz.unit, DZ_VECTOR=dz.vector, WIDE=z.wide or up.wide or dz.wide,
-            PRECISION=matmul_precision(dtype, precision, config.head_tile),
+            PRECISION=matmul_precision(dtype, precision, config.head_tile, chip(device)),
             num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg,
         )  # fmt: skip
     pooled = None

@@ -302,12 +302,15 @@ def _plan(
     gated: int,
     mean: bool,
     precision: str,
+    alike: bool,
 ) -> _Plan:
     images, channels = sizes[:2]
     positions = math.prod(sizes[2:])
     rows = heads + mean
     z = map_strides(sizes, strides, dtype.itemsize)
-    config = sweep_config(images, channels, positions, rows, dtype.itemsize, z.vector, z.unit == "c", chip(device))
+    config = sweep_config(
+        images, channels, positions, rows, dtype.itemsize, z.vector, z.unit == "c", chip(device), alike=alike
+    )
     constants = {
         "C": channels,
         "HEADS": heads,
@@ -323,7 +326,7 @@ def _plan(
         **constants, **({"PARTS": config.parts} if config.held else {}),
         C_TILE=config.channel_tile, S_TILE=config.position_tile,
         UNIT=z.unit, VECTOR=z.vector, FLAT=z.flat, WIDE=z.wide,
-        PRECISION=matmul_precision(dtype, precision, config.head_tile),
+        PRECISION=matmul_precision(dtype, precision, config.head_tile, chip(device)),
         num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg,
     )  # fmt: skip
     whole = not config.held and config.position_tile >= positions
@@ -357,6 +360,7 @@ def attend_forward(
     plan = _plan(
         z.shape, z.stride(), z.dtype, z.get_device(), heads,
         0 if gates is None else gates.shape[1], mean is not None, float32_precision(z.dtype),
+        torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     # Not to compile anew for a batch that needs no merge, a held sweep always gets pointers; these it does not follow.
     parts = (lse, lse, lse) if plan.gets_parts else (None, None, None)

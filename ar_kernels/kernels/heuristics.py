@@ -11,6 +11,10 @@ from triton.runtime import driver
 MOST_REGISTERS = 255
 """Asked for by name, this many keep the compiler from spilling a few for the sake of occupancy."""
 
+TILES_OF_PROGRAM = 8
+"""Position tiles of each program where the cut may not depend on the batch: parts of K heads, written and merged, then
+are K bytes for each S_TILE · itemsize of the map. Counted, not measured."""
+
 
 def next_power_of_2(value: int) -> int:
     return 1 << (value - 1).bit_length()
@@ -40,6 +44,10 @@ class Chip(NamedTuple):
     processors: int  # multiprocessors
     capability: int  # major compute capability: 8 Ampere and Ada, 9 Hopper, 10 and more Blackwell; 0: of AMD
     shared: int  # bytes of shared memory that one program may take
+
+    @property
+    def amd(self) -> bool:
+        return self.capability == 0
 
 
 @cache
@@ -86,10 +94,13 @@ def sweep_config(
     chip: Chip,
     backward: bool = False,
     tapped: bool = False,
+    alike: bool = False,
 ) -> SweepConfig:
     """The cut of one sweep. heads counts the mean's row too; itemsize is the feature map's, in bytes; vector is how
-    many of its elements load at once; tapped: the backward also reads an upstream gradient."""
-    half, hopper, amd = itemsize == 2, chip.capability == 9, chip.capability == 0
+    many of its elements load at once; tapped: the backward also reads an upstream gradient. alike: forward, an image is
+    cut the same whatever batch it comes in, so that its sums are added in the same order. The backward sums over
+    positions only what it sums over images too, and a tile's place does not depend on the splits: its dZ is alike."""
+    half, hopper = itemsize == 2, chip.capability == 9
     channel_tile, parts = channel_parts(channels, 128 if backward else 256)
     padded = channel_tile * parts
     # Heads are the narrow side of the matrix products. 8 is the least width of one (the backward has two columns for
@@ -142,7 +153,7 @@ def sweep_config(
             num_warps, num_stages = 4 if half else 8, 2
         elif chip.capability > 10 and head_tile > 8:
             position_tile = min(position_tile, 32)
-        elif amd and head_tile > 64:
+        elif chip.amd and head_tile > 64:
             position_tile = 16
     position_tile = min(position_tile, max(16, next_power_of_2(positions)))
     while num_stages > 1 and num_stages * position_tile * channel_tile * max(parts, 1) * itemsize > chip.shared:
@@ -150,6 +161,8 @@ def sweep_config(
     tiles = -(-positions // position_tile)
     if backward:
         splits = busiest_splits(max(images, 1), tiles, per_processor * chip.processors)
+    elif alike:
+        splits = -(-tiles // TILES_OF_PROGRAM)
     elif 4 * images <= chip.processors or (2 * images <= chip.processors and channels * positions * itemsize >= 2**19):
         # A merge follows: worth its launch where most of the chip would idle, with two tiles a program at least.
         splits = max(1, min(-(-tiles // 2), -(-2 * chip.processors // max(images, 1))))

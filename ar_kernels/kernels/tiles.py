@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .heuristics import Chip
+
 
 class MapStrides(NamedTuple):
     """How kernels address [N, C, S] or [N, C, H, W]: strides in units of `vector` elements, but for the unit stride."""
@@ -58,14 +60,14 @@ def float32_precision(dtype: torch.dtype) -> str:
     return "tf32" if is_tf32 else "ieee"
 
 
-def matmul_precision(dtype: torch.dtype, precision: str, head_tile: int) -> str:
+def matmul_precision(dtype: torch.dtype, precision: str, head_tile: int, chip: Chip) -> str:
     """tl.dot's input_precision. precision: float32_precision's answer, for PyTorch's own products follow it as well.
 
     Full precision is three TF32 products on the matrix units, which keep 21 of float32's 24 bits in each term; with so
-    many heads that matrix units spill registers, plain multiplications.
+    many heads that matrix units spill registers, plain multiplications. AMD's matrix units take float32 as it is.
     """
-    if dtype != torch.float32:
-        return precision
+    if dtype != torch.float32 or chip.amd:
+        return "ieee"
     most, fast = (128, "tf32") if precision == "tf32" else (64, "tf32x3")
     return fast if head_tile <= most else "ieee"
 

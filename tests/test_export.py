@@ -1,0 +1,122 @@
+"""torch.export and AOTInductor: what was exported runs in another process, which has no Triton."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from backbones import OwnNet
+from torch import nn
+
+from ar_kernels import AttendRectify, AttentionModule, native, use_implementation
+from ar_kernels.models import WideAttentiveResNet
+
+LABELS = 5
+ROOT = Path(__file__).parent.parent
+
+
+class Net(nn.Module):
+    def __init__(self, kernel_size: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+        self.attention = AttentionModule(6, LABELS, 3, kernel_size=kernel_size)
+
+    def forward(self, images):
+        out = self.attention(self.conv(images), masks=True, tap=True)
+        return out.hypothesis, out.masks + out.feature_map.mean(dim=1, keepdim=True)
+
+
+MODELS = {
+    "module": Net,
+    "3×3 module": lambda: Net(kernel_size=3),
+    "WARN": lambda: WideAttentiveResNet(10, 1, LABELS, attention_depth=2, attention_width=2),
+    "AttendRectify": lambda: AttendRectify(OwnNet(LABELS), ["middle.0", "end"], LABELS, heads=2),
+}
+
+
+def exported(name: str, implementation: str, device: torch.device) -> tuple:
+    """The program, images of another batch and resolution, and what the model makes of them."""
+    torch.manual_seed(0)
+    model = MODELS[name]().to(device).eval()
+    images = torch.randn(2, 3, 8, 12, device=device)
+    sizes = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    several = isinstance(model, AttendRectify)  # its forward takes *inputs
+    other = torch.randn(3, 3, 16, 8, device=device)
+    with use_implementation(implementation), torch.no_grad():
+        program = torch.export.export(model, (images,), dynamic_shapes=((sizes,),) if several else (sizes,))
+        return program, other, model(other)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_any_batch_and_resolution(name, implementation, device):
+    if name == "3×3 module" and implementation == "native":
+        pytest.skip("3×3 heads are not in the native library yet")
+    program, images, expected = exported(name, implementation, device)
+    targets = {str(node.target) for node in program.graph.nodes}
+    assert any("gated_attend" in target for target in targets) == (implementation != "eager")
+    torch.testing.assert_close(program.module()(images), expected)
+
+
+PROCESS = """
+import sys
+import torch
+
+def run(name):
+    images, expected = torch.load(f"{name}.tensors")
+    if name.startswith("aoti"):
+        got = torch._inductor.aoti_load_package(f"{name}.pt2")(images)
+    else:
+        got = torch.export.load(f"{name}.pt2").module()(images)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+with torch.no_grad():
+    for name in ("eager", "aoti_eager"):
+        run(name)
+    assert "ar_kernels" not in sys.modules
+    for name in sys.argv[1:]:  # of the native library
+        try:
+            run(name)
+        except RuntimeError:
+            continue
+        raise AssertionError(f"{name} ran without the package")
+    import ar_kernels
+    for name in sys.argv[1:]:
+        run(name)
+    try:
+        run("triton")
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+def test_in_a_process_without_triton(device, tmp_path):
+    """Eager needs not even the package; native the package; the Triton operators say what they miss."""
+    pytest.importorskip("triton")
+    natives = ["native", "aoti_native"] if native.why_not(device.type) is None else []
+    for name in ("eager", "aoti_eager", "triton", *natives):
+        program, images, expected = exported("module", name.removeprefix("aoti_"), device)
+        torch.save((images, expected), tmp_path / f"{name}.tensors")
+        if name.startswith("aoti"):
+            torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / f"{name}.pt2"))
+        else:
+            torch.export.save(program, tmp_path / f"{name}.pt2")
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('no triton here')\n", encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", PROCESS, *natives]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("the operators of ar_kernels cannot run: "), run.stdout
+    assert run.stdout.endswith("under use_implementation('eager') or ('native') runs without Triton\n")
+
+
+@pytest.mark.gpu
+def test_aotinductor_of_the_triton_operators(device, tmp_path):
+    """They stay whole in the package, which then runs them where Python, the package and Triton are."""
+    pytest.importorskip("triton")
+    program, images, expected = exported("module", "triton", device)
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "module.pt2"))
+    torch.testing.assert_close(torch._inductor.aoti_load_package(package)(images), expected, rtol=1e-4, atol=1e-4)
