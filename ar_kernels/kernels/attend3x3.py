@@ -479,12 +479,13 @@ def _cut(
     sizes: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, device: int, heads: int, precision: str
 ) -> _Cut:
     z = map_strides(sizes, strides, dtype.itemsize)
+    gpu = chip(device)
     row_tile = max(16, next_power_of_2(TAPS * heads + 1))
     constants = {
         "C": sizes[1], "HEADS": heads, "R_TILE": row_tile, "UNIT": z.unit, "VECTOR": z.vector, "FLAT": z.flat,
-        "WIDE": z.wide, "ACC": accumulator(dtype), "PRECISION": matmul_precision(dtype, precision, row_tile, chip(device)),
+        "WIDE": z.wide, "ACC": accumulator(dtype), "PRECISION": matmul_precision(dtype, precision, row_tile, gpu),
     }  # fmt: skip
-    return _Cut(constants, (*sizes[2:], z.n, z.c, z.h, z.w), row_tile, chip(device), dtype.itemsize)
+    return _Cut(constants, (*sizes[2:], z.n, z.c, z.h, z.w), row_tile, gpu, dtype.itemsize)
 
 
 class _Sums(NamedTuple):
