@@ -4,6 +4,8 @@ Processes of a CPU talk through gloo. The tests of two GPUs have not been run so
 """
 
 import copy
+import importlib
+import os
 import threading
 from collections.abc import Callable
 
@@ -98,6 +100,8 @@ def run(worker: Callable, folder, *arguments: object) -> list[dict]:
 
 def _in_a_process(rank: int, worker: Callable, folder: str, backend: str, *arguments: object) -> None:
     torch.set_num_threads(1)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        importlib.import_module("interpreter_fixes")  # as conftest.py does in its own process
     if backend == "nccl":
         torch.cuda.set_device(rank)
     dist.init_process_group(backend, f"file://{folder}/meeting", rank=rank, world_size=PROCESSES)
