@@ -1,31 +1,55 @@
 """Experiments with the gated attention of "Attend and Rectify"."""
 
 import argparse
+import importlib
 import sys
+from collections.abc import Callable
 
 import ar_kernels
+
+_ON_OFF = argparse.BooleanOptionalAction
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ar_kernels.experiments", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    demo = commands.add_parser(
-        "demo",
-        help="train a small attentive network on cluttered digits and show where it looks",
-        description="Trains the paper's digit net with attention on cluttered, translated digits (40×40 pixels, 8 "
-        "distractor patches cut from other digits), compares its first steps with the reference implementation, prints "
-        "the test accuracy, and writes metrics.jsonl, checkpoint.pt and attention.png.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    for add_command in (_demo, _train):
+        add_command(commands)
+    return parser
+
+
+def _command(commands: argparse._SubParsersAction, name: str, help: str, description: str) -> Callable:
+    parser = commands.add_parser(
+        name, help=help, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    add = demo.add_argument
+    return parser.add_argument
+
+
+def _add_digits(add: Callable, default: str) -> None:
     add(
-        "--data", default="digits", metavar="NAME|DIR",
+        "--data", default=default, metavar="NAME|DIR",
         help="digits: scikit-learn's bundled ones; mnist or fashion-mnist: under --data-root; or a folder that holds "
         "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, plain "
         "or .gz",
     )  # fmt: skip
     add("--download", action="store_true", help="let torchvision download mnist or fashion-mnist into --data-root")
     add("--data-root", default="data", metavar="DIR", help="where torchvision keeps its data sets")
+
+
+def _add_device(add: Callable) -> None:
+    add("--device", choices=("cpu", "cuda"), help="cuda where there is a GPU, else cpu")
+
+
+def _demo(commands: argparse._SubParsersAction) -> None:
+    add = _command(
+        commands,
+        "demo",
+        "train a small attentive network on cluttered digits and show where it looks",
+        "Trains the paper's digit net with attention on cluttered, translated digits (40×40 pixels, 8 "
+        "distractor patches cut from other digits), compares its first steps with the reference implementation, prints "
+        "the test accuracy, and writes metrics.jsonl, checkpoint.pt and attention.png.",
+    )
+    _add_digits(add, "digits")
     add("--out", default="runs/demo", metavar="DIR", help="where the results go; an earlier run's are replaced")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, to the numbers of an unbroken run")
     add("--steps", type=int, default=400, help="training steps")
@@ -36,17 +60,66 @@ def _parser() -> argparse.ArgumentParser:
     add("--attention-width", type=int, default=4, help="heads per attended map")
     add("--compare-steps", type=int, default=8, help="first steps to repeat with the reference; 0: none")
     add("--checkpoint-every", type=int, default=50, metavar="STEPS", help="how often the checkpoint is written")
-    add("--device", choices=("cpu", "cuda"), help="cuda where there is a GPU, else cpu")
-    return parser
+    _add_device(add)
+
+
+def _train(commands: argparse._SubParsersAction) -> None:
+    add = _command(
+        commands,
+        "train",
+        "train WRN, WARN or any torchvision or timm backbone on CIFAR or a folder of pictures",
+        "Trains a network by the paper's recipe: SGD with Nesterov momentum 0.9, weight decay 5e-4, batches of 128, a "
+        "learning rate of 0.1 that falls to a fifth after 30, 60 and 80 %% of the epochs (60, 120, 160 of 200), images "
+        "padded by 4 with their mirror image, cropped and flipped. Tests after each epoch and reports the last "
+        "accuracy as well as the best: the paper reports the best on the test set. Writes metrics.jsonl, "
+        "checkpoint.pt and speed.json. On several GPUs: torchrun --nproc-per-node 2 -m ar_kernels.experiments train "
+        "...; each process takes its share of every batch, and batch normalisation sees that share.",
+    )
+    add(
+        "--model", default="warn-28-10", metavar="NAME",
+        help="wrn-DEPTH-WIDTH, warn-DEPTH-WIDTH, torchvision/NAME or timm/NAME; the last two attend to --layers",
+    )  # fmt: skip
+    add("--layers", default="", metavar="A,B", help="of a backbone: the layers to attend to; none: the plain backbone")
+    add("--attention-depth", type=int, default=3, help="of warn: attended maps, counted from the last")
+    add("--attention-width", type=int, default=4, help="heads per attended map")
+    add("--mix", choices=("logit", "prob", "log"), default="logit", help="how hypotheses are mixed; sets the loss too")
+    add("--gating", choices=("softmax", "sigmoid", "none"), default="softmax", help="of the global gates")
+    add("--head-gates", action=_ON_OFF, default=True, help="gates over the heads of a layer")
+    add("--kernel-size", type=int, choices=(1, 3), default=1, help="of the attention heads; the official code has 3")
+    add("--regulariser", type=float, default=0.001, metavar="W", help="weight of the masks' regulariser")
+    add("--dropout", type=float, default=0.0, help="of wrn and warn, between the convolutions of a block")
+    add("--pretrained", action="store_true", help="start a backbone from its ImageNet weights")
+    add("--weights", metavar="FILE", help="start from a state_dict or a run's checkpoint, where names and shapes fit")
+    add(
+        "--data", default="cifar10", metavar="NAME|DIR",
+        help="cifar10, cifar100; mnist, fashion-mnist or digits, padded to 32×32; a folder with train/CLASS/* and "
+        "test/CLASS/*; or random, noise of CIFAR's shape, to measure speed with",
+    )  # fmt: skip
+    add("--download", action="store_true", help="let torchvision download a set known by name into --data-root")
+    add("--data-root", default="data", metavar="DIR", help="where torchvision keeps its data sets")
+    add("--image-size", type=int, default=224, help="of a folder's pictures, in pixels")
+    add("--workers", type=int, default=8, help="processes that read a folder's pictures")
+    add("--out", default="runs/train", metavar="DIR", help="where the results go; an earlier run's are replaced")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--epochs", type=int, default=200, help="passes over the training images")
+    add("--batch-size", type=int, default=128, help="images per step, of all processes together")
+    add("--test-batch-size", type=int, default=256, help="images per step of a test")
+    add("--learning-rate", type=float, default=0.1, help="of the first epochs")
+    add("--weight-decay", type=float, default=5e-4, help="on all weights")
+    add("--seed", type=int, default=0, help="of the first weights, the order of images and their augmentation")
+    add("--test-every", type=int, default=1, metavar="EPOCHS", help="how often the accuracy is measured")
+    add("--log-every", type=int, default=10, metavar="STEPS", help="how often the loss is written down")
+    add("--bf16", action=_ON_OFF, default=None, help="bfloat16 autocast, on a GPU alone; unset: on")
+    add("--channels-last", action=_ON_OFF, default=None, help="memory layout; unset: on on a GPU")
+    add("--compile", action=_ON_OFF, default=None, help="torch.compile; unset: on on a GPU")
+    _add_device(add)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; the exit status. Mistakes of the user come back as one line, not as a traceback."""
     options = _parser().parse_args(arguments)
     try:
-        from . import demo
-
-        demo.run(options)
+        importlib.import_module(f".{options.command.replace('-', '_')}", __package__).run(options)
     except ModuleNotFoundError as error:
         print(f"error: {error.name} is not installed: pip install 'ar_kernels[experiments]'", file=sys.stderr)
         return 1

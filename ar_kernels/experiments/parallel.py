@@ -55,7 +55,9 @@ class Processes:
 
 @contextmanager
 def processes(device: str | None) -> Iterator[Processes]:
-    """What torchrun started, or this process alone. device: "cpu", "cuda", or None for a GPU where there is one.
+    """What torchrun started (in a group of the caller's, where one is initialised), or this process alone.
+
+    device: "cpu", "cuda", or None for a GPU where there is one.
 
     Raises ValueError where a GPU is asked for and missing, or torchrun started more processes here than there are GPUs.
     """
@@ -72,11 +74,14 @@ def processes(device: str | None) -> Iterator[Processes]:
     if world == 1:
         yield Processes(0, 1, place)
         return
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    is_ours = not dist.is_initialized()
+    if is_ours:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     try:
         yield Processes(rank, world, place)
     finally:
-        dist.destroy_process_group()
+        if is_ours:
+            dist.destroy_process_group()
 
 
 _ENVIRONMENT = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))

@@ -1,0 +1,42 @@
+"""How far a training run is, on a terminal and elsewhere."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+@contextmanager
+def progress_bar(console: Console, steps: int, done: int) -> Iterator[Callable[[int, float], None]]:
+    """Yields on_step(step, loss). On a terminal a bar that moves, elsewhere a line for every tenth of the steps."""
+    average = None
+
+    def smooth(loss: float) -> float:
+        nonlocal average
+        average = loss if average is None else 0.95 * average + 0.05 * loss
+        return average
+
+    if not console.is_terminal:
+        every, shown = max(1, steps // 10), done // max(1, steps // 10)
+
+        def print_line(step: int, loss: float) -> None:
+            nonlocal shown
+            text = f"step {step:>{len(str(steps))}} of {steps}  loss {smooth(loss):.3f}"
+            if step // every > shown or step == steps:
+                shown = step // every
+                filled = round(20 * step / steps)
+                console.print(f"[{'#' * filled}{'.' * (20 - filled)}]  {text}", markup=False)
+
+        yield print_line
+        return
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("training", total=steps, completed=done, loss="?")
+        yield lambda step, loss: bar.update(task, completed=step, loss=f"{smooth(loss):.3f}")
