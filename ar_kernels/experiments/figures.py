@@ -1,13 +1,16 @@
 """Pictures of where attention looks."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from ..attend_rectify import Rectified
@@ -82,4 +85,69 @@ def draw_attention(
                 axes.imshow(mask, cmap="inferno", vmin=-0.3, vmax=1, alpha=0.9 * mask**0.5, interpolation="nearest")
                 gamma = f"γ {gammas[row, layer]:.2f}   " if head == 0 else ""
                 axes.set_title(f"{gamma}g {gates[row, head]:.2f}", fontsize=8, pad=3)
+    write_atomically(path, lambda file: canvas.print_png(file))
+
+
+# ---------------------------------------------------------------------------------------------- curves
+
+
+def draw_curves(
+    path: str | Path, panels: Sequence[tuple[str, dict[str, str], dict[str, np.ndarray]]], caption: str
+) -> None:
+    """Writes a PNG of panels, two in a row: (title, {name: legend}, {name: accuracies [seeds, epochs]}).
+
+    Each name is a line, the mean over seeds, in a band from the least to the most. The axis leaves the first epochs'
+    low accuracies out.
+    """
+    rows = (len(panels) + 1) // 2
+    figure, canvas = _figure(11, 3.6 * rows + 0.5)
+    for index, (title, legends, curves) in enumerate(panels):
+        axes = figure.add_subplot(rows, 2, index + 1)
+        late = []
+        for number, (name, legend) in enumerate(legends.items()):
+            values = 100 * curves[name]
+            _band(axes, np.arange(1, values.shape[1] + 1), values, legend, number)
+            late.append(values[:, values.shape[1] // 3 :])
+        low, high = min(map(np.min, late)), max(map(np.max, late))
+        margin = 0.05 * max(high - low, 0.1)
+        axes.set_ylim(low - margin, high + margin)
+        axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+        axes.set_xlabel("epoch", fontsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylabel("test accuracy, %", fontsize=9)
+        axes.legend(fontsize=8, loc="lower right")
+    _finish(path, figure, canvas, caption)
+
+
+def draw_lines(
+    path: str | Path, x: Sequence[float], lines: dict[str, np.ndarray], x_label: str, y_label: str, caption: str
+) -> None:
+    """Writes a PNG of one plot: by legend, values [x, seeds] as their mean in a band from the least to the most."""
+    figure, canvas = _figure(7, 4.6)
+    axes = figure.add_subplot(1, 1, 1)
+    for number, (legend, values) in enumerate(lines.items()):
+        _band(axes, np.asarray(x), values.T, legend, number, marker="o")
+    axes.set_xlabel(x_label, fontsize=9)
+    axes.set_ylabel(y_label, fontsize=9)
+    axes.legend(fontsize=8)
+    _finish(path, figure, canvas, caption)
+
+
+def _figure(width: float, height: float) -> tuple[Figure, FigureCanvasAgg]:
+    figure = Figure(figsize=(width, height), facecolor="white", dpi=110)
+    return figure, FigureCanvasAgg(figure)
+
+
+def _band(axes: Axes, x: np.ndarray, values: np.ndarray, legend: str, number: int, marker: str = "") -> None:
+    colour = f"C{number}"
+    axes.plot(x, values.mean(axis=0), color=colour, label=legend, linewidth=1.6, marker=marker, markersize=4)
+    axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.18, linewidth=0)
+    axes.grid(alpha=0.25)
+    axes.tick_params(labelsize=8)
+
+
+def _finish(path: str | Path, figure: Figure, canvas: FigureCanvasAgg, caption: str) -> None:
+    lines = textwrap.wrap(caption, int(15 * figure.get_figwidth()))
+    figure.text(0.01, 0.01, "\n".join(lines), fontsize=8, va="bottom")
+    figure.tight_layout(rect=(0, (0.1 + 0.16 * len(lines)) / figure.get_figheight(), 1, 1))
     write_atomically(path, lambda file: canvas.print_png(file))

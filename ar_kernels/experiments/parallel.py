@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -54,10 +55,10 @@ class Processes:
 
 
 @contextmanager
-def processes(device: str | None) -> Iterator[Processes]:
+def processes(device: str | None, patience: timedelta | None = None) -> Iterator[Processes]:
     """What torchrun started (in a group of the caller's, where one is initialised), or this process alone.
 
-    device: "cpu", "cuda", or None for a GPU where there is one.
+    device: "cpu", "cuda", or None for a GPU where there is one. patience: how long processes wait for each other.
 
     Raises ValueError where a GPU is asked for and missing, or torchrun started more processes here than there are GPUs.
     """
@@ -76,7 +77,7 @@ def processes(device: str | None) -> Iterator[Processes]:
         return
     is_ours = not dist.is_initialized()
     if is_ours:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=patience)
     try:
         yield Processes(rank, world, place)
     finally:

@@ -8,7 +8,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 @contextmanager
-def progress_bar(console: Console, steps: int, done: int) -> Iterator[Callable[[int, float], None]]:
+def progress_bar(
+    console: Console, steps: int, done: int, title: str = "training"
+) -> Iterator[Callable[[int, float], None]]:
     """Yields on_step(step, loss). On a terminal a bar that moves, elsewhere a line for every tenth of the steps."""
     average = None
 
@@ -31,12 +33,12 @@ def progress_bar(console: Console, steps: int, done: int) -> Iterator[Callable[[
         yield print_line
         return
     columns = (
-        TextColumn("training"),
+        TextColumn(title, markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         TextColumn("loss {task.fields[loss]}"),
     )
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task("training", total=steps, completed=done, loss="?")
+        task = bar.add_task(title, total=steps, completed=done, loss="?")
         yield lambda step, loss: bar.update(task, completed=step, loss=f"{smooth(loss):.3f}")
