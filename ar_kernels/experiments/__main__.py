@@ -9,6 +9,8 @@ import ar_kernels
 
 _ON_OFF = argparse.BooleanOptionalAction
 
+_THRESHOLDS = [0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9999]
+
 _VARIANTS = (
     "baseline", "ad1-aw1", "ad2-aw1", "ad3-aw1", "ad4-aw1", "ad4-aw2", "ad4-aw4", "sigmoid", "no-gates",
     "no-regulariser",
@@ -18,7 +20,7 @@ _VARIANTS = (
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ar_kernels.experiments", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add_command in (_demo, _train, _ablate, _clutter):
+    for add_command in (_demo, _train, _ablate, _clutter, _visualize, _early_exit):
         add_command(commands)
     return parser
 
@@ -170,6 +172,44 @@ def _add_ablation(add: Callable) -> None:
     _add_device(add)
 
 
+def _visualize(commands: argparse._SubParsersAction) -> None:
+    add = _command(
+        commands,
+        "visualize",
+        "see where each head looks, on the test set or on images of your own",
+        "Lays the masks of each head and depth over the input (the paper's Figure 6), with the gates' values and what "
+        "each depth would have predicted: a contact sheet, attention.png, and a page, attention.html, that opens "
+        "without a server. For networks that train, ablate or demo left behind; ar_kernels.experiments.visualize has "
+        "write_attention for any model that returns details.",
+    )
+    add("--run", required=True, metavar="DIR", help="the folder of a run: it holds checkpoint.pt")
+    add("--images", nargs="+", metavar="FILE|DIR", help="your own; unset: the first of the run's test set")
+    add("--count", type=int, default=8, help="how many images")
+    add("--distractors", type=int, default=8, help="in the test set's cluttered digits")
+    add("--data-root", default="data", metavar="DIR", help="where torchvision keeps its data sets")
+    add("--out", default="runs/visualize", metavar="DIR", help="where the sheet and the page go")
+    _add_device(add)
+
+
+def _early_exit(commands: argparse._SubParsersAction) -> None:
+    add = _command(
+        commands,
+        "early-exit",
+        "answer from an attended layer where it is sure, and skip the rest of the network",
+        "Tests a run's network so that images leave it at the first attended layer whose hypothesis, mixed with those "
+        "before it by the gates' means over training images, is surer than a threshold; only the others go on. For "
+        "each threshold: accuracy, where images left, operations saved, and time. Writes early-exit.json and "
+        "early-exit.png. A threshold picked by such a table is picked on the test set.",
+    )
+    add("--run", required=True, metavar="DIR", help="the folder of a run of an attentive network")
+    add("--thresholds", type=float, nargs="+", default=_THRESHOLDS, metavar="P", help="probabilities; above 1: never")
+    add("--batch-size", type=int, default=256, help="images that enter together")
+    add("--repeats", type=int, default=3, help="how often each threshold is timed; the median counts")
+    add("--data-root", default="data", metavar="DIR", help="where torchvision keeps its data sets")
+    add("--out", default="runs/early-exit", metavar="DIR", help="where the table and the curve go")
+    _add_device(add)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; the exit status. Mistakes of the user come back as one line, not as a traceback."""
     options = _parser().parse_args(arguments)
@@ -182,7 +222,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\nStopped. The same command with --resume goes on from the last checkpoint in {options.out}.")
+        goes_on = f" The same command with --resume goes on from the last checkpoint in {options.out}."
+        print(f"\nStopped.{goes_on if hasattr(options, 'resume') else ''}")
         return 130
     return 0
 

@@ -28,10 +28,16 @@ _SPLITS = {"train": ("train",), "test": ("test", "val")}
 
 
 class ImageSet(Protocol):
-    """What training needs of a set. rank and world: which of how many equal shares of each batch."""
+    """What training needs of a set. rank and world: which of how many equal shares of each batch.
+
+    mean, std: [3, 1, 1], of pixels from 0 to 255, by which images are normalised.
+    """
 
     name: str
     num_classes: int
+    classes: tuple[str, ...]
+    mean: Tensor
+    std: Tensor
     size: int
     train_count: int
     test_count: int
@@ -99,12 +105,12 @@ class Pictures:
     """A set that lies on one device whole: images [M, 3, H, W] in uint8, labels [M] in int64."""
 
     name: str
-    num_classes: int
+    classes: tuple[str, ...]
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
 
     def __post_init__(self) -> None:
-        images = self.train[0]
+        images, self.num_classes = self.train[0], len(self.classes)
         self.size, self.train_count, self.test_count = images.shape[2], len(images), len(self.test[0])
         self._order = Order(self.train_count, images.device)
         levels = torch.arange(256, dtype=torch.float64)
@@ -157,10 +163,10 @@ class Folders:
                     f"{root / names[0]} is missing: a folder of pictures holds train/CLASS/* and test/CLASS/* (or val)"
                 )
             self._splits[split] = datasets.ImageFolder(str(folder), transforms.Compose(steps))
-        classes = self._splits["train"].classes
-        if self._splits["test"].classes != classes:
+        self.classes = tuple(self._splits["train"].classes)
+        if tuple(self._splits["test"].classes) != self.classes:
             raise ValueError(f"{root} must have the same classes to train on and to test on")
-        self.num_classes = len(classes)
+        self.num_classes = len(self.classes)
         self.train_count, self.test_count = (len(self._splits[split]) for split in _SPLITS)
         self._order = Order(self.train_count, torch.device("cpu"))
         self.mean, self.std = (255 * torch.tensor(value, device=device).view(3, 1, 1) for value in _IMAGENET)
@@ -257,7 +263,7 @@ def load(
     train, test = (
         (_in_colour(split.images).to(device), split.labels.to(device)) for split in (source.train, source.test)
     )
-    return Pictures(source.name, source.num_classes, train, test)
+    return Pictures(source.name, _numbers(source.num_classes), train, test)
 
 
 def random_set(train: int, test: int, device: torch.device, num_classes: int = 100) -> Pictures:
@@ -268,7 +274,7 @@ def random_set(train: int, test: int, device: torch.device, num_classes: int = 1
         images = torch.randint(256, (count, 3, _SIDE, _SIDE), dtype=torch.uint8, generator=generator)
         return images.to(device), torch.randint(num_classes, (count,), generator=generator).to(device)
 
-    return Pictures("random", num_classes, split(train), split(test))
+    return Pictures("random", _numbers(num_classes), split(train), split(test))
 
 
 def _cifar(name: str, device: torch.device, root: Path, download: bool) -> Pictures:
@@ -286,7 +292,7 @@ def _cifar(name: str, device: torch.device, root: Path, download: bool) -> Pictu
         raise FileNotFoundError(
             f"{root / folder} is missing or damaged: {how}; or unpack {kind}'s archive there"
         ) from None
-    return Pictures(name, len(found.classes), *splits)
+    return Pictures(name, tuple(found.classes), *splits)
 
 
 def _in_colour(images: Tensor) -> Tensor:
@@ -294,3 +300,7 @@ def _in_colour(images: Tensor) -> Tensor:
     missing = max(0, _SIDE - images.shape[1])
     sides = (missing // 2, missing - missing // 2) * 2
     return F.pad(images, sides).unsqueeze(1).expand(-1, 3, -1, -1).contiguous()
+
+
+def _numbers(count: int) -> tuple[str, ...]:
+    return tuple(str(label) for label in range(count))

@@ -1,15 +1,18 @@
 """Networks by name, and the ones that runs left behind."""
 
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..attend_rectify import AttendRectify
 from ..models.digits import DigitNet
 from ..models.wrn import WideAttentiveResNet, WideResNet
+from . import data, images
 from .training import Identity, read_checkpoint
 
 KINDS = "digitnet, wrn-DEPTH-WIDTH, warn-DEPTH-WIDTH, torchvision/NAME, timm/NAME"
@@ -91,6 +94,28 @@ def load_run(folder: str | Path, device: torch.device) -> tuple[nn.Module, Net, 
     model = net.build()
     model.load_state_dict(state["model"])
     return model.to(device).eval(), net, state["identity"]
+
+
+class Examples(NamedTuple):
+    """The images of a run."""
+
+    train: Callable[[int], tuple[Tensor, Tensor]]
+    """The batch of a step, which counts from 1."""
+    test: Callable[[], Iterator[tuple[Tensor, Tensor]]]
+
+
+def examples_of(net: Net, identity: Identity, device: torch.device, root: str | Path, batch_size: int) -> Examples:
+    """The images that a run was trained and tested on, in batches. Raises what data.load and images.load raise."""
+    name, seed = identity["data"], identity["seed"]
+    if net.model == "digitnet":
+        source = data.load(name, root=root)
+        train, test = (data.Clutter(digits.to(device)) for digits in (source.train, source.test))
+        return Examples(lambda step: train.train_batch(seed, step, batch_size), lambda: test.test_batches(batch_size))
+    pictures = images.load(name, device, root=root, size=net.image_size)
+    batch_size = min(batch_size, pictures.train_count)
+    return Examples(
+        lambda step: pictures.train_batch(seed, step, batch_size), lambda: pictures.test_batches(batch_size)
+    )
 
 
 def load_weights(model: nn.Module, path: str | Path) -> list[str]:

@@ -78,6 +78,8 @@ def _run(options: argparse.Namespace, group: Processes) -> None:
         **asdict(recipe), **net.settings(), "regulariser": regulariser, "data": source.name,
         "data_crc32": source.fingerprint, "pretrained": options.pretrained, "weights": options.weights,
         "device": group.device.type, "processes": group.world, "bf16": mixed and on_gpu, "compiled": compiled,
+        "classes": source.classes, "mean": tuple(source.mean.flatten().tolist()),
+        "std": tuple(source.std.flatten().tolist()),
     }  # fmt: skip
     called = torch.compile(model) if compiled else model
 
