@@ -110,7 +110,9 @@ def test_the_ablation_and_the_clutter_end_to_end(tmp_path, monkeypatch, capsys):
 
     clutter = arguments("clutter", tmp_path / "clutter", "--runs", str(tmp_path / "whole"), "--distractors", "0", "20")
     assert command_line.main(clutter) == 0
-    assert "growth" in capsys.readouterr().out and contents(tmp_path / "whole") == before  # nothing trained anew
+    assert (
+        "how much it grows" in capsys.readouterr().out and contents(tmp_path / "whole") == before
+    )  # nothing trained anew
     measured = json.loads((tmp_path / "clutter" / "figure4e.json").read_text())
     assert measured["distractors"] == [0, 8, 20]
     for name in NAMES:  # at 8 distractors these are the ablation's own draws

@@ -1,7 +1,9 @@
 """Pages and pictures: visualize, and report."""
 
+import argparse
 import base64
 import io
+import json
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from PIL import Image
 from test_experiments_images import torchvision  # noqa: F401  (a fixture)
 
 from ar_kernels.experiments import __main__ as command_line
-from ar_kernels.experiments import data, figures, visualize
+from ar_kernels.experiments import ablate, data, figures, report, visualize
 from ar_kernels.experiments.nets import Net, load_run
 from ar_kernels.experiments.training import Recipe, Run
 from ar_kernels.models import DigitNet
@@ -134,3 +136,47 @@ def test_the_demos_runs_are_known(tmp_path):
     found, net, _ = load_run(tmp_path, torch.device("cpu"))
     assert isinstance(found, DigitNet) and (net.attention_depth, net.attention_width) == (2, 1)
     assert visualize.test_images(net, {"data": "digits"}, 3, "data")[0].shape == (3, 1, 40, 40)
+
+
+# ---------------------------------------------------------------------------------------------- report
+
+
+def test_the_report_tells_what_the_runs_did(tmp_path):
+    run = tmp_path / "runs" / "warn"
+    save_run(run, Net("warn-10-1", attention_width=2), data="cifar10")
+    lines = [
+        {"step": 10 * epoch, "epoch": epoch, "test_accuracy": value}
+        for epoch, value in ((1, 0.5), (2, 0.75), (3, 0.625))
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    speed = {"images_per_second": 1234.5, "processes": 2, "device": "a GPU"}
+    (run / "speed.json").write_text(json.dumps(speed))
+    ablation = tmp_path / "runs" / "ablate"
+    found = {"baseline": np.array([[0.5, 0.5], [0.5, 0.5]]), "ad4-aw4": np.array([[0.625, 0.625], [0.625, 0.625]])}
+    ablation.mkdir()
+    summary = ablate.summarise("digits", argparse.Namespace(epochs=3), found)
+    (ablation / "figure4.json").write_text(json.dumps(summary))
+    Image.new("RGB", (30, 20), "red").save(ablation / "figure4.png")
+    part = ablation / "baseline" / "seed-0"
+    save_run(part, Net("digitnet", attention_depth=0), data="digits")  # belongs to the figure
+    (part / "metrics.jsonl").write_text(json.dumps(lines[0]) + "\n")
+
+    assert command_line.main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "page.html")]) == 0
+    page = Page(tmp_path / "page.html")
+    words = " ".join(page.text.split())
+    assert "warn-10-1 AD 3 AW 2 cifar10 drawn 62.50 75.00 of 3 1,234 on 2 × a GPU" in words
+    assert "attention above the baseline +12.50 +12.50 +12.50 +0.27 holds" in words
+    assert "AD 4, AW 4 62.50 62.50 62.50 97.80 / 97.81" in words
+    assert "seed-0" not in words and len(page.images) == 2
+    assert any(image.shape[:2] == (20, 30) for image in page.images)
+
+
+def test_the_report_names_the_papers_numbers_and_what_is_missing(tmp_path, capsys):
+    run = tmp_path / "run"
+    save_run(run, Net("warn-10-1"), data="cifar100")
+    identity = Net("warn-28-10", num_classes=100).settings() | {"data": "cifar100"}
+    assert report._row(run, identity, [0.8])[6] == "81.74"
+    for folder, message in ((tmp_path / "gone", "is missing: report looks"), (tmp_path, "holds nothing that")):
+        assert command_line.main(["report", str(folder), "--out", str(tmp_path / "page.html")]) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()

@@ -20,7 +20,7 @@ _VARIANTS = (
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ar_kernels.experiments", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add_command in (_demo, _train, _ablate, _clutter, _visualize, _early_exit):
+    for add_command in (_demo, _train, _ablate, _clutter, _visualize, _early_exit, _report):
         add_command(commands)
     return parser
 
@@ -208,6 +208,19 @@ def _early_exit(commands: argparse._SubParsersAction) -> None:
     add("--data-root", default="data", metavar="DIR", help="where torchvision keeps its data sets")
     add("--out", default="runs/early-exit", metavar="DIR", help="where the table and the curve go")
     _add_device(add)
+
+
+def _report(commands: argparse._SubParsersAction) -> None:
+    add = _command(
+        commands,
+        "report",
+        "collect runs into one page with tables and figures",
+        "Looks through folders for what the other commands left there: Figure 4 and 4e with their verdicts, early "
+        "exits, training runs with their last and best accuracy beside the paper's, and pictures of attention; "
+        "writes one HTML page that opens without a server.",
+    )
+    add("folders", nargs="*", default=["runs"], metavar="DIR", help="where to look")
+    add("--out", default="runs/report.html", metavar="FILE", help="the page")
 
 
 def main(arguments: list[str] | None = None) -> int:

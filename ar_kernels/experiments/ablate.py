@@ -10,14 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from . import data
 from .figures import draw_curves
 from .files import write_atomically
 from .nets import Net
 from .parallel import processes
-from .progress import progress_bar
+from .progress import on_terminal, progress_bar
 from .statistics import paired_interval
 from .training import Identity, Recipe, Run, accuracy, loss_of, read_metrics, train
 
@@ -140,7 +139,7 @@ def run(options: argparse.Namespace) -> None:
         panels = [(panel.title, _legend(panel, summary, names), curves) for panel in PANELS]
         draw_curves(out / "figure4.png", [panel for panel in panels if panel[1]], caption(summary))
         for table in tables(summary):
-            console.print(table)
+            console.print(on_terminal(*table))
         console.print(f"  {out / 'figure4.json'}\n  {out / 'figure4.png'}", markup=False, soft_wrap=True)
 
 
@@ -290,28 +289,41 @@ def _legend(panel: Panel, summary: dict, names: Iterable[str]) -> dict[str, str]
 def caption(summary: dict) -> str:
     return (
         f"{summary['data']}, 8 distractors, {summary['epochs']} epochs, {summary['seeds']} seeds: mean and range. "
-        f"In the legends: accuracy in % after the last epoch on {summary['draws']} draws of the test set's clutter"
+        f"In the legends: accuracy in % after the last epoch on {summary['draws']} draws of the test set's clutter. "
+        "Of the paper's orderings: " + ", ".join(f"{row['ordering']} {row['verdict']}" for row in summary["orderings"])
     )
 
 
-def tables(summary: dict) -> list[Table]:
-    """The summary for a terminal."""
-    first = Table(title="Test accuracy, %", title_justify="left")
-    for column in ("variant", "here", "of seeds", "paper"):
-        first.add_column(column, justify="left" if column == "variant" else "right")
-    for name, values in summary["variants"].items():
-        papers = sorted({panel.paper[name] for panel in PANELS if name in panel.paper})
-        first.add_row(
+Rows = tuple[str, list[str], list[list[str]]]
+"""A table: its title, header and rows."""
+
+
+def tables(summary: dict) -> list[Rows]:
+    """The summary in words, for a terminal or a page."""
+    variants = [
+        [
             values["label"],
             f"{100 * values['accuracy']:.2f}",
             " ".join(f"{100 * value:.2f}" for value in values["of_seeds"]),
-            " / ".join(f"{100 * value:.2f}" for value in papers),
-        )
-    second = Table(title="The paper's orderings: differences in points, 95 % intervals", title_justify="left")
-    for column in ("ordering", "here", "from", "to", "paper", "verdict"):
-        second.add_column(column, justify="left" if column in ("ordering", "verdict") else "right")
-    for row in summary["orderings"]:
-        ends = ("?" if row[end] is None else f"{100 * row[end]:+.2f}" for end in ("low", "high"))
-        difference, paper = (f"{100 * row[name]:+.2f}" for name in ("difference", "paper"))
-        second.add_row(row["ordering"], difference, *ends, paper, row["verdict"])
-    return [first, second]
+            " / ".join(f"{100 * value:.2f}" for value in sorted({p.paper[name] for p in PANELS if name in p.paper})),
+        ]
+        for name, values in summary["variants"].items()
+    ]
+    orderings = [
+        [
+            row["ordering"],
+            f"{100 * row['difference']:+.2f}",
+            *("?" if row[end] is None else f"{100 * row[end]:+.2f}" for end in ("low", "high")),
+            f"{100 * row['paper']:+.2f}",
+            row["verdict"],
+        ]
+        for row in summary["orderings"]
+    ]
+    return [
+        ("Test accuracy, %", ["variant", "here", "of seeds", "paper"], variants),
+        (
+            "The paper's orderings: differences in points, 95 % intervals",
+            ["ordering", "here", "from", "to", "paper", "verdict"],
+            orderings,
+        ),
+    ]

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from . import data
-from .ablate import PATIENCE, VARIANTS, _finite, settings_of, train_runs
+from .ablate import PATIENCE, VARIANTS, Rows, _finite, settings_of, train_runs
 from .figures import draw_lines
 from .files import write_atomically
 from .nets import load_run
 from .parallel import processes
+from .progress import on_terminal
 from .statistics import paired_interval
 from .training import accuracy
 
@@ -54,7 +54,8 @@ def run(options: argparse.Namespace) -> None:
                 out / "figure4e.png", counts, {labels[name]: 100 * errors[name].mean(axis=2) for name in errors},
                 "distractors (trained with 8)", "test error, %", caption(summary),
             )  # fmt: skip
-            console.print(table(summary))
+            for table in tables(summary):
+                console.print(on_terminal(*table))
             console.print(f"  {out / 'figure4e.json'}\n  {out / 'figure4e.png'}", markup=False, soft_wrap=True)
 
 
@@ -122,26 +123,25 @@ def caption(summary: dict) -> str:
     )
 
 
-def table(summary: dict) -> Table:
-    """The summary for a terminal."""
-    result = Table(title="Test error, %, by distractors", title_justify="left")
-    result.add_column("net")
-    for count in summary["distractors"]:
-        result.add_column(str(count), justify="right")
-    for column in ("growth, points", "relative", "paper"):
-        result.add_column(column, justify="right")
+def tables(summary: dict) -> list[Rows]:
+    """The summary in words, for a terminal or a page."""
+    header = ["net", *map(str, summary["distractors"]), "+ points", "+ times", "paper"]
+    rows = []
     for name, errors in summary["errors"].items():
         relative = summary["growth_relative"][name]
-        result.add_row(
-            VARIANTS[name].label,
-            *(f"{100 * error:.2f}" for error in errors),
-            f"{100 * summary['growth'][name]:+.2f}",
-            "?" if relative is None else f"{relative:+.2f}",
-            f"{PAPER[name]:+.2f}",
+        rows.append(
+            [
+                VARIANTS[name].label,
+                *(f"{100 * error:.2f}" for error in errors),
+                f"{100 * summary['growth'][name]:+.2f}",
+                "?" if relative is None else f"{relative:+.2f}",
+                f"{PAPER[name]:+.2f}",
+            ]
         )
     row = summary["less_growth_with_attention"]
-    ends = " to ".join("?" if row[end] is None else f"{100 * row[end]:+.2f}" for end in ("low", "high"))
-    result.caption = (
-        f"baseline's growth less attention's: {100 * row['difference']:+.2f} points ({ends}): {row['verdict']}"
-    )
-    return result
+    ends = ["?" if row[end] is None else f"{100 * row[end]:+.2f}" for end in ("low", "high")]
+    verdict = ["less growth with attention", f"{100 * row['difference']:+.2f}", *ends, row["verdict"]]
+    return [
+        ("Test error, %, by distractors, and how much it grows from 8 to the most", header, rows),
+        ("The paper's ordering: points, 95 % interval", ["ordering", "here", "from", "to", "verdict"], [verdict]),
+    ]

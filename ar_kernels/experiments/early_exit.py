@@ -18,16 +18,17 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import AttendRectify, rectify, use_implementation
 from ..models.digits import DigitNet
 from ..models.wrn import WideAttentiveResNet
+from .ablate import Rows
 from .figures import draw_exits
 from .files import write_atomically
 from .nets import examples_of, load_run
+from .progress import on_terminal
 from .training import mixed_precision
 
 _GATE_BATCHES = 8  # of training images, to take the gates' means over
@@ -237,7 +238,8 @@ def run(options: argparse.Namespace) -> None:
         out / "early-exit.png", [100 * row["compute_saved"] for row in rows], [100 * row["accuracy"] for row in rows],
         [_name(row["threshold"]) for row in rows], caption(summary),
     )  # fmt: skip
-    console.print(table(summary))
+    for table in tables(summary):
+        console.print(on_terminal(*table))
     console.print(best(summary), markup=False, soft_wrap=True)
     console.print(f"  {out / 'early-exit.json'}\n  {out / 'early-exit.png'}", markup=False, soft_wrap=True)
 
@@ -306,20 +308,18 @@ def best(summary: dict) -> str:
     )
 
 
-def table(summary: dict) -> Table:
-    """The summary for a terminal."""
-    result = Table(title="Early exits", title_justify="left")
-    exits = len(summary["operations"]) - 1
-    for column in ("at", "right, %", *(f"exit {i + 1}, %" for i in range(exits)), "through, %"):
-        result.add_column(column, justify="right")
-    for column in ("saved: operations, %", "time, %"):
-        result.add_column(column, justify="right")
-    for row in summary["thresholds"]:
-        result.add_row(
+def tables(summary: dict) -> list[Rows]:
+    """The summary in words, for a terminal or a page."""
+    exits = [f"exit {number}, %" for number in range(1, len(summary["operations"]))]
+    header = ["surer than", "right, %", *exits, "through, %", "work saved, %", "time saved, %"]
+    rows = [
+        [
             _name(row["threshold"]),
             f"{100 * row['accuracy']:.2f}",
             *(f"{100 * share:.1f}" for share in row["left_after"]),
             f"{100 * row['compute_saved']:.1f}",
             f"{100 * row['time_saved']:.1f}",
-        )
-    return result
+        ]
+        for row in summary["thresholds"]
+    ]
+    return [(f"Early exits of {summary['model']} on {summary['data']}", header, rows)]

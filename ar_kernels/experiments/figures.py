@@ -1,5 +1,6 @@
 """Pictures of where attention looks."""
 
+import io
 import math
 import textwrap
 from collections.abc import Sequence
@@ -165,7 +166,7 @@ def draw_curves(
         axes.set_xlabel("epoch", fontsize=9)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("test accuracy, %", fontsize=9)
-        axes.legend(fontsize=8, loc="lower right")
+        axes.legend(fontsize=8)
     _finish(path, figure, canvas, caption)
 
 
@@ -181,6 +182,22 @@ def draw_lines(
     axes.set_ylabel(y_label, fontsize=9)
     axes.legend(fontsize=8)
     _finish(path, figure, canvas, caption)
+
+
+def curves_png(curves: dict[str, tuple[np.ndarray, np.ndarray]], x_label: str, y_label: str) -> bytes:
+    """A PNG of one plot: by legend, x [n] and values [seeds, n]."""
+    figure, canvas = _figure(9, 4.6)
+    axes = figure.add_subplot(1, 1, 1)
+    for number, (legend, (x, values)) in enumerate(curves.items()):
+        _band(axes, x, values, legend, number)
+    axes.set_xlabel(x_label, fontsize=9)
+    axes.set_ylabel(y_label, fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    canvas.print_png(buffer)
+    return buffer.getvalue()
 
 
 def draw_exits(

@@ -2,6 +2,7 @@
 
 import base64
 import html
+from collections.abc import Sequence
 from pathlib import Path
 
 from .files import write_atomically
@@ -27,7 +28,7 @@ def picture(png: bytes, name: str = "", more: str = "") -> str:
     return f'<img alt="{escaped(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}" {more}>'
 
 
-def table(header: list[str], rows: list[list[object]]) -> str:
+def table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
     """A <table>; cells are text."""
     lines = ["<tr>" + "".join(f"<th>{escaped(cell)}</th>" for cell in header) + "</tr>"]
     lines += ["<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>" for row in rows]

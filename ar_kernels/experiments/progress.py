@@ -1,10 +1,12 @@
-"""How far a training run is, on a terminal and elsewhere."""
+"""What the commands print: how far a training run is, and tables."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 
 @contextmanager
@@ -42,3 +44,14 @@ def progress_bar(
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(title, total=steps, completed=done, loss="?")
         yield lambda step, loss: bar.update(task, completed=step, loss=f"{smooth(loss):.3f}")
+
+
+def on_terminal(title: str, header: list[str], rows: list[list[str]]) -> Table:
+    """A table for rich to print: words in the first column, folded where they must be, and whole numbers."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for number, column in enumerate(header):
+        width = max(len(cell) for cell in (*column.split(), *(row[number] for row in rows)))
+        table.add_column(column, justify="right" if number else "left", min_width=width if number else 4)
+    for row in rows:
+        table.add_row(*row)
+    return table
