@@ -150,6 +150,24 @@ def test_the_command_trains_and_resumes_to_the_same_numbers(tmp_path, monkeypatc
     assert isinstance(model, WideAttentiveResNet) and not model.training and identity["dropout"] == 0.3
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "digitnet"], "model digitnet is for cluttered digits: ablate and demo train it"),
+        (["--epochs", "0"], "epochs, test_every and log_every must be at least 1"),
+        (["--batch-size", "40"], "batch_size must be at most the 24 training images and divisible by 1 processes"),
+        (["--pretrained"], "only torchvision's and timm's backbones come pretrained, got warn-10-1"),
+        (["--download"], "only sets known by name can be downloaded, got '"),
+    ],
+)
+def test_mistakes_end_in_one_line(tmp_path, capsys, options, message):
+    write_folder(tmp_path / "data", train=24, test=8, size=14)
+    assert command_line.main(arguments(tmp_path / "out", *options)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 SCRIPT = """
 import os, sys, torch
 from torch import nn

@@ -34,7 +34,7 @@ class Variant:
 
 
 VARIANTS = {
-    "baseline": Variant("no attention", attention_depth=0, attention_width=1),
+    "baseline": Variant("plain", attention_depth=0, attention_width=1),
     "ad1-aw1": Variant("AD 1, AW 1", 1, 1),
     "ad2-aw1": Variant("AD 2, AW 1", 2, 1),
     "ad3-aw1": Variant("AD 3, AW 1", 3, 1),
@@ -125,7 +125,7 @@ def run(options: argparse.Namespace) -> None:
     names = tuple(options.only or VARIANTS)
     with processes(options.device, PATIENCE) as group:
         settings = settings_of(options, group.device)
-        console = Console(highlight=False)
+        console = Console(highlight=False, force_terminal=None if group.world == 1 else False)
         runs = [(name, seed) for seed in range(options.seeds) for name in names]
         train_runs(settings, runs[group.rank :: group.world], options, console)
         group.wait()
@@ -287,10 +287,11 @@ def _legend(panel: Panel, summary: dict, names: Iterable[str]) -> dict[str, str]
 
 
 def caption(summary: dict) -> str:
+    verdicts = ", ".join(f"{row['ordering']} {row['verdict']}" for row in summary["orderings"])
     return (
         f"{summary['data']}, 8 distractors, {summary['epochs']} epochs, {summary['seeds']} seeds: mean and range. "
-        f"In the legends: accuracy in % after the last epoch on {summary['draws']} draws of the test set's clutter. "
-        "Of the paper's orderings: " + ", ".join(f"{row['ordering']} {row['verdict']}" for row in summary["orderings"])
+        f"In the legends: accuracy in % after the last epoch on {summary['draws']} draws of the test set's clutter"
+        + (f". Of the paper's orderings: {verdicts}" if verdicts else "")
     )
 
 

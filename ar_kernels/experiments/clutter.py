@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"distractors must be at least 0, got {counts[0]}")
     with processes(options.device, PATIENCE) as group:
         settings = settings_of(options, group.device)
-        console = Console(highlight=False)
+        console = Console(highlight=False, force_terminal=None if group.world == 1 else False)
         runs = [(name, seed) for seed in range(options.seeds) for name in (BASELINE, ATTENTIVE)]
         mine = runs[group.rank :: group.world]
         trains = argparse.Namespace(**vars(options) | {"out": options.runs, "resume": True})

@@ -52,6 +52,15 @@ class ImageSet(Protocol):
         """Every test image once, in order, each in one of the `world` shares."""
 
 
+def check_batch_size(batch_size: int, count: int, world: int) -> None:
+    """Raises ValueError for a batch that an epoch of `count` images or `world` processes cannot be cut into."""
+    if not 1 <= batch_size <= count or batch_size % world:
+        raise ValueError(
+            f"batch_size must be at most the {count} training images and divisible by {world} processes, "
+            f"got {batch_size}"
+        )
+
+
 class Order:
     """Which images a step sees: every epoch all of them in an order of its own, but for a last incomplete batch."""
 
@@ -61,11 +70,7 @@ class Order:
     def of(self, seed: int, step: int, batch_size: int, rank: int, world: int) -> Tensor:
         """The indices of a rank's share of a batch. Raises ValueError for a batch that cannot be cut so."""
         count = len(self.numbers)
-        if batch_size > count or batch_size % world:
-            raise ValueError(
-                f"batch_size must be at most the {count} training images and divisible by {world} processes, "
-                f"got {batch_size}"
-            )
+        check_batch_size(batch_size, count, world)
         epoch, index = divmod(step - 1, count // batch_size)
         if self._last is None or self._last[0] != (seed, epoch):
             draws = draw(seed, ORDER, self.numbers + epoch * count, 1)
@@ -187,7 +192,7 @@ class Folders:
     ) -> tuple[Tensor, Tensor]:
         which = seed, batch_size, rank, world
         if self._reading is None or self._reading[:2] != (which, step):
-            self._order.of(seed, step, batch_size, rank, world)  # raises here rather than in the loader
+            check_batch_size(batch_size, self.train_count, world)  # here rather than in the loader
             loader = self._loader("train", _From(self._order, step, which))
             self._reading = which, step, iter(loader)
         images, labels = next(self._reading[2])
@@ -246,8 +251,11 @@ def load(
 
     download: lets torchvision download it into `root` first. size, workers: of a folder of pictures.
     "random" has CIFAR-100's shape, noise for images and chance for labels: to measure speed with, and nothing else.
-    Raises FileNotFoundError saying how to get what is missing, and what data.load raises.
+    Raises FileNotFoundError saying how to get what is missing, ValueError for a download that is none, and what
+    data.load raises.
     """
+    if download and (name == "random" or name not in NAMES):
+        raise ValueError(f"only sets known by name can be downloaded, got {name!r}")
     if name == "random":
         return random_set(50_000, 10_000, device)
     if name in _CIFAR:

@@ -26,7 +26,7 @@ def progress_bar(
 
         def print_line(step: int, loss: float) -> None:
             nonlocal shown
-            text = f"step {step:>{len(str(steps))}} of {steps}  loss {smooth(loss):.3f}"
+            text = f"{title}  step {step:>{len(str(steps))}} of {steps}  loss {smooth(loss):.3f}"
             if step // every > shown or step == steps:
                 shown = step // every
                 filled = round(20 * step / steps)

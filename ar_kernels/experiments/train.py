@@ -32,6 +32,10 @@ def _run(options: argparse.Namespace, group: Processes) -> None:
     def say(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
+    if options.model == "digitnet":
+        raise ValueError("model digitnet is for cluttered digits: ablate and demo train it")
+    if min(options.epochs, options.test_every, options.log_every) < 1:
+        raise ValueError("epochs, test_every and log_every must be at least 1")
     on_gpu = group.device.type == "cuda"
     mixed, channels_last, compiled = (
         on_gpu if choice is None else choice for choice in (options.bf16, options.channels_last, options.compile)
@@ -42,9 +46,10 @@ def _run(options: argparse.Namespace, group: Processes) -> None:
     source = images.load(
         options.data, group.device, root=options.data_root, size=options.image_size, workers=options.workers
     )
+    images.check_batch_size(options.batch_size, source.train_count, group.world)
     epoch = source.train_count // options.batch_size
     recipe = Recipe(
-        steps=max(1, epoch) * options.epochs,
+        steps=epoch * options.epochs,
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
         warmup=0.0,
@@ -66,10 +71,8 @@ def _run(options: argparse.Namespace, group: Processes) -> None:
         dropout=options.dropout,
         image_size=source.size,
     )
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # weights are drawn on the CPU: the same on every device and in every process
-        torch.manual_seed(recipe.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)  # weights are drawn on the CPU: the same on every device and in every process
         model = net.build(options.pretrained)
     kept = load_weights(model, options.weights) if options.weights else []
     model = model.to(group.device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
@@ -96,7 +99,7 @@ def _run(options: argparse.Namespace, group: Processes) -> None:
         tests = source.test_batches(options.test_batch_size, group.rank, group.world)
         share = accuracy(called, tests, mixed, group)
         clock.start(step)
-        return {"epoch": step // max(1, epoch), "test_accuracy": share}
+        return {"epoch": step // epoch, "test_accuracy": share}
 
     with Run(options.out, identity, resume=options.resume, writes=group.is_first) as progress:
         say(f"Data: {source.name}, {source.train_count:,} images to train on, {source.test_count:,} to test on.")
@@ -113,8 +116,8 @@ def _run(options: argparse.Namespace, group: Processes) -> None:
             train(
                 model, batch_of, recipe, progress,
                 loss=loss_of(net.mix, regulariser) if net.is_attentive else cross_entropy,
-                checkpoint_every=max(1, epoch), log_every=options.log_every, on_step=on_step, evaluate=evaluate,
-                evaluate_every=max(1, epoch) * options.test_every, forward=group.wrapped(called), processes=group,
+                checkpoint_every=epoch, log_every=options.log_every, on_step=on_step, evaluate=evaluate,
+                evaluate_every=epoch * options.test_every, forward=group.wrapped(called), processes=group,
                 mixed=mixed,
             )  # fmt: skip
     if group.is_first:
