@@ -38,9 +38,9 @@ def test_the_attentive_loss_is_the_mixs_plus_the_regulariser(mix):
     details = net(images, return_details=True)
     expected = (F.cross_entropy if mix == "logit" else F.nll_loss)(details.output, labels)
     torch.testing.assert_close(loss_of(mix)(net, images, labels), expected)
-    penalty = 1e4 * sum(ar_kernels.mask_regulariser(masks) for masks in details.masks) / 3
+    penalty = 1e6 * sum(ar_kernels.mask_regulariser(masks) for masks in details.masks) / 3
     assert penalty > 0.1  # else the sum would hardly tell
-    torch.testing.assert_close(loss_of(mix, 1e4)(net, images, labels), expected + penalty)
+    torch.testing.assert_close(loss_of(mix, 1e6)(net, images, labels), expected + penalty)
 
 
 def test_the_log_tells_means_and_does_not_depend_on_interruptions(tmp_path):
