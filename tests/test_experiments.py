@@ -24,6 +24,7 @@ from ar_kernels.attend_rectify import Rectified
 from ar_kernels.experiments import __main__ as command_line
 from ar_kernels.experiments import demo, figures
 from ar_kernels.experiments.files import write_atomically
+from ar_kernels.experiments.progress import progress_bar
 from ar_kernels.experiments.training import Recipe, Run, accuracy, read_checkpoint, train
 from ar_kernels.models.digits import DigitNet, MapGeometry
 
@@ -350,7 +351,7 @@ def test_the_bar_moves_on_a_terminal_and_prints_lines_elsewhere():
     for terminal in (True, False):
         file = io.StringIO()
         console = Console(file=file, force_terminal=terminal, width=100)
-        with demo._progress_bar(console, 20, 5) as on_step:
+        with progress_bar(console, 20, 5) as on_step:
             for step in range(6, 21):
                 on_step(step, 1.5)
         assert ("20/20" in file.getvalue()) == terminal

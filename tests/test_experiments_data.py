@@ -48,8 +48,10 @@ def test_a_batch_is_a_function_of_seed_and_step(device):
     assert first.min() == 0 and 0.9 < first.max() <= 1
     on_cpu, labels_on_cpu = Clutter(data.bundled().train).train_batch(5, 7, 16)
     assert torch.equal(labels.cpu(), labels_on_cpu)
-    # Draws come from the CPU, bytes are copied, and one correctly rounded division ends it: the same bits everywhere.
+    # Draws are integers, bytes are copied, and one correctly rounded division ends it: the same bits everywhere.
     assert torch.equal(first.cpu(), on_cpu)
+    on_device = clutter.train_batch(5, torch.tensor(7, device=device), 16)  # as a captured step counts
+    assert torch.equal(on_device[0], first)
 
 
 def test_the_test_set_is_always_the_same_and_in_every_clutter_complete():
@@ -60,6 +62,14 @@ def test_the_test_set_is_always_the_same_and_in_every_clutter_complete():
     assert torch.equal(torch.cat([labels for _, labels in batches]), source.test.labels.repeat(2))
     images = torch.cat([images for images, _ in batches])
     assert not torch.equal(*images.chunk(2))
+    second = Clutter(source.test).test_batches(batch_size=64, first=1)  # cut otherwise, and only the second clutter
+    assert torch.equal(torch.cat([images for images, _ in second]), images[len(source.test.labels) :])
+
+
+def test_more_distractors_leave_the_others_where_they_are():
+    digits = data.bundled().test
+    few, many = (next(Clutter(digits, count).test_batches())[0] for count in (3, 8))
+    assert (many >= few).all() and (many > few).any()
 
 
 def test_digits_are_whole_within_the_canvas_and_reach_everywhere():

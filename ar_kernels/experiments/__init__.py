@@ -1,1 +1,1 @@
-"""What a reader of the paper wants to run: python -m ar_kernels.experiments demo."""
+"""What a reader of the paper wants to run: python -m ar_kernels.experiments --help. docs/experiments.md explains."""

@@ -1,7 +1,7 @@
 """Cluttered, translated digits: a digit somewhere on a 40×40 canvas, among patches cut from other digits.
 
-Every batch is a function of (seed, stream, step) alone: the draws come from a generator on the CPU, so that a run that
-was broken off goes on exactly, and a GPU sees the same images as a CPU. The images are composed on the device.
+Every image is a function of (seed, its number) alone, drawn and composed on the device (draws.py): a run that was
+broken off goes on exactly, a GPU sees the same images as a CPU, and a captured step composes its own batch.
 """
 
 import gzip
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.digits import IMAGE_SIZE
+from .draws import TEST, TRAIN, below, draw
 
 NAMES = ("digits", "mnist", "fashion-mnist")
 """Data sets known by name: scikit-learn's bundled digits, and two that torchvision can download."""
@@ -28,7 +29,6 @@ _FILES = {
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
 _BUNDLED_SIZE = 24  # 8×8 digits without a margin, enlarged to about the height that MNIST's have
-_TRAIN, _TEST = 0, 1  # streams of random numbers that never meet
 _TEST_SEED = 2018  # of the test set's clutter, the same for every run
 
 
@@ -197,35 +197,40 @@ class Clutter:
         if not 1 <= self.patch <= size:
             raise ValueError(f"patch must be from 1 to the digits' size {size}, got {self.patch}")
 
-    def train_batch(self, seed: int, step: int, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Images [B, 1, 40, 40] in [0, 1] and labels [B] of one training step, digits drawn with replacement."""
-        generator = _generator(seed, _TRAIN, step)
-        targets = torch.randint(len(self.digits.images), (batch_size,), generator=generator)
-        return self._compose(targets, generator)
+    def train_batch(self, seed: int, step: int | Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Images [B, 1, 40, 40] in [0, 1] and labels [B] of one training step, digits drawn with replacement.
 
-    def test_batches(self, batch_size: int = 256, repeats: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        step: a number, or a tensor of one on the digits' device: then nothing waits for the device.
+        """
+        numbers = torch.arange(batch_size, device=self.digits.images.device) + step * batch_size
+        draws = draw(seed, TRAIN, numbers, self._columns)
+        return self._compose(below(len(self.digits.images), draws[:, 0]), draws)
+
+    def test_batches(self, batch_size: int = 256, repeats: int = 1, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Every digit in order, `repeats` times, each time elsewhere and in other clutter: the same at every call.
 
-        The clutter of batch i depends on i and batch_size, so compare accuracies at one batch_size only.
+        first: which of the clutters comes first. Whatever batch_size, and a digit's place, and the distractors it has
+        in common with a smaller number of them, do not depend on how many there are.
         """
-        targets = torch.arange(len(self.digits.images)).repeat(repeats)
-        for index, chunk in enumerate(targets.split(batch_size)):
-            yield self._compose(chunk, _generator(_TEST_SEED, _TEST, index))
+        count = len(self.digits.images)
+        numbers = torch.arange(first * count, (first + repeats) * count, device=self.digits.images.device)
+        for chunk in numbers.split(batch_size):
+            yield self._compose(chunk % count, draw(_TEST_SEED, TEST, chunk, self._columns))
 
-    def _compose(self, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    @property
+    def _columns(self) -> int:
+        """Draws per image: which digit, its place, and of each distractor which, its corner and its spot."""
+        return 3 + 5 * self.distractors
+
+    def _compose(self, targets: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         digits, size, count = self.digits, self.digits.images.shape[1], len(self.digits.images)
-        patches = (len(targets), self.distractors)
-
-        def draw(high: int, shape: tuple[int, ...]) -> Tensor:
-            return torch.randint(high, shape, generator=generator)
-
-        place = draw(IMAGE_SIZE - size + 1, (len(targets), 1, 2))
-        others = (targets.unsqueeze(1) + 1 + draw(count - 1, patches)) % count  # never the digit itself
-        corner = draw(size - self.patch + 1, (*patches, 2))
-        spot = draw(IMAGE_SIZE - self.patch + 1, (*patches, 2))
+        place = below(IMAGE_SIZE - size + 1, draws[:, None, 1:3])
+        patches = draws[:, 3:].unflatten(1, (self.distractors, 5))
+        others = (targets.unsqueeze(1) + 1 + below(count - 1, patches[..., 0])) % count  # never the digit itself
+        corner = below(size - self.patch + 1, patches[..., 1:3])
+        spot = below(IMAGE_SIZE - self.patch + 1, patches[..., 3:5])
 
         device = digits.images.device
-        targets, place, others, corner, spot = (t.to(device) for t in (targets, place, others, corner, spot))
         canvas = torch.zeros(len(targets), IMAGE_SIZE**2, dtype=torch.uint8, device=device)
         _paste(canvas, digits.images, others, corner, spot, self.patch)
         _paste(canvas, digits.images, targets.unsqueeze(1), torch.zeros_like(place), place, size)
@@ -244,8 +249,3 @@ def _paste(canvas: Tensor, images: Tensor, index: Tensor, corner: Tensor, spot: 
     y, x = (spot[..., axis, None] + within for axis in (0, 1))
     pixels = y.unsqueeze(3) * IMAGE_SIZE + x.unsqueeze(2)
     canvas.scatter_reduce_(1, pixels.flatten(1), squares.flatten(1), reduce="amax")
-
-
-def _generator(seed: int, stream: int, step: int) -> torch.Generator:
-    state = np.random.SeedSequence((seed, stream, step)).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state) % 2**63)

@@ -3,14 +3,12 @@
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
@@ -19,6 +17,7 @@ import ar_kernels
 from ..models.digits import DigitNet
 from . import data
 from .figures import draw_attention
+from .progress import progress_bar
 from .training import Recipe, Run, accuracy, repeatable, train, train_step
 
 _SHOWN = 5  # images in the picture
@@ -89,7 +88,7 @@ def run(options: argparse.Namespace) -> None:
                 say("Rounding grows with every step: the last column is the reference against itself,")
                 say("from first weights of which one is moved to the next float.")
         started = time.perf_counter()
-        with _progress_bar(console, recipe.steps, progress.step) as on_step:
+        with progress_bar(console, recipe.steps, progress.step) as on_step:
             train(model, batch_of, recipe, progress, checkpoint_every=options.checkpoint_every, on_step=on_step)
         seconds = time.perf_counter() - started
         repeats = max(1, _TEST_IMAGES // len(source.test.images))
@@ -143,7 +142,7 @@ def _comparison(
             for index, implementation in enumerate(names):  # in turns: other load on the machine meets all three
                 with ar_kernels.use_implementation(implementation):
                     began = time.perf_counter()
-                    losses[-1].append(train_step(models[index], optimizers[index], batch, recipe.rate(step)))
+                    losses[-1].append(train_step(models[index], optimizers[index], batch, recipe.rate(step)).item())
                 times[-1].append(1e3 * (time.perf_counter() - began))
     table = Table(title=f"The first {steps} steps, from the same seed", title_justify="left")
     for column in ("step", f"{name}: loss", "ms", "reference: loss", "ms", "difference", "of 1 ulp"):
@@ -157,39 +156,6 @@ def _comparison(
     median, reference_median, _ = (statistics.median(column) for column in zip(*times))
     table.add_row("median", "", f"{median:.0f}", "", f"{reference_median:.0f}")
     return table
-
-
-@contextmanager
-def _progress_bar(console: Console, steps: int, done: int) -> Iterator[Callable[[int, float], None]]:
-    """Yields on_step(step, loss). On a terminal a bar that moves, elsewhere a line for every tenth of the steps."""
-    average = None
-
-    def smooth(loss: float) -> float:
-        nonlocal average
-        average = loss if average is None else 0.95 * average + 0.05 * loss
-        return average
-
-    if not console.is_terminal:
-        every = max(1, steps // 10)
-
-        def print_line(step: int, loss: float) -> None:
-            text = f"step {step:>{len(str(steps))}} of {steps}  loss {smooth(loss):.3f}"
-            if step % every == 0 or step == steps:
-                filled = round(20 * step / steps)
-                console.print(f"[{'#' * filled}{'.' * (20 - filled)}]  {text}", markup=False)
-
-        yield print_line
-        return
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("loss {task.fields[loss]}"),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("training", total=steps, completed=done, loss="?")
-        yield lambda step, loss: bar.update(task, completed=step, loss=f"{smooth(loss):.3f}")
 
 
 @torch.no_grad()

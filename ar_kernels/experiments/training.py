@@ -13,15 +13,18 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import mask_regulariser
 from .files import write_atomically
+from .parallel import Processes
 
-Identity = dict[str, int | float | str | bool | None]
+Identity = dict[str, int | float | str | bool | tuple | None]
 """All that decides a run's numbers, by name. A run resumes only what has the same identity."""
 
 _FIELDS = {"identity": dict, "step": int, "metrics_bytes": int, "model": dict, "optimizer": dict}
@@ -29,8 +32,10 @@ _FIELDS = {"identity": dict, "step": int, "metrics_bytes": int, "model": dict, "
 
 @dataclass(frozen=True)
 class Recipe:
-    """SGD with Nesterov momentum; the learning rate rises linearly over the first `warmup` of the steps and then falls
-    along a half cosine to 0.
+    """SGD with momentum, Nesterov's or not; the learning rate rises linearly over the first `warmup` of the steps and
+    then falls along a half cosine to 0, or, with milestones, stays and is multiplied by `factor` after each of them.
+
+    milestones: shares of the steps, e.g. (0.3, 0.6, 0.8).
     """
 
     steps: int = 400
@@ -40,6 +45,9 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     seed: int = 0
+    nesterov: bool = True
+    milestones: tuple[float, ...] = ()
+    factor: float = 0.2
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
@@ -55,16 +63,19 @@ class Recipe:
         progress = step / self.steps
         if progress < self.warmup:
             return self.learning_rate * progress / self.warmup
+        if self.milestones:
+            return self.learning_rate * self.factor ** sum(step > round(m * self.steps) for m in self.milestones)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup)))
 
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """For all parameters of the model."""
+    def optimizer(self, model: nn.Module, fused: bool | None = None) -> torch.optim.Optimizer:
+        """For all parameters of the model. fused: as torch.optim.SGD takes it."""
         return torch.optim.SGD(
             model.parameters(),
             lr=self.learning_rate,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
-            nesterov=self.momentum > 0,
+            nesterov=self.nesterov and self.momentum > 0,
+            fused=fused,
         )
 
 
@@ -74,21 +85,24 @@ class Run:
     identity: what decides the run's numbers.
     resume: go on from the folder's checkpoint, or from the first step where there is none yet. Without it an earlier
         run's files in the folder are replaced.
+    writes: False for the other processes of a run, which only read the checkpoint.
 
     Raises ValueError, and leaves the files alone, if the checkpoint is damaged, is of a run with another identity, or
     goes with more metrics than there are.
     """
 
-    def __init__(self, folder: str | Path, identity: Identity, resume: bool = False) -> None:
+    def __init__(self, folder: str | Path, identity: Identity, resume: bool = False, writes: bool = True) -> None:
         self.folder, self.identity, self.step = Path(folder), identity, 0
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._checkpoint = None
-        if not resume:
-            self.checkpoint.unlink(missing_ok=True)  # first, so that no checkpoint ever stands by another run's metrics
-        elif self.checkpoint.exists():
+        self._checkpoint, self._log = None, None
+        if resume and self.checkpoint.exists():
             self._checkpoint = read_checkpoint(self.checkpoint)
             _check_identity(self.checkpoint, self._checkpoint["identity"], identity)
             self.step = self._checkpoint["step"]
+        if not writes:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            self.checkpoint.unlink(missing_ok=True)  # first, so that no checkpoint ever stands by another run's metrics
         keep = self._checkpoint["metrics_bytes"] if self._checkpoint else 0
         held = self.metrics.stat().st_size if self.metrics.exists() else 0
         if held < keep:
@@ -114,11 +128,15 @@ class Run:
 
     def log(self, **values: int | float) -> None:
         """Appends one line to metrics.jsonl."""
+        if self._log is None:
+            return
         self._log.write(json.dumps(values, allow_nan=False).encode() + b"\n")
         self._log.flush()
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Writes the checkpoint that follows `step`."""
+        if self._log is None:
+            return
         os.fsync(self._log.fileno())  # the metrics that the checkpoint counts on reach the disk before it does
         state = {
             "identity": self.identity,
@@ -132,14 +150,21 @@ class Run:
 
     def close(self) -> None:
         """Closes metrics.jsonl, safe on disk."""
-        os.fsync(self._log.fileno())
-        self._log.close()
+        if self._log is not None:
+            os.fsync(self._log.fileno())
+            self._log.close()
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def read_metrics(folder: str | Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl; a torn last one is left out. Raises FileNotFoundError where there is none."""
+    lines = (Path(folder) / "metrics.jsonl").read_bytes().split(b"\n")
+    return [json.loads(line) for line in lines[:-1]]
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -185,63 +210,181 @@ def repeatable() -> Iterator[None]:
         backend.deterministic, backend.benchmark = before
 
 
-def mixed_precision(device: torch.device) -> torch.autocast:
-    """bfloat16 on a GPU, where the fused kernels are made for it; float32 on a CPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+def mixed_precision(device: torch.device, on: bool = True) -> torch.autocast:
+    """bfloat16 on a GPU, where the fused kernels are made for it; float32 on a CPU, and where it is turned off."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=on and device.type == "cuda")
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], rate: float) -> float:
-    """One step of gradient descent on the cross entropy of a batch; the loss before the step, in nats."""
-    images, labels = batch
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""(model, images, labels) → the loss to descend, a scalar."""
+
+
+def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Of a model that returns class scores."""
+    return F.cross_entropy(model(images).float(), labels)
+
+
+def attentive_loss(model: nn.Module, images: Tensor, labels: Tensor, *, mix: str, regulariser: float) -> Tensor:
+    """Of an attentive model: the loss that goes with its mix, plus the masks' regulariser, the mean over its layers."""
+    compare = F.cross_entropy if mix == "logit" else F.nll_loss
+    if regulariser == 0:
+        return compare(model(images).float(), labels)
+    details = model(images, return_details=True)
+    penalties = [mask_regulariser(masks) for masks in details.masks if masks.shape[1] > 1]
+    loss = compare(details.output.float(), labels)
+    return loss + regulariser * torch.stack(penalties).mean() if penalties else loss
+
+
+def loss_of(mix: str, regulariser: float = 0.0) -> Loss:
+    """attentive_loss with its settings."""
+    return partial(attentive_loss, mix=mix, regulariser=regulariser)
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: tuple[Tensor, Tensor],
+    rate: float,
+    loss: Loss = cross_entropy,
+    mixed: bool = True,
+) -> Tensor:
+    """One step of gradient descent on a batch; the loss before the step, in nats, on the device."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-    with mixed_precision(images.device):
-        output = model(images)
-    loss = F.cross_entropy(output.float(), labels)
+    return _descend(model, optimizer, batch, loss, mixed)
+
+
+def _descend(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], loss: Loss, mixed: bool
+) -> Tensor:
+    with mixed_precision(batch[0].device, mixed):
+        value = loss(model, *batch)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    value.backward()
     optimizer.step()
-    return loss.item()
+    return value.detach()
+
+
+class CapturedStep:
+    """Whole training steps as one CUDA graph: the batch, drawn and composed on the device, the loss, its gradients and
+    the update. A replay costs Python three small launches, so that the GPU sets the pace.
+
+    The first three steps are taken as usual, on the stream that the graph is then captured on: they make what the graph
+    may not (cuDNN's plans, compiled kernels, momentum). The optimizer must be fused: others read the rate back.
+    Written without a GPU at hand: capture itself has not been run yet.
+    """
+
+    WARM_UP = 3
+
+    def __init__(
+        self, take: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, device: torch.device
+    ) -> None:
+        """take(step): one whole step that reads its number from a tensor on the device; the loss."""
+        self._take, self._graph, self._taken = take, None, 0
+        self._step = torch.zeros((), dtype=torch.int64, device=device)
+        self._rate = torch.zeros((), device=device)
+        self._stream = torch.cuda.Stream(device)
+        for group in optimizer.param_groups:
+            group["lr"] = self._rate
+
+    def __call__(self, step: int, rate: float) -> Tensor:
+        """Takes the step; its loss."""
+        self._step.fill_(step)
+        self._rate.fill_(rate)
+        if self._graph is None and self._taken < self.WARM_UP:
+            self._taken += 1
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                loss = self._take(self._step)
+            torch.cuda.current_stream().wait_stream(self._stream)
+            return loss.clone()
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=self._stream):  # records, runs nothing
+                self._loss = self._take(self._step)
+        self._graph.replay()
+        return self._loss.clone()  # the next replay writes over it
 
 
 def train(
     model: nn.Module,
-    batch_of: Callable[[int], tuple[Tensor, Tensor]],
+    batch_of: Callable[[int | Tensor], tuple[Tensor, Tensor]],
     recipe: Recipe,
     run: Run,
     *,
+    loss: Loss = cross_entropy,
     checkpoint_every: int = 50,
+    log_every: int = 1,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
+    evaluate: Callable[[int], dict[str, float]] | None = None,
+    evaluate_every: int = 0,
+    forward: nn.Module | None = None,
+    processes: Processes | None = None,
+    mixed: bool = True,
+    capture: bool = False,
 ) -> None:
     """Trains the model from where the run stands to the recipe's last step.
 
-    batch_of: images and labels of a step, a function of the step alone. on_step: called after each step with its loss.
-    Metrics: step (from 1), loss, learning_rate. Raises FloatingPointError when a loss is not finite.
+    batch_of: images and labels of a step, a function of the step alone. on_step: called with the step and the loss of
+    every line of the log. evaluate: what to log with every `evaluate_every` steps and the last one, by step.
+    forward: the model as it is called, compiled or wrapped for several `processes`. mixed: bfloat16 on a GPU.
+    capture: take whole steps as a CUDA graph; batch_of must then take a tensor, and nothing may wait for the device.
+    Metrics: step (from 1), loss (its mean over the steps since the last line, and over processes), learning_rate; a
+    line every log_every steps and at checkpoints. Raises FloatingPointError when a loss is not finite.
     """
-    optimizer = recipe.optimizer(model)
+    forward = model if forward is None else forward
+    optimizer = recipe.optimizer(model, fused=True if capture else None)
     run.restore(model, optimizer)
+    captured, pending = None, []
+    if capture:
+        device = next(model.parameters()).device
+        captured = CapturedStep(
+            lambda step: _descend(forward, optimizer, batch_of(step), loss, mixed), optimizer, device
+        )
     model.train()
     with repeatable():
         for step in range(run.step + 1, recipe.steps + 1):
             rate = recipe.rate(step)
-            loss = train_step(model, optimizer, batch_of(step), rate)
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss} at step {step}: a smaller learning rate may help")
-            run.log(step=step, loss=loss, learning_rate=rate)
-            if step % checkpoint_every == 0 or step == recipe.steps:
+            if captured is not None:
+                pending.append(captured(step, rate))
+            else:
+                pending.append(train_step(forward, optimizer, batch_of(step), rate, loss, mixed))
+            is_last = step == recipe.steps
+            is_kept = step % checkpoint_every == 0 or is_last
+            if step % log_every == 0 or is_kept:
+                value = torch.stack(pending).mean()
+                value = (value if processes is None else processes.mean(value)).item()
+                pending.clear()
+                if not math.isfinite(value):
+                    raise FloatingPointError(f"the loss is {value} at step {step}: a smaller learning rate may help")
+                run.log(step=step, loss=value, learning_rate=rate)
+                on_step(step, value)
+            if evaluate is not None and (is_last or (evaluate_every > 0 and step % evaluate_every == 0)):
+                run.log(step=step, **evaluate(step))
+            if is_kept:
                 run.save(step, model, optimizer)
-            on_step(step, loss)
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> float:
-    """Share of images whose highest score is their label's, from 0 to 1. The model is left in its own mode."""
+def accuracy(
+    model: nn.Module,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    mixed: bool = True,
+    processes: Processes | None = None,
+) -> float:
+    """Share of images whose highest score is their label's, from 0 to 1. The model is left in its own mode.
+
+    processes: each counts its own batches, and the share is of all.
+    """
     training, right, count = model.training, 0, 0
     model.eval()
     with repeatable():
         for images, labels in batches:
-            with mixed_precision(images.device):
-                right += int((model(images).argmax(dim=1) == labels).sum())
+            with mixed_precision(images.device, mixed):
+                right += (model(images).argmax(dim=1) == labels).sum()
             count += len(labels)
     model.train(training)
-    return right / count
+    if processes is not None:
+        both = torch.tensor([float(right), count], dtype=torch.float64, device=processes.device)
+        right, count = processes.total(both).tolist()
+    return float(right) / count

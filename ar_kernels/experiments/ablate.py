@@ -1,0 +1,330 @@
+"""ablate: the paper's Figure 4 on cluttered digits, variant by variant and seed by seed."""
+
+import argparse
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from . import data
+from .figures import draw_curves
+from .files import write_atomically
+from .nets import Net
+from .parallel import processes
+from .progress import on_terminal, progress_bar
+from .statistics import paired_interval
+from .training import Identity, Recipe, Run, accuracy, loss_of, read_metrics, train
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A net of the ablation, and how it is trained."""
+
+    label: str
+    attention_depth: int = 4
+    attention_width: int = 4
+    gating: str | None = "softmax"
+    gated: bool = True
+    regularised: bool = True
+
+
+VARIANTS = {
+    "baseline": Variant("plain", attention_depth=0, attention_width=1),
+    "ad1-aw1": Variant("AD 1, AW 1", 1, 1),
+    "ad2-aw1": Variant("AD 2, AW 1", 2, 1),
+    "ad3-aw1": Variant("AD 3, AW 1", 3, 1),
+    "ad4-aw1": Variant("AD 4, AW 1", 4, 1),
+    "ad4-aw2": Variant("AD 4, AW 2", 4, 2),
+    "ad4-aw4": Variant("AD 4, AW 4", 4, 4),
+    "sigmoid": Variant("AD 4, AW 4, sigmoid", gating="sigmoid"),
+    "no-gates": Variant("AD 4, AW 4, no gates", gating=None, gated=False),
+    "no-regulariser": Variant("AD 4, AW 4, no regulariser", regularised=False),
+}
+"""By name. No gates: neither over heads nor over layers, as we read the paper."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Variants drawn together, and the accuracies that the paper gives for them."""
+
+    title: str
+    paper: dict[str, float]
+
+
+PANELS = (
+    Panel(
+        "a  attention depth",
+        {"baseline": 0.9754, "ad1-aw1": 0.9761, "ad2-aw1": 0.9769, "ad3-aw1": 0.9776, "ad4-aw1": 0.9777},
+    ),
+    Panel("b  attention width", {"ad4-aw1": 0.9778, "ad4-aw2": 0.9778, "ad4-aw4": 0.9780}),
+    Panel("c  gates", {"ad4-aw4": 0.9781, "sigmoid": 0.9772, "no-gates": 0.9752}),
+    Panel("d  regulariser", {"ad4-aw4": 0.9781, "no-regulariser": 0.9780}),
+)
+
+ORDERINGS = (
+    ("attention above the baseline", "ad4-aw4", "baseline", 0.9781 - 0.9754),
+    ("depth helps", "ad4-aw1", "ad1-aw1", 0.9777 - 0.9761),
+    ("width helps", "ad4-aw4", "ad4-aw1", 0.9780 - 0.9778),
+    ("gates above no gates", "ad4-aw4", "no-gates", 0.9781 - 0.9752),
+    ("softmax above sigmoid", "ad4-aw4", "sigmoid", 0.9781 - 0.9772),
+    ("the regulariser helps", "ad4-aw4", "no-regulariser", 0.9781 - 0.9780),
+)
+"""What the paper finds: (in words, the better variant, the other, the difference of their accuracies there)."""
+
+PATIENCE = timedelta(days=2)  # how long the first process waits for the others' runs
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the runs of an ablation have in common."""
+
+    source: data.Source
+    device: torch.device
+    recipe: Recipe
+    epoch: int
+    mix: str
+    regulariser: float
+    draws: int
+    bf16: bool
+    capture: bool
+
+
+def settings_of(options: argparse.Namespace, device: torch.device) -> Settings:
+    """Reads the digits. Raises what data.load raises, and ValueError for numbers that make no recipe."""
+    if options.seeds < 1 or options.draws < 1:
+        raise ValueError(f"seeds and draws must be at least 1, got {options.seeds} and {options.draws}")
+    source = data.load(options.data, download=options.download, root=options.data_root)
+    epoch = max(1, len(source.train.images) // options.batch_size)
+    recipe = Recipe(
+        steps=epoch * options.epochs,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        warmup=0.0,
+        weight_decay=1e-5,
+        nesterov=False,
+        milestones=(0.3,),  # epoch 60 of 200
+        factor=0.1,
+    )
+    on_gpu = device.type == "cuda"
+    mixed, capture = (on_gpu if choice is None else choice for choice in (options.bf16, options.capture))
+    if capture and not on_gpu:
+        raise ValueError("--capture needs a GPU")
+    regulariser = options.regulariser
+    return Settings(source, device, recipe, epoch, options.mix, regulariser, options.draws, mixed and on_gpu, capture)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Trains what is missing and draws the figure, as __main__ parsed it. Raises ValueError, OSError and
+    FloatingPointError.
+    """
+    names = tuple(options.only or VARIANTS)
+    with processes(options.device, PATIENCE) as group:
+        settings = settings_of(options, group.device)
+        console = Console(highlight=False, force_terminal=None if group.world == 1 else False)
+        runs = [(name, seed) for seed in range(options.seeds) for name in names]
+        train_runs(settings, runs[group.rank :: group.world], options, console)
+        group.wait()
+        if not group.is_first:
+            return
+        found = {name: read_results(options.out, name, options.seeds) for name in names}
+        summary = summarise(settings.source.name, options, found)
+        out = Path(options.out)
+        write_atomically(out / "figure4.json", lambda file: file.write(json.dumps(summary, indent=1).encode() + b"\n"))
+        curves = {name: read_curves(out, name, options.seeds) for name in names}
+        panels = [(panel.title, _legend(panel, summary, names), curves) for panel in PANELS]
+        draw_curves(out / "figure4.png", [panel for panel in panels if panel[1]], caption(summary))
+        for table in tables(summary):
+            console.print(on_terminal(*table))
+        console.print(f"  {out / 'figure4.json'}\n  {out / 'figure4.png'}", markup=False, soft_wrap=True)
+
+
+def train_runs(
+    settings: Settings, runs: Iterable[tuple[str, int]], options: argparse.Namespace, console: Console
+) -> None:
+    """Trains and tests each (variant, seed) into options.out / variant / seed-N; one that is finished is left alone if
+    options.resume.
+    """
+    runs = list(runs)
+    for number, (name, seed) in enumerate(runs, 1):
+        folder = Path(options.out) / name / f"seed-{seed}"
+        identity = identity_of(settings, name, seed)
+        if options.resume and read_result(folder, identity, settings.draws) is not None:
+            continue
+        if not options.resume:
+            (folder / "result.json").unlink(missing_ok=True)
+        title = f"{name}, seed {seed} ({number} of {len(runs)})"
+        found = _train_one(settings, name, seed, folder, identity, options.resume, console, title)
+        error = 100 * (1 - np.mean(found))
+        console.print(f"{title}: test error {error:.2f} %", markup=False, soft_wrap=True)
+
+
+def identity_of(settings: Settings, name: str, seed: int) -> Identity:
+    """All that decides a run's numbers."""
+    variant, recipe = VARIANTS[name], replace(settings.recipe, seed=seed)
+    return {
+        **asdict(recipe), **_net(settings, name).settings(), "data": settings.source.name,
+        "data_crc32": settings.source.fingerprint, "device": settings.device.type, "bf16": settings.bf16,
+        "captured": settings.capture, "regulariser": settings.regulariser if variant.regularised else 0.0,
+    }  # fmt: skip
+
+
+def _net(settings: Settings, name: str) -> Net:
+    variant = VARIANTS[name]
+    return Net(
+        "digitnet", settings.source.num_classes, variant.attention_depth, variant.attention_width,
+        mix=settings.mix, gating=variant.gating, gated=variant.gated, image_size=0,
+    )  # fmt: skip
+
+
+def _train_one(
+    settings: Settings,
+    name: str,
+    seed: int,
+    folder: Path,
+    identity: Identity,
+    resume: bool,
+    console: Console,
+    title: str,
+) -> list[float]:
+    clutter, held_out = (
+        data.Clutter(digits.to(settings.device)) for digits in (settings.source.train, settings.source.test)
+    )
+    recipe = replace(settings.recipe, seed=seed)
+    with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU: the same on every device
+        torch.manual_seed(seed)
+        model = _net(settings, name).build().to(settings.device)
+
+    def evaluate(step: int) -> dict[str, float]:
+        share = accuracy(model, held_out.test_batches(1000), settings.bf16)
+        return {"epoch": step // settings.epoch, "test_accuracy": share}
+
+    with Run(folder, identity, resume=resume) as progress:
+        with progress_bar(console, recipe.steps, progress.step, title) as on_step:
+            train(
+                model, lambda step: clutter.train_batch(seed, step, recipe.batch_size), recipe, progress,
+                loss=loss_of(settings.mix, identity["regulariser"] if VARIANTS[name].attention_depth else 0.0),
+                checkpoint_every=settings.epoch, log_every=settings.epoch, on_step=on_step, evaluate=evaluate,
+                evaluate_every=settings.epoch, mixed=settings.bf16, capture=settings.capture,
+            )  # fmt: skip
+    found = [accuracy(model, held_out.test_batches(1000, first=draw), settings.bf16) for draw in range(settings.draws)]
+    result = {"identity": identity, "accuracies": found}
+    write_atomically(folder / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode() + b"\n"))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- results
+
+
+def read_result(folder: Path, identity: Identity, draws: int) -> list[float] | None:
+    """The accuracies of a finished run with this identity, on so many draws; None where there is none."""
+    path = folder / "result.json"
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_bytes())
+    same = found["identity"] == json.loads(json.dumps(identity)) and len(found["accuracies"]) == draws
+    return found["accuracies"] if same else None
+
+
+def read_results(out: str | Path, name: str, seeds: int) -> np.ndarray:
+    """Accuracies [seeds, draws] of a variant."""
+    paths = [Path(out) / name / f"seed-{seed}" / "result.json" for seed in range(seeds)]
+    return np.array([json.loads(path.read_bytes())["accuracies"] for path in paths])
+
+
+def read_curves(out: str | Path, name: str, seeds: int) -> np.ndarray:
+    """Test accuracies [seeds, epochs] of a variant, on the first draw."""
+    lines = [read_metrics(Path(out) / name / f"seed-{seed}") for seed in range(seeds)]
+    return np.array([[line["test_accuracy"] for line in run if "test_accuracy" in line] for run in lines])
+
+
+def summarise(source: str, options: argparse.Namespace, found: dict[str, np.ndarray]) -> dict:
+    """What figure4.json holds: accuracies of all variants, and what became of the paper's orderings."""
+    seeds, draws = next(iter(found.values())).shape
+    orderings = []
+    for text, better, other, paper in ORDERINGS:
+        if better in found and other in found:
+            interval = paired_interval(found[better] - found[other])
+            orderings.append(
+                {
+                    "ordering": text, "better": better, "other": other, "paper": round(paper, 4),
+                    "difference": interval.mean, "low": _finite(interval.low), "high": _finite(interval.high),
+                    "verdict": interval.verdict,
+                }
+            )  # fmt: skip
+    return {
+        "data": source,
+        "epochs": options.epochs,
+        "seeds": seeds,
+        "draws": draws,
+        "variants": {
+            name: {
+                "label": VARIANTS[name].label,
+                "accuracy": float(values.mean()),
+                "of_seeds": values.mean(axis=1).tolist(),
+            }
+            for name, values in found.items()
+        },
+        "orderings": orderings,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _legend(panel: Panel, summary: dict, names: Iterable[str]) -> dict[str, str]:
+    variants = summary["variants"]
+    return {
+        name: f"{variants[name]['label']}: {100 * variants[name]['accuracy']:.2f} (paper {100 * paper:.2f})"
+        for name, paper in panel.paper.items()
+        if name in names
+    }
+
+
+def caption(summary: dict) -> str:
+    verdicts = ", ".join(f"{row['ordering']} {row['verdict']}" for row in summary["orderings"])
+    return (
+        f"{summary['data']}, 8 distractors, {summary['epochs']} epochs, {summary['seeds']} seeds: mean and range. "
+        f"In the legends: accuracy in % after the last epoch on {summary['draws']} draws of the test set's clutter"
+        + (f". Of the paper's orderings: {verdicts}" if verdicts else "")
+    )
+
+
+Rows = tuple[str, list[str], list[list[str]]]
+"""A table: its title, header and rows."""
+
+
+def tables(summary: dict) -> list[Rows]:
+    """The summary in words, for a terminal or a page."""
+    variants = [
+        [
+            values["label"],
+            f"{100 * values['accuracy']:.2f}",
+            " ".join(f"{100 * value:.2f}" for value in values["of_seeds"]),
+            " / ".join(f"{100 * value:.2f}" for value in sorted({p.paper[name] for p in PANELS if name in p.paper})),
+        ]
+        for name, values in summary["variants"].items()
+    ]
+    orderings = [
+        [
+            row["ordering"],
+            f"{100 * row['difference']:+.2f}",
+            *("?" if row[end] is None else f"{100 * row[end]:+.2f}" for end in ("low", "high")),
+            f"{100 * row['paper']:+.2f}",
+            row["verdict"],
+        ]
+        for row in summary["orderings"]
+    ]
+    return [
+        ("Test accuracy, %", ["variant", "here", "of seeds", "paper"], variants),
+        (
+            "The paper's orderings: differences in points, 95 % intervals",
+            ["ordering", "here", "from", "to", "paper", "verdict"],
+            orderings,
+        ),
+    ]
