@@ -11,7 +11,7 @@ from torch import nn
 
 from ar_kernels import AttendRectify, rectify
 from ar_kernels.experiments import __main__ as command_line
-from ar_kernels.experiments.early_exit import costs, early_exit, mean_gates
+from ar_kernels.experiments.early_exit import best, costs, early_exit, mean_gates
 from ar_kernels.experiments.nets import Net
 from ar_kernels.models import DigitNet, WideAttentiveResNet
 
@@ -104,6 +104,16 @@ def test_what_cannot_leave_early_is_refused():
         TypeError, match="model must be one of WideAttentiveResNet, DigitNet, AttendRectify, got Linear"
     ):
         early_exit(nn.Linear(2, 2), torch.zeros(1, 2), torch.ones(2), 0.5)
+
+
+def test_the_best_threshold_keeps_the_accuracy_and_saves_most():
+    def row(threshold: float, accuracy: float, saved: float) -> dict:
+        return {"threshold": threshold, "accuracy": accuracy, "compute_saved": saved, "time_saved": saved / 2}
+
+    rows = [row(0.5, 0.9, 0.6), row(0.8, 0.9495, 0.2), row(0.9, 0.95, 0.1), row(0.99, 0.95, 0.0), row(2.0, 0.95, 0.0)]
+    found = best({"thresholds": rows, "device": "cpu"})
+    assert "threshold 0.8 " in found and "20.0 % of the operations and 10.0 % of the time" in found
+    assert best({"thresholds": [rows[0], *rows[3:]], "device": "cpu"}).startswith("No threshold saves anything")
 
 
 def test_the_command(tmp_path, capsys):

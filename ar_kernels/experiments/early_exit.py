@@ -297,9 +297,10 @@ def caption(summary: dict) -> str:
 def best(summary: dict) -> str:
     """The most that was saved for no more than 0.1 points of accuracy."""
     *rows, whole = summary["thresholds"]
-    fitting = [row for row in rows if row["accuracy"] >= whole["accuracy"] - 0.001]
+    kept = [row for row in rows if row["accuracy"] >= whole["accuracy"] - 0.001]
+    fitting = [row for row in kept if row["compute_saved"] > 0]
     if not fitting:
-        return "No threshold keeps the accuracy to within 0.1 points."
+        return "No threshold saves anything and keeps the accuracy to within 0.1 points."
     row = max(fitting, key=lambda row: row["compute_saved"])
     return (
         f"Within 0.1 points of the whole network's accuracy, threshold {_name(row['threshold'])} (picked on the test "
