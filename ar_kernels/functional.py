@@ -248,20 +248,15 @@ def attend(
             module = eager if name == "eager" else reference
             pooled, lse, maps, average = module.attend(feature_map, mask_weight, mask_bias, mean)
             tapped = feature_map
-        if wants_logits:
-            maps = maps.reshape(maps.shape[:2] + feature_map.shape[2:])
+        shape = lse.shape + feature_map.shape[2:]
         return Attended(
             pooled,
             lse,
-            logits=maps if logits else None,
-            masks=_masks(maps, lse) if masks else None,
+            logits=maps.reshape(shape) if logits else None,
+            masks=eager.attention_masks(maps, lse).reshape(shape) if masks else None,
             mean=average,
             feature_map=tapped if tap else None,
         )
-
-
-def _masks(logits: Tensor, lse: Tensor) -> Tensor:
-    return torch.exp(logits - lse.view(lse.shape + (1,) * (logits.dim() - 2)))
 
 
 # ---------------------------------------------------------------------------------------------- attention_module
@@ -357,7 +352,7 @@ def attention_module(
                 hypothesis = products.sum(dim=1, dtype=gates.dtype).to(feature_map.dtype)
             if output_bias is not None:
                 hypothesis = hypothesis + (gates @ output_bias.to(gates.dtype)).to(hypothesis.dtype)
-            attention = _masks(fused.logits[:, :heads], fused.lse[:, :heads]) if masks else None
+            attention = eager.attention_masks(fused.logits[:, :heads], fused.lse[:, :heads]) if masks else None
             scores = None if global_mask_weight is None else torch.tanh(fused.scores[:, heads:])
         if masks:
             attention = attention.reshape(attention.shape[:2] + feature_map.shape[2:])

@@ -41,28 +41,34 @@ void scale(A* row, int64_t size, A factor) {  // size in whole vectors
   for (int64_t i = 0; i < size; i += kLanes<A>) store(row + i, load(row + i) * factor);
 }
 
+// What exponents are counted from: the largest logit, or 0 where that is infinite and nothing could be counted.
+template <class A>
+A origin(A m) {
+  return m == A(INFINITY) || m == -A(INFINITY) ? A(0) : m;
+}
+
 // Logits without bias to exp(l - m) of the largest logit so far; returns what the sums so far shrink by. Lanes beyond
 // `count`, up to a whole vector, become 0.
 template <class A>
 A softmax_step(A* row, int64_t count, A bias, A* logits, A* m, A* d) {
   const int64_t last = count - (count - 1) % kLanes<A> - 1;
-  for (int64_t i = count; i < padded<A>(count); ++i) row[i] = -A(INFINITY);
   Vector<A> top = all<A>(*m);
   for (int64_t i = 0; i <= last; i += kLanes<A>) {
-    const Vector<A> l = load(row + i) + bias;
+    Vector<A> l = load(row + i) + bias;
+    for (int64_t lane = count - i; lane < kLanes<A>; ++lane) l[lane] = -A(INFINITY);
     store(row + i, l);
     top = maximum<A>(top, l);
   }
   if (logits != nullptr) memcpy(logits, row, count * sizeof(A));
   A largest = top[0];
   for (int lane = 1; lane < kLanes<A>; ++lane) largest = top[lane] > largest ? top[lane] : largest;
+  const A start = origin(largest), shrink = exponential(*m - start);
   Vector<A> total = {};
   for (int64_t i = 0; i <= last; i += kLanes<A>) {
-    const Vector<A> p = exponential<A>(load(row + i) - largest);
+    const Vector<A> p = exponential<A>(load(row + i) - start);
     store(row + i, p);
     total += p;
   }
-  const A shrink = exponential(*m - largest);
   *m = largest;
   *d = *d * shrink + sum<A>(total);
   return shrink;
@@ -99,7 +105,7 @@ void finish(const ForwardArguments& a, int64_t n, const Sums<Accumulator<T>>& su
   for (int64_t k = 0; k < heads; ++k) {
     scale(sums.p + k * c_step, c_step, 1 / sums.d[k]);
     memcpy(pooled + k * channels, sums.p + k * c_step, channels * sizeof(A));
-    ((A*)a.lse)[n * heads + k] = sums.m[k] + logarithm(sums.d[k]);
+    ((A*)a.lse)[n * heads + k] = origin(sums.m[k]) + logarithm(sums.d[k]);
   }
   if (a.mean != nullptr) {
     A* row = sums.p + heads * c_step;
@@ -188,8 +194,8 @@ void merge(const ForwardArguments& a, int64_t first, int64_t last) {
         A mine = 1, theirs = 1;
         if (k < heads) {
           const A largest = part.m[k] > sums.m[k] ? part.m[k] : sums.m[k];
-          mine = exponential(sums.m[k] - largest);
-          theirs = exponential(part.m[k] - largest);
+          mine = exponential(sums.m[k] - origin(largest));
+          theirs = exponential(part.m[k] - origin(largest));
           sums.m[k] = largest;
           sums.d[k] = sums.d[k] * mine + part.d[k] * theirs;
         }
