@@ -28,13 +28,22 @@ def attend(
     if mask_bias is not None:
         logits = logits + mask_bias.to(dtype)[:, None]
     lse = torch.logsumexp(logits, dim=2)
-    masks = torch.exp(logits - lse.unsqueeze(2))
+    masks = attention_masks(logits, lse)
     if weight.dim() == 4:
         taps = shifted_masks(masks.unflatten(2, feature_map.shape[2:]))  # [N, K, 9, S]
         pooled = (taps.flatten(1, 2) @ positions.mT).unflatten(1, taps.shape[1:3]).mT
     else:
         pooled = masks @ positions.mT
     return pooled, lse, logits, positions.mean(dim=2) if mean else None
+
+
+def attention_masks(logits: Tensor, lse: Tensor) -> Tensor:
+    """A = exp(ℓ - lse), [N, K, S]; NaN where lse is infinite, as a softmax is."""
+    return torch.exp(logits - _finite(lse).unsqueeze(2))
+
+
+def _finite(lse: Tensor) -> Tensor:
+    return torch.where(lse.isinf(), torch.nan, lse)
 
 
 def shifted_masks(masks: Tensor) -> Tensor:
@@ -81,7 +90,7 @@ def rectify(hypotheses: Tensor, scores: Tensor, mix: str, gating: str | None) ->
     gates, values = global_gates(scores.to(dtype), gating), hypotheses.to(dtype)
     if mix == "logit":
         return torch.einsum("nd,ndl->nl", gates, values)
-    lse = torch.logsumexp(values, dim=2)
+    lse = _finite(torch.logsumexp(values, dim=2))
     if mix == "log":
         return torch.einsum("nd,ndl->nl", gates, values) - (gates * lse).sum(dim=1, keepdim=True)
     return torch.logsumexp((torch.log(gates) - lse).unsqueeze(2) + values, dim=1)

@@ -243,10 +243,11 @@ def attend(
             module = eager if name == "eager" else reference
             pooled, lse, maps, average = module.attend(feature_map, mask_weight, mask_bias, mean)
             tapped = feature_map
+        shape = lse.shape + feature_map.shape[2:]
         attention = None
         if maps is not None and wants_logits:
-            maps = maps.reshape(maps.shape[:2] + feature_map.shape[2:])
-            attention = _masks(maps, lse) if masks else None
+            attention = eager.attention_masks(maps, lse).reshape(shape) if masks else None
+            maps = maps.reshape(shape)
         return Attended(
             pooled,
             lse,
@@ -255,10 +256,6 @@ def attend(
             mean=average,
             feature_map=tapped if tap else None,
         )
-
-
-def _masks(logits: Tensor, lse: Tensor) -> Tensor:
-    return torch.exp(logits - lse.view(lse.shape + (1,) * (logits.dim() - 2)))
 
 
 # ---------------------------------------------------------------------------------------------- attention_module
@@ -361,7 +358,7 @@ def attention_module(
             if output_bias is not None:
                 hypothesis = hypothesis + (gates @ output_bias.to(gates.dtype)).to(hypothesis.dtype)
             if masks and logits is not None:
-                attention = _masks(logits[:, :heads], lse[:, :heads])
+                attention = eager.attention_masks(logits[:, :heads], lse[:, :heads])
             if global_mask_weight is not None and t is not None:
                 scores = torch.tanh(t[:, heads:])
         if attention is not None:

@@ -1,4 +1,5 @@
-"""One option, --device: the same tests run in Triton's interpreter on a CPU (default) and compiled on a GPU."""
+"""--device: the same tests run in Triton's interpreter on a CPU (default) and compiled on a GPU. --cases: how many at
+random."""
 
 import importlib.util
 import os
@@ -8,6 +9,7 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="cpu (Triton in its interpreter) or cuda")
+    parser.addoption("--cases", type=int, help="random cases of test_properties: 2000 on a CPU, 5000 on a GPU")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -25,6 +25,7 @@ from .tiles import (
     load_tile,
     map_strides,
     matmul_precision,
+    origin,
     tanh,
     tile_offsets,
 )
@@ -135,14 +136,14 @@ def masks_kernel(logits, lse, masks, height, width, S_TILE: tl.constexpr, ACC: t
     for start in range(0, positions, S_TILE):
         s = start + tl.arange(0, S_TILE)
         m = tl.maximum(m, tl.load(logits + row * positions + s, mask=s < positions, other=float("-inf")))
-    largest = tl.max(m, axis=0)
-    origin = tl.where(largest == float("-inf"), 0.0, largest)
+    first = origin(tl.max(m, axis=0))
     d = tl.zeros([S_TILE], ACC)
     for start in range(0, positions, S_TILE):
         s = start + tl.arange(0, S_TILE)
-        d += tl.exp(tl.load(logits + row * positions + s, mask=s < positions, other=float("-inf")) - origin)
-    log_sum = origin + tl.log(tl.sum(d, axis=0))
+        d += tl.exp(tl.load(logits + row * positions + s, mask=s < positions, other=float("-inf")) - first)
+    log_sum = first + tl.log(tl.sum(d, axis=0))
     tl.store(lse + row, log_sum)
+    log_sum = tl.where(tl.abs(log_sum) == float("inf"), float("nan"), log_sum)  # then there is no softmax
     for start in range(0, positions, S_TILE):
         s = start + tl.arange(0, S_TILE)
         a = tl.exp(tl.load(logits + row * positions + s, mask=s < positions, other=float("-inf")) - log_sum)
@@ -172,7 +173,7 @@ def pool_kernel(
         z_tile = load_tile(z + n * VECTOR * z_n, s, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
         a = _shifted(masks + n * HEADS * ((height + 2) * (width + 2)), rows, s, height, width, HEADS)
         if mean is not None:
-            a = tl.where((rows == R_TILE - 1)[:, None] & (s < end)[None, :], 1.0, a).to(masks.dtype.element_ty)
+            a = tl.where((rows == R_TILE - 1)[:, None], 1.0, a).to(masks.dtype.element_ty)  # past the end Z is 0
         sums = tl.dot(a, z_tile, sums, input_precision=PRECISION, out_dtype=ACC)
     row = split.to(tl.int64) * images + n
     real = (rows < 9 * HEADS)[:, None] & (c < C)[None, :]
@@ -306,14 +307,15 @@ def gradient_sums_kernel(
 
 @triton.jit
 def gate_gradient_kernel(
-    pooled, score_w, scores, gates, grad_features, grad_gates, grad_scores, grad_pooled, parts,
+    pooled, score_w, scores, gates, grad_features, grad_gates, grad_scores, grad_pooled, parts, largest_direct,
     dp, delta, dt, scale, unscale,
     C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, C_TILE: tl.constexpr, K_TILE: tl.constexpr,
     CHUNK_TILE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One program: some channels of one image (parts None: all of them). dt, dP_k = g_k dx_k + dt_k W_G[k] + direct,
-    δ_k = dP_k·P_k. scale: of a float16 image a power of two for dP, since gradients of a mean loss are below what
-    float16 holds. What is of an image every program of it stores, the same."""
+    δ_k = dP_k·P_k. scale: of a float16 image a power of two for dP and dℓ: gradients of a mean loss are below what
+    float16 holds; largest_direct [N]: the largest direct |dℓ| and |dlse|, which take it too. What is of an image every
+    program of it stores, the same."""
     n, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     heads = tl.arange(0, K_TILE)
     c = chunk * C_TILE + tl.arange(0, C_TILE)
@@ -348,6 +350,8 @@ def gate_gradient_kernel(
     factor = 1.0
     if scale is not None:
         most = tl.max(tl.abs(g) * x_most + tl.abs(d) * w_most + direct_most, axis=0)
+        if largest_direct is not None:
+            most = tl.maximum(most, tl.load(largest_direct + n))
         exponent = tl.floor(tl.log2(tl.minimum(tl.maximum(most, 1e-30), 1e30)))
         factor = tl.exp2(-exponent)
         tl.store(scale + n, factor)
@@ -715,9 +719,11 @@ def attend3x3_backward(
     dp = z.new_empty(images, TAPS, heads, channels)
     delta = lse.new_empty(images, heads)
     dt = None if dscore_w is None else lse.new_empty(images, heads)
-    scale = unscale = None
+    scale = unscale = largest_direct = None
     if z.dtype == torch.float16:
         scale, unscale = lse.new_empty(images), lse.new_empty(images)
+        found = [grad.abs().flatten(1).amax(dim=1) for grad in (grad_lse, grad_logits) if grad is not None]
+        largest_direct = torch.stack(found).amax(dim=0) if found else None
     score_rows = None if score_w is None else tap_rows(score_w.flatten(2), score_w.dtype)
     direct = None if grad_pooled is None else tap_rows(grad_pooled, grad_pooled.dtype)
     parts = None
@@ -725,7 +731,7 @@ def attend3x3_backward(
         parts = lse.new_empty(plan.gates.parts)
         plan.gates.sums(pooled, score_rows, grad_features, direct, parts)
     plan.gates.gates(
-        pooled, score_rows, scores, gates, grad_features, grad_gates, grad_scores, direct, parts,
+        pooled, score_rows, scores, gates, grad_features, grad_gates, grad_scores, direct, parts, largest_direct,
         dp, delta, dt, scale, unscale,
     )  # fmt: skip
     dz = shares = None

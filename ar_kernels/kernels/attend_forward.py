@@ -29,6 +29,7 @@ from .tiles import (
     load_tile,
     map_strides,
     matmul_precision,
+    origin,
     split_bounds,
     tanh,
 )
@@ -40,8 +41,9 @@ def _softmax_step(logit, m, d, heads, real, HEADS: tl.constexpr):  # [S_tile, K_
     logit = tl.where(heads[None, :] < HEADS, logit, 0.0)  # the mean's head, also where the map is not finite
     logit = tl.where(real[:, None], logit, float("-inf"))
     m_new = tl.maximum(m, tl.max(logit, axis=0))
-    p = tl.exp(logit - m_new[None, :])
-    shrink = tl.exp(m - m_new)
+    start = origin(m_new)
+    p = tl.exp(logit - start[None, :])
+    shrink = tl.exp(m - start)
     return p, shrink, m_new, d * shrink + tl.sum(p, axis=0)
 
 
@@ -60,7 +62,7 @@ def _store_logits(logit, n, s, end, heads, logits, positions, HEADS: tl.constexp
 
 @triton.jit
 def _store_head_sums(n, heads, m, d, lse, HEADS: tl.constexpr):
-    tl.store(lse + n * HEADS + heads, m + tl.log(d), mask=heads < HEADS)
+    tl.store(lse + n * HEADS + heads, origin(m) + tl.log(d), mask=heads < HEADS)
 
 
 @triton.jit
@@ -257,12 +259,15 @@ def merge_kernel(
         part = tl.load(part_m + (row + j) * ROWS + heads[None, :], mask=(j < splits) & real, other=float("-inf"))
         m = tl.maximum(m, tl.max(part, axis=0))
     m = tl.where(heads < ROWS, m, 0.0)
+    start = origin(m)
     d = tl.zeros([K_TILE], ACC)
     for first in range(0, splits, J_TILE):
         j = first + tl.arange(0, J_TILE)[:, None]
         offsets = (row + j) * ROWS + heads[None, :]
         part = tl.load(part_m + offsets, mask=(j < splits) & real, other=float("-inf"))
-        d += tl.sum(tl.exp(part - m[None, :]) * tl.load(part_d + offsets, mask=(j < splits) & real, other=0.0), axis=0)
+        d += tl.sum(
+            tl.exp(part - start[None, :]) * tl.load(part_d + offsets, mask=(j < splits) & real, other=0.0), axis=0
+        )
     d = tl.where(heads < ROWS, d, 1.0)
     _store_head_sums(n, heads, m, d, lse, HEADS)
     t = tl.zeros([K_TILE], ACC)
@@ -276,7 +281,7 @@ def merge_kernel(
                 part = tl.load(part_m + (row + j) * ROWS + heads, mask=inside, other=float("-inf"))
                 offsets = (row + j) * (ROWS * C) + heads[None, :] * C + c[:, None]
                 sums = tl.load(part_p + offsets, mask=(c < C)[:, None] & inside[None, :], other=0.0)
-                p_tile += sums * tl.exp(part - m)[None, :]
+                p_tile += sums * tl.exp(part - start)[None, :]
         t += _store_pooled(p_tile / d[None, :], n, heads, c, pooled, mean, score_w, C, HEADS)
     if features is not None:
         g = store_gates(t, n, heads, score_w, score_b, scores, gates, HEADS, GATED)

@@ -29,7 +29,7 @@ def _global_gates(scores, n, i, D: tl.constexpr, GATING: tl.constexpr, ACC: tl.c
         e = tl.where(i < D, 1.0 / (1.0 + tl.exp(-s)), 0.0)
         total = 1e-6 + tl.sum(e, axis=0)
     else:
-        e = tl.where(i < D, 1.0, 0.0) + 0.0 * s
+        e = tl.where(i < D, 1.0, 0.0).to(ACC)
         total = tl.sum(e, axis=0)
     return e / total, e, total
 
@@ -122,7 +122,7 @@ def rectify_backward_kernel(
     elif GATING == "sigmoid":
         ds = sigma * (1.0 - sigma) * ds / total
     else:
-        ds = 0.0 * ds
+        ds = tl.zeros_like(ds)
     tl.store(dscores + n * D + i, ds.to(dscores.dtype.element_ty), mask=i < D)
 
 

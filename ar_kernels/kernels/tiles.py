@@ -118,6 +118,12 @@ def tanh(t):
 
 
 @triton.jit
+def origin(m):
+    """What exponents are counted from: the maximum m, or 0 where that is infinite and nothing could be counted."""
+    return tl.where(tl.abs(m) == float("inf"), 0.0, m)
+
+
+@triton.jit
 def aligned(value, VECTOR: tl.constexpr):
     """A scalar that is a multiple of VECTOR, known as such to the compiler."""
     return value // VECTOR * VECTOR

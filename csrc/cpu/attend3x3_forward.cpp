@@ -20,18 +20,19 @@ void make_masks(const ForwardArguments& a, int64_t n) {
     A* frame = (A*)a.masks + (n * layer.heads + k) * frame_size(layer);
     A largest = -A(INFINITY);
     for (int64_t s = 0; s < layer.positions(); ++s) largest = logits[s] > largest ? logits[s] : largest;
+    const A start = origin(largest);
     Vector<A> total = {};
     clear_frame(layer, frame);
     for_each_framed<A>(layer, [&](int64_t from, int64_t to, int count) {
-      Vector<A> p = exponential<A>(some(logits + from, count) - largest);
+      Vector<A> p = exponential<A>(some(logits + from, count) - start);
       for (int lane = count; lane < kLanes<A>; ++lane) p[lane] = 0;
       put(frame + to, p, count);
       total += p;
     });
-    const A d = sum<A>(total), factor = 1 / d;
+    const A d = sum<A>(total), factor = d == A(INFINITY) ? A(NAN) : 1 / d;
     for_each_framed<A>(
         layer, [&](int64_t, int64_t at, int count) { put(frame + at, some(frame + at, count) * factor, count); });
-    ((A*)a.lse)[n * layer.heads + k] = largest + logarithm(d);
+    ((A*)a.lse)[n * layer.heads + k] = start + logarithm(d);
   }
 }
 

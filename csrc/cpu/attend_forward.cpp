@@ -26,23 +26,23 @@ void clear(const ForwardArguments& a, const Sums<A>& sums) {
 template <class A>
 A softmax_step(A* row, int64_t count, A bias, A* logits, A* m, A* d) {
   const int64_t last = count - (count - 1) % kLanes<A> - 1;
-  for (int64_t i = count; i < padded<A>(count); ++i) row[i] = -A(INFINITY);
   Vector<A> top = all<A>(*m);
   for (int64_t i = 0; i <= last; i += kLanes<A>) {
-    const Vector<A> l = load(row + i) + bias;
+    Vector<A> l = load(row + i) + bias;
+    for (int64_t lane = count - i; lane < kLanes<A>; ++lane) l[lane] = -A(INFINITY);
     store(row + i, l);
     top = maximum<A>(top, l);
   }
   if (logits != nullptr) memcpy(logits, row, count * sizeof(A));
   A largest = top[0];
   for (int lane = 1; lane < kLanes<A>; ++lane) largest = top[lane] > largest ? top[lane] : largest;
+  const A start = origin(largest), shrink = exponential(*m - start);
   Vector<A> total = {};
   for (int64_t i = 0; i <= last; i += kLanes<A>) {
-    const Vector<A> p = exponential<A>(load(row + i) - largest);
+    const Vector<A> p = exponential<A>(load(row + i) - start);
     store(row + i, p);
     total += p;
   }
-  const A shrink = exponential(*m - largest);
   *m = largest;
   *d = *d * shrink + sum<A>(total);
   return shrink;
@@ -76,7 +76,7 @@ void finish(const ForwardArguments& a, int64_t n, const Sums<Accumulator<T>>& su
   const int64_t heads = a.layer.heads, c_step = channel_step<A>(a.layer);
   for (int64_t k = 0; k < heads; ++k) {
     scale(sums.p + k * c_step, c_step, 1 / sums.d[k]);
-    ((A*)a.lse)[n * heads + k] = sums.m[k] + logarithm(sums.d[k]);
+    ((A*)a.lse)[n * heads + k] = origin(sums.m[k]) + logarithm(sums.d[k]);
   }
   store_pooled<T>(a, n, sums.p);
 }
@@ -129,8 +129,8 @@ void merge(const ForwardArguments& a, int64_t first, int64_t last) {
         A mine = 1, theirs = 1;
         if (k < heads) {
           const A largest = part.m[k] > sums.m[k] ? part.m[k] : sums.m[k];
-          mine = exponential(sums.m[k] - largest);
-          theirs = exponential(part.m[k] - largest);
+          mine = exponential(sums.m[k] - origin(largest));
+          theirs = exponential(part.m[k] - origin(largest));
           sums.m[k] = largest;
           sums.d[k] = sums.d[k] * mine + part.d[k] * theirs;
         }

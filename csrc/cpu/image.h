@@ -31,6 +31,12 @@ void scale(A* row, int64_t size, A factor) {  // size in whole vectors
 
 // ------------------------------------------------------------------------------------------- forward
 
+// What exponents are counted from: the largest logit, or 0 where that is infinite and nothing could be counted.
+template <class A>
+A origin(A m) {
+  return m == A(INFINITY) || m == -A(INFINITY) ? A(0) : m;
+}
+
 // Running sums of an image, or of a split of it.
 template <class A>
 struct Sums {

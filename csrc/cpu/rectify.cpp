@@ -36,11 +36,12 @@ Accumulator<T> log_sum_exp(const T* row, int64_t size) {
       size, [&](int64_t i, int count) { top = maximum<A>(kept<A>(some(row + i, count), count, -A(INFINITY)), top); });
   A largest = top[0];
   for (int lane = 1; lane < kLanes<A>; ++lane) largest = top[lane] > largest ? top[lane] : largest;
-  if (largest - largest != 0) largest = 0;  // infinite: the sum says so
+  if (largest - largest != 0) largest = 0;  // infinite, as the sum will be
   for_each_vector<A>(size, [&](int64_t i, int count) {
     total += kept<A>(exponential<A>(some(row + i, count) - largest), count, A(0));
   });
-  return largest + logarithm(sum<A>(total));
+  const A lse = largest + logarithm(sum<A>(total));
+  return lse - lse == 0 ? lse : A(NAN);  // infinite: there is no softmax
 }
 
 // The gates of one image, and what its sigmoids are divided by.

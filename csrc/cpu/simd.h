@@ -289,7 +289,7 @@ inline A sum(Vector<A> value) {
 }
 
 // exp x = 2^n exp r, n the nearest integer to x / ln 2, |r| <= ln 2 / 2, exp r by Taylor's series: within 2 ulp.
-// Below the smallest normal number it is 0; NaN stays NaN.
+// Below the smallest normal number it is 0, beyond exp 88 (float64: 709) infinite; NaN stays NaN.
 template <class A>
 inline Vector<A> exponential(Vector<A> x) {
   constexpr bool kDouble = sizeof(A) == 8;
@@ -310,7 +310,7 @@ inline Vector<A> exponential(Vector<A> x) {
   AR_UNROLL for (int i = kTerms - 1; i >= 0; --i)
     result = result * r + inverse_factorials[i];
   const Vector<A> scaled = of_bits<A>(bits_of<A>(result) + (bits_of<A>(shifted) << kMantissa));
-  return x < kLowest ? Vector<A>{} : scaled;
+  return x < kLowest ? Vector<A>{} : x > kHighest ? all<A>(A(INFINITY)) : scaled;
 }
 
 inline float exponential(float x) { return expf(x); }
