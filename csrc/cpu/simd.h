@@ -310,7 +310,8 @@ inline Vector<A> exponential(Vector<A> x) {
   AR_UNROLL for (int i = kTerms - 1; i >= 0; --i)
     result = result * r + inverse_factorials[i];
   const Vector<A> scaled = of_bits<A>(bits_of<A>(result) + (bits_of<A>(shifted) << kMantissa));
-  return x < kLowest ? Vector<A>{} : x > kHighest ? all<A>(A(INFINITY)) : scaled;
+  // A NaN returns as it came: its payload would be taken for a power.
+  return x < kLowest ? Vector<A>{} : x > kHighest ? all<A>(A(INFINITY)) : x == x ? scaled : x;
 }
 
 inline float exponential(float x) { return expf(x); }
