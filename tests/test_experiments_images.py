@@ -155,6 +155,17 @@ def test_folders_of_pictures(tmp_path, torchvision):
         images.load(str(tmp_path), cpu)
 
 
+def test_a_torchvision_for_another_torch_is_told_in_one_line(tmp_path, monkeypatch):
+    def fail(name: str) -> None:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    (tmp_path / "train").mkdir()
+    monkeypatch.setattr(images.importlib, "import_module", fail)
+    for name in ("cifar10", str(tmp_path)):
+        with pytest.raises(OSError, match=r"torchvision.datasets cannot be imported beside torch .*nms does not exist"):
+            images.load(name, torch.device("cpu"))
+
+
 def test_an_unknown_name_is_told_what_there_is(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere is neither a folder nor one of cifar10, cifar100"):
         images.load("nowhere", torch.device("cpu"))

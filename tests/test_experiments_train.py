@@ -1,11 +1,15 @@
 """Training of images: recipes, losses, networks by name, several processes, and the command."""
 
+import contextlib
+import copy
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -59,6 +63,59 @@ def test_the_log_tells_means_and_does_not_depend_on_interruptions(tmp_path):
     assert list(losses[4]) == [4, 6, 8, 10]  # 6, 10: checkpoints
     assert losses[4][4] == pytest.approx(sum(losses[1][step] for step in range(1, 5)) / 4)
     assert losses[4][6] == pytest.approx((losses[1][5] + losses[1][6]) / 2)
+
+
+def test_a_captured_run_takes_every_step_once(tmp_path, monkeypatch):
+    """On a CPU, with a graph that records nothing and whose replay takes the step again into the same loss: what is
+    left of capture is its bookkeeping, steps and rates on the device, and a fused optimizer.
+    """
+    made, recorded = [], []
+
+    class Graph:
+        def replay(self) -> None:
+            (captured,) = made
+            captured._loss.copy_(captured._take(captured._step))
+
+    class Recording:
+        """What the block computes is taken back: a real graph records it without computing."""
+
+        def __init__(self, graph: Graph, stream: object) -> None:
+            (self.model, self.optimizer), self.graph = recorded, graph
+
+        def __enter__(self) -> None:
+            self.before = copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict()))
+
+        def __exit__(self, *_: object) -> None:
+            self.model.load_state_dict(self.before[0])
+            rate = self.optimizer.param_groups[0]["lr"]
+            self.optimizer.load_state_dict(self.before[1])
+            self.optimizer.param_groups[0]["lr"] = rate
+
+    class Noticed(training.CapturedStep):
+        def __init__(self, take, optimizer, device) -> None:
+            super().__init__(take, optimizer, device)
+            made.append(self)
+            recorded.append(optimizer)
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    for name, fake in {
+        "Stream": lambda device: stream, "current_stream": lambda: stream, "CUDAGraph": Graph, "graph": Recording,
+        "stream": lambda stream: contextlib.nullcontext(),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(training, "CapturedStep", Noticed)
+    lines = {}
+    for capture in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        recorded[:] = [model]
+        with Run(tmp_path / str(capture), {}) as run:
+            training.train(
+                model, lambda step: (torch.ones(2, 3) * step, torch.tensor([0, 1])),
+                Recipe(steps=9, batch_size=2, milestones=(0.6,)), run, log_every=2, checkpoint_every=9, capture=capture,
+            )  # fmt: skip
+        lines[capture] = [list(line.values()) for line in read_metrics(tmp_path / str(capture))]
+    assert len(lines[True]) == 5 and np.allclose(lines[True], lines[False], rtol=1e-5, atol=0)
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ import ar_kernels
 
 _ON_OFF = argparse.BooleanOptionalAction
 
-_THRESHOLDS = [0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9999]
+_THRESHOLDS = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9999]
 
 _VARIANTS = (
     "baseline", "ad1-aw1", "ad2-aw1", "ad3-aw1", "ad4-aw1", "ad4-aw2", "ad4-aw4", "sigmoid", "no-gates",

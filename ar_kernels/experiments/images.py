@@ -4,10 +4,12 @@ Every batch is a function of (seed, step) alone and comes out on the device, nor
 lie there whole; folders of pictures are read by worker processes, and augmented on the device like the others.
 """
 
+import importlib
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol
 
 import torch
@@ -156,8 +158,7 @@ class Folders:
     """
 
     def __init__(self, root: Path, size: int, device: torch.device, workers: int = 8) -> None:
-        from torchvision import datasets, transforms
-
+        datasets, transforms = imported("torchvision.datasets"), imported("torchvision.transforms")
         self.name, self.size, self._device, self._workers = str(root), size, device, workers
         steps = [transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()]
         self._splits = {}
@@ -274,6 +275,16 @@ def load(
     return Pictures(source.name, _numbers(source.num_classes), train, test)
 
 
+def imported(module: str) -> ModuleType:
+    """A part of torchvision or timm. Raises ModuleNotFoundError, and OSError where it was built for another torch."""
+    try:
+        return importlib.import_module(module)
+    except RuntimeError as error:
+        raise OSError(
+            f"{module} cannot be imported beside torch {torch.__version__}, it was built for another ({error})"
+        ) from None
+
+
 def random_set(train: int, test: int, device: torch.device, num_classes: int = 100) -> Pictures:
     """Noise of CIFAR's shape, the same at every call."""
     generator = torch.Generator().manual_seed(0)
@@ -286,8 +297,7 @@ def random_set(train: int, test: int, device: torch.device, num_classes: int = 1
 
 
 def _cifar(name: str, device: torch.device, root: Path, download: bool) -> Pictures:
-    from torchvision import datasets
-
+    datasets = imported("torchvision.datasets")
     kind, folder = _CIFAR[name]
     splits = []
     try:

@@ -148,8 +148,7 @@ def _take(model: nn.Module, weights: dict, where: str) -> list[str]:
 
 
 def _torchvision(name: str, num_classes: int, pretrained: bool) -> nn.Module:
-    from torchvision import models
-
+    models = images.imported("torchvision.models")
     model = models.get_model(name, weights=None, num_classes=num_classes)
     if pretrained:
         weights = models.get_model_weights(name).DEFAULT
@@ -158,6 +157,4 @@ def _torchvision(name: str, num_classes: int, pretrained: bool) -> nn.Module:
 
 
 def _timm(name: str, num_classes: int, pretrained: bool) -> nn.Module:
-    import timm
-
-    return timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+    return images.imported("timm").create_model(name, pretrained=pretrained, num_classes=num_classes)
