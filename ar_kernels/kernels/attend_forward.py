@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .heuristics import MOST_REGISTERS, chip, next_power_of_2, sweep_config
+from .heuristics import MOST_REGISTERS, chip, deterministic, next_power_of_2, sweep_config
 from .launch import Launch
 from .tiles import (
     accumulator,
@@ -365,7 +365,7 @@ def attend_forward(
     plan = _plan(
         z.shape, z.stride(), z.dtype, z.get_device(), heads,
         0 if gates is None else gates.shape[1], mean is not None, float32_precision(z.dtype),
-        torch.are_deterministic_algorithms_enabled(),
+        deterministic(),
     )  # fmt: skip
     # Not to compile anew for a batch that needs no merge, a held sweep always gets pointers; these it does not follow.
     parts = (lse, lse, lse) if plan.gets_parts else (None, None, None)
