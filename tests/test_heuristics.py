@@ -70,7 +70,15 @@ def test_alike_an_image_is_cut_the_same_in_any_batch_and_on_more_processors(chan
         for positions in (1, 49, 1024, 3136, 100000):
             cuts = {
                 sweep_config(
-                    images, channels, positions, 4, 2, 8, channels_last, Chip(processors, capability), alike=True
+                    images,
+                    channels,
+                    positions,
+                    4,
+                    2,
+                    8,
+                    channels_last,
+                    Chip(processors, capability, 99 * 1024),
+                    alike=True,
                 )
                 for images in (1, 2, 33, 257)
                 for processors in (4, 132)
