@@ -91,7 +91,8 @@ class _WideNet(nn.Module):
         _check_images(images)
         x = self.group_0(self.conv0(images))
         for index, group in enumerate((self.group_1, self.group_2)):
-            first, *others = list[Any](group)
+            blocks: list[Any] = list(group)  # list[Any](group) would break the graph under torch.compile
+            first, *others = blocks
             x = first(x, attend(index, first.activate(x)))
             for block in others:
                 x = block(x)
