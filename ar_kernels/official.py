@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import warnings
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, NamedTuple
@@ -363,10 +364,20 @@ def load_checkpoint(model: nn.Module, file: str | os.PathLike[str] | IO[bytes]) 
 
 
 def _read(file: str | os.PathLike[str] | IO[bytes]) -> object:
+    if isinstance(file, str | os.PathLike):
+        with open(file, "rb") as opened:
+            return _read(opened)
     try:
+        start = file.tell()
+        is_zipped = file.read(4) == b"PK\x03\x04"
+        file.seek(start)
+        if is_zipped:  # PyTorch itself does not look at the checksums
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"the checksum of {damaged} is another")
+        file.seek(start)
         return torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"file must be a checkpoint of tensors and plain values alone: {reason}") from error
