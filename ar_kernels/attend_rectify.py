@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 
 from .functional import AttentionOutput, rectify
-from .modules import AttentionModule, GlobalGates, _check_mix, _check_positive
+from .modules import AttentionModule, GlobalGates, _check_kernel_size, _check_mix, _check_positive
 from .reference import global_gates as global_gates_of
 
 DRY_RUN_SIZES = (64, 224)
@@ -117,6 +117,7 @@ class AttendRectify(nn.Module):
         self.num_classes = _check_positive("num_classes", num_classes)
         self.heads = _check_positive("heads", heads)
         _check_mix(mix, gating)
+        _check_kernel_size(kernel_size)
         if channel_dim not in (None, 1, -1):
             raise ValueError(f"channel_dim must be 1, -1 or None, got {channel_dim!r}")
         self.layers, self.mix, self.gating = tuple(layers), mix, gating
@@ -307,7 +308,13 @@ def _check_layers(backbone: object, layers: object) -> None:
             raise TypeError(f"layers must hold names, got {type(name).__name__}")
         if name not in names:
             close = difflib.get_close_matches(name, names, n=3)
-            hint = f"did you mean {', '.join(map(repr, close))}?" if close else f"it has {', '.join(names[:10])}, ..."
+            hint = (
+                f"did you mean {', '.join(map(repr, close))}?"
+                if close
+                else f"it has {', '.join(names[:10])}, ..."
+                if names
+                else "it has none"
+            )
             raise ValueError(f"layers must name submodules of the backbone, got {name!r}; {hint}")
         if layers.count(name) > 1:
             raise ValueError(f"layers must not repeat a name, got {name!r} {layers.count(name)} times")

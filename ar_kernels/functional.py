@@ -470,6 +470,8 @@ def _shape(tensor: Tensor) -> str:
 def _check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got one of layout {value.layout}")
 
 
 def _check_float(name: str, value: Any) -> None:

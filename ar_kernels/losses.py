@@ -36,7 +36,7 @@ def gated_cross_entropy(
     reduction: "mean" over images, "sum", or "none" for ℒ [N].
 
     Returns float32 for half hypotheses, else their dtype; differentiable in hypotheses and scores, twice too.
-    Raises TypeError and ValueError naming the argument.
+    Raises TypeError and ValueError naming the argument (on a GPU, a class out of range stops the kernel instead).
     """
     hypotheses, gates = _gated(hypotheses, scores, gating, reduction)
     _check_tensor("target", target)
@@ -46,7 +46,14 @@ def gated_cross_entropy(
         raise ValueError(f"target must be [N] = [{hypotheses.shape[0]}] to match hypotheses, got {_shape(target)}")
     _check_device("target", target, hypotheses)
     with autocast_off(hypotheses):
-        return _reduced(_apply(_GatedCrossEntropy, hypotheses, gates, target)[0], reduction)
+        try:
+            losses = _apply(_GatedCrossEntropy, hypotheses, gates, target)[0]
+        except RuntimeError as error:  # a CPU looks at each class as it gathers; a GPU stops its kernel later
+            if "out of bounds" not in str(error):
+                raise
+            labels = hypotheses.shape[2]
+            raise ValueError(f"target must hold classes from 0 to {labels - 1}, got others: {error}") from error
+        return _reduced(losses, reduction)
 
 
 def gated_binary_cross_entropy(

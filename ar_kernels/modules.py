@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .functional import _GATINGS, _MIXES, AttentionOutput, _check_implementation, attend, attention_module
+from .functional import _FLOATS, _GATINGS, _MIXES, AttentionOutput, _check_implementation, attend, attention_module
 
 
 def _check_positive(name: str, value: object) -> int:
@@ -28,9 +28,17 @@ def _check_depth(attention_depth: object, most: int) -> None:
         raise ValueError(f"attention_depth must be from 0 to {most}, got {attention_depth}")
 
 
-def _head_shape(heads: int, channels: int, kernel_size: int) -> tuple[int, ...]:
-    if kernel_size not in (1, 3):
+def _check_kernel_size(kernel_size: object) -> None:
+    if isinstance(kernel_size, bool) or kernel_size not in (1, 3):
         raise ValueError(f"kernel_size must be 1 or 3, got {kernel_size!r}")
+
+
+def _check_dtype(dtype: object) -> None:
+    if dtype is not None and dtype not in _FLOATS:
+        raise TypeError(f"dtype must be float16, bfloat16, float32, float64 or None, got {dtype!r}")
+
+
+def _head_shape(heads: int, channels: int, kernel_size: int) -> tuple[int, ...]:
     return (heads, channels) if kernel_size == 1 else (heads, channels, 3, 3)
 
 
@@ -68,6 +76,8 @@ class AttentionModule(nn.Module):
         self.in_channels = _check_positive("in_channels", in_channels)
         self.num_classes = _check_positive("num_classes", num_classes)
         self.heads = _check_positive("heads", heads)
+        _check_kernel_size(kernel_size)
+        _check_dtype(dtype)
         self.gated, self.kernel_size = gated, kernel_size
         shape = _head_shape(heads, in_channels, kernel_size)
 
@@ -104,6 +114,8 @@ class AttentionModule(nn.Module):
         same pass; their scores come back. masks, mean, tap: as ar_kernels.attend takes them. The hypothesis is a row
         of class scores: it goes with CrossEntropyLoss when used alone.
         """
+        if global_gates is not None and not isinstance(global_gates, GlobalGates):
+            raise TypeError(f"global_gates must be a GlobalGates or None, got {type(global_gates).__name__}")
         return attention_module(
             feature_map,
             self.mask_weight,
@@ -151,6 +163,8 @@ class GlobalGates(nn.Module):
         self.implementation = implementation
         self.in_channels = _check_positive("in_channels", in_channels)
         self.hypotheses = _check_positive("hypotheses", hypotheses)
+        _check_kernel_size(kernel_size)
+        _check_dtype(dtype)
         self.kernel_size = kernel_size
         shape = _head_shape(hypotheses, in_channels, kernel_size)
         self.mask_weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))

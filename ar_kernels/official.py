@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import warnings
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, NamedTuple
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import modules
-from .functional import attend, attention_module, head_hypotheses, rectify
+from .functional import _check_float, _shape, attend, attention_module, head_hypotheses, rectify
 from .losses import gram_penalty, pooled_masks
 from .models.wrn import WideResNet, _WideNet
 from .modules import _check_depth, _check_positive
@@ -145,14 +146,30 @@ class AttentionModule(nn.Module):
         """
         if function not in _FUNCTIONS:
             raise ValueError(f"function must be 'softmax' or 'sigmoid', got {function!r}")
-        if not isinstance(outputs, list | tuple) or not all(isinstance(output, Tensor) for output in outputs):
-            raise TypeError("outputs must be a list or tuple of tensors")
+        if not isinstance(outputs, list | tuple):
+            raise TypeError(f"outputs must be a list or tuple of tensors, got {type(outputs).__name__}")
+        for index, output in enumerate(outputs):
+            _check_float(f"outputs[{index}]", output)
         if len(outputs) == 0 or any(output.dim() not in (2, 3) for output in outputs):
             shapes = [list(output.shape) for output in outputs]
             raise ValueError(f"outputs must be tensors [N, m, L] or [N, L], at least one, got {shapes}")
+        first = outputs[0]
+        for index, output in enumerate(outputs):
+            one = output.shape[0], output.shape[-1], output.device
+            if one != (first.shape[0], first.shape[-1], first.device):
+                raise ValueError(
+                    f"outputs[{index}] must have N = {first.shape[0]} and L = {first.shape[-1]} on {first.device} like "
+                    f"the first, got {_shape(output)} on {output.device}"
+                )
         hypotheses = torch.cat([output if output.dim() == 3 else output.unsqueeze(1) for output in outputs], dim=1)
         if gates is None:
             return rectify(hypotheses, hypotheses.new_zeros(hypotheses.shape[:2]), mix="log", gating=None)
+        _check_float("gates", gates)
+        if gates.shape != hypotheses.shape[:2] or gates.device != hypotheses.device:
+            raise ValueError(
+                f"gates must be [N, M] = {_shape(hypotheses[..., 0])} on {hypotheses.device} to match outputs, "
+                f"got {_shape(gates)} on {gates.device}"
+            )
         return rectify(hypotheses, gates, mix="log", gating=function)
 
     def extra_repr(self) -> str:
@@ -194,6 +211,7 @@ class Gate(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """features: the average-pooled last map [N, C], or that map [N, C, H, W] → tanh scores [N, D+1]."""
+        _check_float("features", features)
         if features.dim() not in (2, 4) or features.shape[1] != self.in_ch:
             raise ValueError(f"features must be [N, C] or [N, C, H, W], C = {self.in_ch}, got {list(features.shape)}")
         if features.dim() == 4:
@@ -233,13 +251,14 @@ class WideResNetAttention(_WideNet):
         reg_w: float = 0,
         attention_type: str | None = "softmax",
     ) -> None:
-        super().__init__(depth, width, num_classes, dropout)
-        _check_depth(attention_depth, len(self.channels))
+        _check_depth(attention_depth, 3)
         _check_positive("attention_width", attention_width)
+        _check_reg_w(reg_w)
         if attention_type not in (*_FUNCTIONS, None):
             raise ValueError(f"attention_type must be 'softmax', 'sigmoid' or None, got {attention_type!r}")
+        super().__init__(depth, width, num_classes, dropout)
         self.attention_depth, self.attention_width = attention_depth, attention_width
-        self.reg_w, self.attention_type = _check_reg_w(reg_w), attention_type
+        self.reg_w, self.attention_type = reg_w, attention_type
         self.bn0 = nn.BatchNorm2d(16).requires_grad_(False)
         self._add_rest("bn_g2")
         for group in self._attended_groups():
@@ -307,10 +326,15 @@ def load_checkpoint(model: nn.Module, file: str | os.PathLike[str] | IO[bytes]) 
         num_batches_tracked, which files older than PyTorch 0.4.1 lack. Weights keep model's dtype and device.
     file: a path, or a file opened for reading. Only tensors and plain values are read: it cannot run code.
 
-    Raises OSError where the file cannot be opened, ValueError where it is corrupt, holds anything else or belongs to
-    another network; model is then unchanged. Warns where the file shows that a norm was in use that model never applies
-    (WideResNetAttention.bn0): model's numbers are then not those of the net that was trained.
+    Raises TypeError naming the argument, OSError where the file cannot be opened, ValueError where it is corrupt, holds
+    anything else or belongs to another network; model is then unchanged. Warns where the file shows that a norm was in
+    use that model never applies (WideResNetAttention.bn0): model's numbers are then not those of the net that was
+    trained.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(file, str | os.PathLike) and not hasattr(file, "read"):
+        raise TypeError(f"file must be a path or a file opened for reading, got {type(file).__name__}")
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model.module
     content = _read(file)
@@ -320,7 +344,9 @@ def load_checkpoint(model: nn.Module, file: str | os.PathLike[str] | IO[bytes]) 
     if missing:
         raise ValueError(f"file must hold {', '.join(sorted(missing))} as well, got only {_names(content)}")
     given = content["state_dict"]
-    if not isinstance(given, dict) or not all(isinstance(value, Tensor) for value in given.values()):
+    if not isinstance(given, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in given.items()
+    ):
         raise ValueError("file must hold tensors by name in its state_dict")
     prefix = "module."
     if given and all(name.startswith(prefix) for name in given):
@@ -338,10 +364,20 @@ def load_checkpoint(model: nn.Module, file: str | os.PathLike[str] | IO[bytes]) 
 
 
 def _read(file: str | os.PathLike[str] | IO[bytes]) -> object:
+    if isinstance(file, str | os.PathLike):
+        with open(file, "rb") as opened:
+            return _read(opened)
     try:
+        start = file.tell()
+        is_zipped = file.read(4) == b"PK\x03\x04"
+        file.seek(start)
+        if is_zipped:  # PyTorch itself does not look at the checksums
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"the checksum of {damaged} is another")
+        file.seek(start)
         return torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"file must be a checkpoint of tensors and plain values alone: {reason}") from error
@@ -361,16 +397,26 @@ def _matched(model: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
     for name in sorted(own.keys() & state.keys()):
         if own[name].shape != state[name].shape:
             faults.append(f"has {name} of {list(state[name].shape)} where the model has {list(own[name].shape)}")
+        elif state[name] is not own[name] and not _can_be_copied(state[name], own[name]):
+            value = state[name]
+            faults.append(f"has {name} as {value.dtype} of layout {value.layout} on {value.device}")
     if faults:
         more = f" (and {len(faults) - 4} more)" if len(faults) > 4 else ""
         raise ValueError(f"file must fit the model, but its state_dict {'; '.join(faults[:4])}{more}")
     return state
 
 
+def _can_be_copied(value: Tensor, own: Tensor) -> bool:
+    dense = value.layout == torch.strided and not value.is_quantized and value.device.type == "cpu"
+    return dense and value.is_floating_point() == own.is_floating_point() and not value.is_complex()
+
+
 def _reordered(optimizer: Any, given: dict[str, Tensor], model: nn.Module) -> dict[str, Any]:
     """The file's optimizer state, whose parameters are in the order of its own net, in the order of model's."""
     groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
-    if not isinstance(groups, list) or not all(isinstance(group, dict) and "params" in group for group in groups):
+    if not isinstance(groups, list) or not all(
+        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
+    ):
         raise ValueError(f"file must hold an optimizer's state_dict as optimizer, got {_kind(optimizer)}")
     own = [name for name, _ in model.named_parameters()]
     theirs = [name for name in given if name in set(own)]

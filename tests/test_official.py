@@ -824,7 +824,7 @@ def test_swap_leaves_what_only_looks_like_it(layer, reason):
         (
             lambda: official.AttentionModule.aggregate([torch.zeros(2, 1, 3)], torch.zeros(2, 2)),
             ValueError,
-            r"scores must be \[N, D\+1\] to match",
+            r"gates must be \[N, M\] = \[2, 1\] on cpu to match outputs, got \[2, 2\] on cpu",
         ),
         (
             lambda: ar_kernels.functional.head_hypotheses(torch.zeros(2, 3, 4), torch.zeros(3, 5, 6)),

@@ -120,8 +120,11 @@ class Run:
         return self.folder / "checkpoint.pt"
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Puts the checkpoint's state into model and optimizer; does nothing at the start of a run."""
+        """Puts the checkpoint's state into model and optimizer; does nothing at the start of a run. Raises ValueError,
+        and changes neither, if they are of another network.
+        """
         if self._checkpoint is not None:
+            _check_state(self.checkpoint, self._checkpoint, model, optimizer)
             model.load_state_dict(self._checkpoint["model"])
             optimizer.load_state_dict(self._checkpoint["optimizer"])
             self._checkpoint = None  # held no longer than needed
@@ -172,18 +175,21 @@ def read_checkpoint(path: str | Path) -> dict:
 
     Raises ValueError saying what is wrong with the file.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"checksum of {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, RuntimeError, KeyError, NotImplementedError) as error:
-        raise ValueError(f"{path} is damaged or no checkpoint ({error}): start again without --resume") from None
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path} holds more than tensors and plain values, and is not read") from None
+    with open(path, "rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"checksum of {damaged}")
+            file.seek(0)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            raise ValueError(f"{path} holds more than tensors and plain values, and is not read") from None
+        except Exception as error:  # of a torn file unzipping and unpickling raise whatever they stumble over
+            reason = str(error) or repr(error)
+            raise ValueError(f"{path} is damaged or no checkpoint ({reason}): start again without --resume") from None
     wrong = not isinstance(state, dict) or any(not isinstance(state.get(name), kind) for name, kind in _FIELDS.items())
-    if wrong:
+    if wrong or state["step"] < 0 or state["metrics_bytes"] < 0:
         raise ValueError(f"{path} is not a checkpoint of a run: it must hold {', '.join(_FIELDS)}")
     return state
 
@@ -193,6 +199,30 @@ def _check_identity(path: Path, found: Identity, asked: Identity) -> None:
     if names:
         changes = ", ".join(f"{name} {found.get(name)!r} (now {asked.get(name)!r})" for name in names)
         raise ValueError(f"{path} is of a run with other settings: {changes}. Resume with its own, or start anew")
+
+
+def _check_state(path: Path, checkpoint: dict, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    found, own = checkpoint["model"], model.state_dict()
+    for name in {**own, **found}:
+        kinds = [_tensor_kind(state.get(name)) for state in (own, found)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(f"{path} is of another network: its {name} is {kinds[1]}, the model's {kinds[0]}")
+    shape = [_optimizer_shape(state) for state in (optimizer.state_dict(), checkpoint["optimizer"])]
+    if shape[0] != shape[1]:
+        raise ValueError(f"{path} is of another optimizer: its groups of parameters are {shape[1]}, not {shape[0]}")
+
+
+def _tensor_kind(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return "missing" if value is None else type(value).__name__
+    return f"{list(value.shape)} of {value.dtype}" + ("" if value.layout == torch.strided else f", {value.layout}")
+
+
+def _optimizer_shape(state: dict) -> object:
+    groups = state.get("param_groups")
+    if not isinstance(groups, list) or not isinstance(state.get("state"), dict):
+        return None
+    return [group.get("params") if isinstance(group, dict) else None for group in groups]
 
 
 # ---------------------------------------------------------------------------------------------- training

@@ -2,11 +2,12 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..attend_rectify import Rectified, rectified
-from ..functional import AttentionOutput
-from ..modules import AttentionModule, GlobalGates, _check_depth, _check_mix, _check_positive
+from ..functional import AttentionOutput, _check_float, _shape
+from ..modules import AttentionModule, GlobalGates, _check_depth, _check_kernel_size, _check_mix, _check_positive
 
 IMAGE_SIZE = 40
 """Height and width in pixels of the images that DigitNet takes."""
@@ -61,6 +62,7 @@ class DigitNet(nn.Module):
         _check_depth(attention_depth, len(_GEOMETRY))
         _check_positive("attention_width", attention_width)
         _check_mix(mix, gating)
+        _check_kernel_size(kernel_size)
         self.attention_depth, self.mix, self.gating = attention_depth, mix, gating
         self.normalise = nn.BatchNorm2d(1)
         self.blocks = nn.ModuleList(
@@ -96,10 +98,14 @@ class DigitNet(nn.Module):
     def forward(self, images: Tensor, return_details: bool = False) -> Tensor | Rectified:
         """images: [N, 1, 40, 40] → the rectified output [N, L], or Rectified with all that led to it.
 
-        Raises ValueError for another shape.
+        Raises ValueError for another shape, TypeError for a dtype that the net does not take.
         """
+        _check_float("images", images)
         if images.dim() != 4 or tuple(images.shape[1:]) != (1, IMAGE_SIZE, IMAGE_SIZE):
-            raise ValueError(f"images must be [N, 1, {IMAGE_SIZE}, {IMAGE_SIZE}], got {list(images.shape)}")
+            raise ValueError(f"images must be [N, 1, {IMAGE_SIZE}, {IMAGE_SIZE}], got {_shape(images)}")
+        dtype = self.normalise.weight.dtype  # checked here: the norm counts a batch before it refuses it
+        if images.dtype != dtype and not (dtype == torch.float32 and images.dtype.itemsize == 2):
+            raise TypeError(f"images must be {dtype} like the net, got {images.dtype}")
         attended: list[AttentionOutput] = []
         feature_map, scores = self.normalise(images), None
         plain = len(self.blocks) - self.attention_depth

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attend_rectify import Rectified, rectified
-from ..functional import AttentionOutput
-from ..modules import AttentionModule, GlobalGates, _check_depth, _check_mix, _check_positive
+from ..functional import AttentionOutput, _check_float, _shape
+from ..modules import AttentionModule, GlobalGates, _check_depth, _check_kernel_size, _check_mix, _check_positive
 
 
 class Block(nn.Module):
@@ -58,6 +58,8 @@ class _WideNet(nn.Module):
         _check_positive("num_classes", num_classes)
         if depth < 10 or (depth - 4) % 6 != 0:
             raise ValueError(f"depth must be 6n + 4 with n of at least 1 (10, 16, 22, 28, 40, ...), got {depth}")
+        if not isinstance(dropout, int | float) or isinstance(dropout, bool):
+            raise TypeError(f"dropout must be a number, got {type(dropout).__name__}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
         self.depth, self.width, self.num_classes, self.dropout = depth, width, num_classes, dropout
@@ -86,13 +88,21 @@ class _WideNet(nn.Module):
         """What group 2 returns. attend(i, a) is shown the output of group i = 0, 1 as the next group's first block
         normalises it, a = relu(bn0(x)), and returns the map that this block goes on with: a, or its tap.
         """
+        _check_images(images)
         x = self.group_0(self.conv0(images))
         for index, group in enumerate((self.group_1, self.group_2)):
-            first, *others = list[Any](group)
+            blocks: list[Any] = list(group)  # list[Any](group) would break the graph under torch.compile
+            first, *others = blocks
             x = first(x, attend(index, first.activate(x)))
             for block in others:
                 x = block(x)
         return x
+
+
+def _check_images(images: Tensor) -> None:
+    _check_float("images", images)
+    if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
+        raise ValueError(f"images must be [N, 3, H, W] with H and W of at least 1, got {_shape(images)}")
 
 
 class WideResNet(_WideNet):
@@ -108,7 +118,8 @@ class WideResNet(_WideNet):
         self._add_rest("bn")
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: [N, 3, H, W] → class scores [N, L]."""
+        """images: [N, 3, H, W] → class scores [N, L]. Raises TypeError and ValueError for other images."""
+        _check_images(images)
         x = self.group_2(self.group_1(self.group_0(self.conv0(images))))
         return self.classifier(F.relu(self.bn(x), inplace=True).mean(dim=(2, 3)))
 
@@ -142,10 +153,11 @@ class WideAttentiveResNet(_WideNet):
         kernel_size: int = 1,
         gated: bool = True,
     ) -> None:
-        super().__init__(depth, width, num_classes, dropout)
         _check_depth(attention_depth, 3)
         _check_positive("attention_width", attention_width)
         _check_mix(mix, gating)
+        _check_kernel_size(kernel_size)
+        super().__init__(depth, width, num_classes, dropout)
         self.attention_depth, self.mix, self.gating = attention_depth, mix, gating
         self._add_rest("bn_g2")
         self.attention = nn.ModuleList(
@@ -157,7 +169,9 @@ class WideAttentiveResNet(_WideNet):
             self.global_gates = GlobalGates(self.channels[-1], attention_depth + 1, kernel_size=kernel_size)
 
     def forward(self, images: Tensor, return_details: bool = False) -> Tensor | Rectified:
-        """images: [N, 3, H, W] → the rectified output [N, L], or Rectified with all that led to it."""
+        """images: [N, 3, H, W] → the rectified output [N, L], or Rectified with all that led to it. Raises TypeError
+        and ValueError for other images.
+        """
         attended: list[AttentionOutput] = []
 
         def attend(group: int, feature_map: Tensor) -> Tensor:
