@@ -27,20 +27,21 @@ class Target(NamedTuple):
 
     gpu: GPUTarget
     chip: Chip
+    every: int  # of so many layers one is compiled, unless all are asked for
 
 
-def _nvidia(capability, kilobytes, processors=132):
-    return Target(GPUTarget("cuda", capability, 32), Chip(processors, capability // 10, kilobytes * 1024))
+def _nvidia(capability, kilobytes, processors, every):
+    return Target(GPUTarget("cuda", capability, 32), Chip(processors, capability // 10, kilobytes * 1024), every)
 
 
 TARGETS = {
-    "sm_80": _nvidia(80, 163, 108),
-    "sm_86": _nvidia(86, 99, 84),
-    "sm_89": _nvidia(89, 99, 128),
-    "sm_90": _nvidia(90, 227),
-    "sm_100": _nvidia(100, 227, 148),
-    "sm_120": _nvidia(120, 99, 170),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), Chip(304, 0, 64 * 1024)),
+    "sm_80": _nvidia(80, 163, 108, every=2),
+    "sm_86": _nvidia(86, 99, 84, every=4),
+    "sm_89": _nvidia(89, 99, 128, every=4),
+    "sm_90": _nvidia(90, 227, 132, every=1),
+    "sm_100": _nvidia(100, 227, 148, every=2),
+    "sm_120": _nvidia(120, 99, 170, every=4),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), Chip(304, 0, 64 * 1024), every=4),
 }
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64"}
 
@@ -237,8 +238,9 @@ def check(task):
     return results
 
 
-def tasks_of(target, every):
-    """What is compiled for a target; every: of so many layers one."""
+def tasks_of(target, everything):
+    """What is compiled for a target: all layers, or one of so many."""
+    every = 1 if everything else TARGETS[target].every
     layers, layers3x3 = LAYERS[::every], LAYERS3X3[::every]
     for dtype in DTYPES:
         yield from ((record_layer, target, dtype, *case) for case in layers)
@@ -265,10 +267,10 @@ def table(compiled):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("targets", nargs="*", default=list(TARGETS), help=", ".join(TARGETS))
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="compile one of N layers")
+    parser.add_argument("--all", action="store_true", help="all layers for every target, not a share of them")
     parser.add_argument("--table", action="store_true", help="end with the table of docs/kernels.md")
     arguments = parser.parse_args()
-    tasks = [task for target in arguments.targets for task in tasks_of(target, arguments.every)]
+    tasks = [task for target in arguments.targets for task in tasks_of(target, arguments.all)]
     compiled = []
     with ProcessPoolExecutor() as pool:
         for result in itertools.chain.from_iterable(pool.map(check, tasks)):
