@@ -1,0 +1,318 @@
+"""Plants faults in the package, one at a time, and shows that the tests which run on a CPU kill them.
+
+    python tests/mutants.py              goes on where tests/mutants.json ends; --limit 10: ten more
+    python tests/mutants.py --list       prints every mutant
+    python tests/mutants.py --rerun ID   forgets what became of one, and runs it again
+
+HAND_MADE are faults that somebody might make; others are sampled by seed from every operator, comparison, constant,
+mask and stride of kernels, autograd formulas, validation and modules. Each runs in a copy of the tracked files, first
+the quickest tests that cover its file: killed (a test fails, or nothing ends in time), survived, or equivalent: listed
+below with the reason why no test can tell. Native mutants are compiled first. Not part of the suite, which only checks
+that every fault can be planted (test_mutants.py).
+"""
+
+import argparse
+import ast
+import io
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tokenize
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+REPORT = Path(__file__).with_suffix(".json")
+SEED, SAMPLED = 0, 60
+TIMEOUT = 900
+"""Seconds for one group of tests: a mutant that makes a loop endless is killed by this."""
+
+
+class Mutant(NamedTuple):
+    """`old`, found once in the file (a sampled one: from character `at` on), becomes `new`."""
+
+    id: str
+    file: str
+    old: str
+    new: str
+    at: int | None = None
+
+
+KERNELS, PACKAGE, CPU = "ar_kernels/kernels/", "ar_kernels/", "csrc/cpu/"
+FORWARD, BACKWARD, SPATIAL = (f"{KERNELS}{name}.py" for name in ("attend_forward", "attend_backward", "attend3x3"))
+
+HAND_MADE = [
+    # the forward sweep
+    ("a dropped rescale", FORWARD, "before = p_sums[i] * shrink[None, :]", "before = p_sums[i]"),
+    ("a dropped rescale in chunks", FORWARD, "other=0.0) * shrink[None, :]", "other=0.0)"),
+    ("a denominator not rescaled", FORWARD, "d * shrink + tl.sum(p, axis=0)", "d + tl.sum(p, axis=0)"),
+    ("the bias left out", FORWARD, "            z_tiles = z_tiles + (z_tile,)\n        logit += bias[None, :]\n", "            z_tiles = z_tiles + (z_tile,)\n"),
+    ("positions past the end count", FORWARD, "logit = tl.where(real[:, None], logit, float(\"-inf\"))", "logit = logit"),
+    ("no maximum", FORWARD, "m_new = tl.maximum(m, tl.max(logit, axis=0))", "m_new = tl.maximum(m, 0.0)"),
+    ("infinite logits counted from themselves", "ar_kernels/kernels/tiles.py", "return tl.where(tl.abs(m) == float(\"inf\"), 0.0, m)", "return m"),
+    ("parts not rescaled", FORWARD, "p_tile += sums * tl.exp(part - start)[None, :]", "p_tile += sums"),
+    ("gates of unbounded scores", FORWARD, "tl.exp(tanh(t)), 0.0)", "tl.exp(t), 0.0)"),
+    ("gates over all heads", FORWARD, "e = tl.where(heads < GATED, tl.exp", "e = tl.where(heads <= GATED, tl.exp"),
+    ("the score bias left out", FORWARD, "    if score_b is not None:\n        t +=", "    if False:\n        t +="),
+    ("pooled rows swapped with channels", FORWARD, "    offsets = heads[None, :] * C + channels[:, None]\n    real = (channels < C)[:, None] & (heads < HEADS)[None, :]\n    tl.store(pooled", "    offsets = heads[None, :] + channels[:, None] * HEADS\n    real = (channels < C)[:, None] & (heads < HEADS)[None, :]\n    tl.store(pooled"),
+    ("logits of the wrong image", FORWARD, "targets = logits + n * HEADS * positions +", "targets = logits + n * positions +"),
+    # tiles
+    ("a wrong row stride", "ar_kernels/kernels/tiles.py", "rows += positions // width * VECTOR * stride_h", "rows += positions // width * VECTOR * stride_w"),
+    ("int32 offsets inside an image", "ar_kernels/kernels/tiles.py", "last >= 2**31)", "last >= 2**62)"),
+    ("off by one at the end of a split", "ar_kernels/kernels/tiles.py", "    end = tl.minimum(begin + split_length, positions)\n    if UNIT", "    end = tl.minimum(begin + split_length - 1, positions)\n    if UNIT"),
+    ("a column map of the wrong stride", "ar_kernels/kernels/tiles.py", "        if width == 1:\n", "        if False:\n"),
+    # the backward sweep
+    ("missing gate gradient", BACKWARD, "        dt += g * (dg - tl.sum(g * dg, axis=0)) * (1.0 - u * u)\n", "        dt += 0.0 * g\n"),
+    ("the gate's softmax not centred", BACKWARD, "g * (dg - tl.sum(g * dg, axis=0)) * (1.0 - u * u)", "g * dg * (1.0 - u * u)"),
+    ("tanh's slope left out", BACKWARD, "tl.sum(g * dg, axis=0)) * (1.0 - u * u)", "tl.sum(g * dg, axis=0))"),
+    ("gradients of gates ignored", BACKWARD, "        if grad_gates is not None:\n            dg +=", "        if False:\n            dg +="),
+    ("δ left out", BACKWARD, "dl = a * (da - delta[None, :])", "dl = a * da"),
+    ("a gradient of lse of the wrong sign", BACKWARD, "sums -= scale * load_head_values(grad_lse", "sums += scale * load_head_values(grad_lse"),
+    ("direct gradients of logits unscaled", BACKWARD, "dl += scale * tl.load(grad_logits", "dl += tl.load(grad_logits"),
+    ("upstream left out", BACKWARD, "        dz_tile += tl.load(upstream + n * (up_n.to(tl.int64) * UP_VECTOR) + offsets, mask=real, other=0.0).to(\n            dz_tile.dtype\n        )\n", "        dz_tile += 0.0\n"),
+    ("upstream of the first image", BACKWARD, "tl.load(upstream + n * (up_n", "tl.load(upstream + 0 * (up_n"),
+    ("the mean over all positions but one", BACKWARD, "1.0 / positions.to(ACC), a)", "1.0 / (positions - 1).to(ACC), a)"),
+    ("a scale not taken back", BACKWARD, "    dz_tile *= inverse\n", ""),
+    ("W_H and dP swapped", BACKWARD, "logit, da = tl.split(", "da, logit = tl.split("),
+    ("stale sums of another program", BACKWARD, "fresh = (row == program) & (start == begin)", "fresh = start == begin"),
+    # 3×3
+    ("taps mirrored", SPATIAL, "    shift = (tap // 3 - 1) * (width + 2) + tap % 3 - 1\n", "    shift = (1 - tap // 3) * (width + 2) + 1 - tap % 3\n"),
+    ("rows wrap around the border", SPATIAL, "& (x + dx >= 0) & (x + dx < width)", ""),
+    ("a line too few of the band above", SPATIAL, "tl.maximum(begin - width, 0), 16)", "tl.maximum(begin, 0), 16)"),
+    ("NaN leaks into other channels' mean", SPATIAL, "a = tl.where((rows == R_TILE - 1)[:, None], 1.0, a)", "a = tl.where((rows == R_TILE - 1)[:, None] & (s < end)[None, :], 1.0, a)"),
+    ("float16's scale without direct gradients", SPATIAL, "most = tl.maximum(most, tl.load(largest_direct + n))", "most = most"),
+    ("dlse left out", SPATIAL, "shift -= tl.load(grad_lse + row", "shift -= 0 * tl.load(grad_lse + row"),
+    # rectify
+    ("sigmoid gates undivided", f"{KERNELS}rectify.py", "ds = sigma * (1.0 - sigma) * ds / total", "ds = sigma * (1.0 - sigma) * ds"),
+    ("the log mix without its softmax", f"{KERNELS}rectify.py", "slope = dy[None, :] - tl.exp(tile - shift[:, None]) * dy_sum", "slope = dy[None, :] + 0.0 * tile"),
+    ("global gates not centred", f"{KERNELS}rectify.py", "ds = dgates - tl.sum(tl.where(i < D, gates * dgates, 0.0), axis=0)", "ds = dgates"),
+    # operators and their derivatives
+    ("the bias's gradient of lse alone", f"{PACKAGE}ops.py", "        db = db + grad_logits.sum(dim=(0, 2))\n", "        pass\n"),
+    ("gradients in the map's layout, never its own", f"{PACKAGE}ops.py", "return z.stride(1) < z.stride(-1)", "return False"),
+    ("an upstream gradient lost where nothing else is used", f"{PACKAGE}ops.py", "return upstream, None, None, None, None, doutput_w, *[None] * 5", "return None, None, None, None, None, doutput_w, *[None] * 5"),
+    ("no gradients of no images", f"{PACKAGE}ops.py", "    dz, dw, dscore_w, dscore_b = gradients\n    if z.shape[0] == 0:\n        for gradient in gradients:\n            gradient.zero_()\n", "    dz, dw, dscore_w, dscore_b = gradients\n    if z.shape[0] == 0:\n"),
+    ("double backward of the wrong inputs", f"{PACKAGE}ops.py", "_double_backward(forward, inputs, (0, 1, 3, 4),", "_double_backward(forward, inputs, (1, 0, 3, 4),"),
+    ("double backward in autocast", f"{PACKAGE}ops.py", "    with autocast_off(values[0]):\n        results", "    with nullcontext():\n        results"),
+    ("a batch of gradients mapped once", f"{PACKAGE}ops.py", "argument.select(dim, index)", "argument.select(dim, 0)"),
+    ("a frozen tap that is not", f"{PACKAGE}ops.py", "through = tap and z.requires_grad", "through = tap"),
+    # validation, modules, models
+    ("masks of global heads returned", f"{PACKAGE}functional.py", "eager.attention_masks(fused.logits[:, :heads], fused.lse[:, :heads])", "eager.attention_masks(fused.logits[:, -heads:], fused.lse[:, -heads:])"),
+    ("global heads swapped with local ones", f"{PACKAGE}functional.py", "weight = torch.cat([mask_weight, global_mask_weight.to(mask_weight.dtype)])", "weight = torch.cat([global_mask_weight.to(mask_weight.dtype), mask_weight])"),
+    ("a silent fallback", f"{PACKAGE}functional.py", "    reason = _why_not(name, data, mask_weight, named=True)\n    if reason is not None:\n", "    reason = _why_not(name, data, mask_weight, named=True)\n    if reason is not None and name == 'triton':\n        return 'eager'\n    if reason is not None:\n"),
+    ("a choice that outlives its block", f"{PACKAGE}functional.py", "        _choice.name = previous\n", "        pass\n"),
+    ("any device goes", f"{PACKAGE}functional.py", "    if value.device != feature_map.device:\n", "    if False:\n"),
+    ("float64 weights beside float32 maps", f"{PACKAGE}functional.py", "dtype.itemsize == 2 and value.dtype == torch.float32)", "value.dtype in _FLOATS)"),
+    ("the module's gate bias unused", f"{PACKAGE}modules.py", "            gate_bias=self.gate_bias,\n", ""),
+    ("a layer's gate for another", f"{PACKAGE}attend_rectify.py", "global_gates=wrapper.global_gates if index == wrapper._last else None", "global_gates=wrapper.global_gates if index == 0 else None"),
+    ("a dry run that draws", f"{PACKAGE}attend_rectify.py", "            stack.enter_context(torch.random.fork_rng(gpus))\n", ""),
+    ("hooks that stay after the dry run", f"{PACKAGE}attend_rectify.py", "        for handle in handles:\n            handle.remove()\n", ""),
+    ("a checkpoint's sums unread", f"{PACKAGE}official.py", "        _check_sums(file)\n", ""),
+    ("code in a checkpoint runs", f"{PACKAGE}official.py", 'map_location="cpu", weights_only=True)', 'map_location="cpu", weights_only=False)'),
+    ("a checkpoint half written", f"{PACKAGE}experiments/files.py", '    temporary = path.with_name(f".{path.name}.tmp")', "    temporary = path"),
+    ("metrics not cut back at resume", f"{PACKAGE}experiments/training.py", "        self._log.truncate(keep)\n", ""),
+    ("the loss's target off by one head", f"{PACKAGE}losses.py", "weight = (gates * grad.unsqueeze(1)).unsqueeze(2)", "weight = (gates.roll(1, 1) * grad.unsqueeze(1)).unsqueeze(2)"),
+    # the native library
+    ("native: a dropped rescale", f"{CPU}attend_forward.cpp", "if (start > begin && shrink != 1) scale(", "if (false) scale("),
+    ("native: the tail of a tile counts", f"{CPU}attend_forward.cpp", "l[lane] = -A(INFINITY);", "l[lane] = 0;"),
+    ("native: exponentials end before infinity", f"{CPU}simd.h", "x > kHighest ? all<A>(A(INFINITY)) : scaled", "scaled"),
+    ("native: splits merged unscaled", f"{CPU}attend_forward.cpp", "theirs = exponential(part.m[k] - origin(largest));", "theirs = 1;"),
+]  # fmt: skip
+
+SAMPLED_FROM = (
+    *(f"{KERNELS}{name}.py" for name in ("attend_forward", "attend_backward", "attend3x3", "rectify", "tiles")),
+    *(f"{PACKAGE}{name}.py" for name in ("ops", "functional", "eager", "modules", "losses", "attend_rectify")),
+)
+
+OF_1X1 = [
+    ["tests/test_properties.py", "-k", "interpreter and 0"],
+    ["tests/test_attend.py", "-k", "float64_equals and triton"],
+    ["tests/test_extremes.py", "-k", "triton"],
+    ["tests/test_attend.py", "tests/test_ops.py", "-k", "triton or float16 or device"],
+    ["tests/test_properties.py", "-k", "interpreter"],
+]
+OF_3X3 = [
+    ["tests/test_attend3x3.py", "-k", "float64_equals or float16 or no_images"],
+    ["tests/test_extremes.py", "-k", "triton and 9"],
+    ["tests/test_attend3x3.py", "tests/test_properties.py", "-k", "not random or interpreter"],
+]
+OF_OPS = [
+    ["tests/test_ops.py", "-k", "rectify or gradcheck"],
+    ["tests/test_attend.py", "-k", "native or eager"],
+    ["tests/test_ops.py", "tests/test_attend3x3.py", "tests/test_attend.py"],
+    ["tests/test_modules.py", "tests/test_properties.py", "tests/test_extremes.py", "tests/test_official.py"],
+]
+TESTS = {
+    FORWARD: OF_1X1,
+    BACKWARD: OF_1X1,
+    SPATIAL: OF_3X3,
+    f"{KERNELS}tiles.py": [*OF_1X1[:2], *OF_3X3[:1], ["tests/test_ops.py", "-k", "beyond"], *OF_1X1[2:]],
+    f"{KERNELS}rectify.py": [["tests/test_ops.py", "-k", "rectify and triton"], ["tests/test_extremes.py", "-k", "rectify"]],
+    f"{PACKAGE}ops.py": OF_OPS,
+    f"{PACKAGE}eager.py": [["tests/test_attend.py", "-k", "float64_equals and eager"], *OF_OPS],
+    f"{PACKAGE}functional.py": [
+        ["tests/test_errors.py", "-k", "eager"], ["tests/test_attend.py", "-k", "eager or named or explain"],
+        ["tests/test_properties.py", "-k", "cases and 0"], *OF_OPS,
+    ],
+    f"{PACKAGE}modules.py": [["tests/test_modules.py"], ["tests/test_refusals.py", "tests/test_models.py"]],
+    f"{PACKAGE}losses.py": [["tests/test_losses.py"], ["tests/test_refusals.py"]],
+    f"{PACKAGE}attend_rectify.py": [["tests/test_refusals.py"], ["tests/test_attend_rectify.py"], ["tests/test_digits.py"]],
+    f"{PACKAGE}official.py": [["tests/test_endurance.py", "-k", "official or code"], ["tests/test_official.py"]],
+    f"{PACKAGE}experiments/files.py": [["tests/test_endurance.py", "-k", "disk or file"]],
+    f"{PACKAGE}experiments/training.py": [["tests/test_experiments.py", "-k", "broken"], ["tests/test_endurance.py"]],
+}  # fmt: skip
+OF_NATIVE = [
+    ["tests/test_attend.py", "-k", "native and (float64 or infinite)"],
+    ["tests/test_extremes.py", "-k", "native"],
+    ["tests/test_properties.py", "-k", "cases and not interpreter"],
+]
+
+EQUIVALENT: dict[str, str] = {}
+"""By id: why no result can differ."""
+
+
+# ---------------------------------------------------------------------------------------------- planting
+
+SWAPPED = {
+    "+": "-", "-": "+", "*": "+", "//": "%", "%": "//", "/": "*", "<": "<=", "<=": "<", ">": ">=", ">=": ">",
+    "==": "!=", "!=": "==", "&": "|", "+=": "-=", "-=": "+=", "*=": "+=", "and": "or", "or": "and", "not": "",
+    "True": "False", "False": "True", "is": "is not", "0.0": "1.0", "1.0": "0.0",
+}  # fmt: skip
+
+
+def candidates(file: str) -> list[Mutant]:
+    """Every operator, comparison, number and flag of a file's functions, each swapped for its neighbour."""
+    source = (ROOT / file).read_text(encoding="utf-8")
+    lines = [0]
+    for line in source.splitlines(keepends=True):
+        lines.append(lines[-1] + len(line))
+    tree, inside = ast.parse(source), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            for statement in node.body:
+                text = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+                raised = isinstance(statement, ast.Raise)
+                if not text and not raised:
+                    inside.update(range(statement.lineno, statement.end_lineno + 1))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Raise | ast.AnnAssign):
+            inside.difference_update(range(node.lineno, node.end_lineno + 1))
+    found = []
+    tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+    for before, token, after in zip(tokens, tokens[1:], tokens[2:]):
+        line, column = token.start
+        text, old = token.string, before.string
+        if line not in inside or token.type not in (tokenize.OP, tokenize.NAME, tokenize.NUMBER):
+            continue
+        new = SWAPPED.get(text)
+        if text in "+-*" and old in ("(", ",", "=", "[", ":", "return", "==", "<", "*") or text == "*" and old == "**":
+            continue  # a sign, or an unpacking
+        if (text, after.string) == ("is", "not"):
+            continue  # the not itself is one
+        if token.type == tokenize.NUMBER and new is None and text.isdigit():
+            new = str(int(text) + 1)
+        if new is not None:
+            at = lines[line - 1] + column
+            found.append(Mutant(f"{file}:{line}:{column} {text} → {new or 'nothing'}", file, text, new, at))
+    return found
+
+
+def mutants() -> list[Mutant]:
+    """The hand-made, then the sampled, always in the same order."""
+    pool = [mutant for file in SAMPLED_FROM for mutant in candidates(file)]
+    return [Mutant(*each) for each in HAND_MADE] + random.Random(SEED).sample(pool, SAMPLED)
+
+
+def planted(source: str, mutant: Mutant) -> str:
+    if mutant.at is not None:
+        assert source.startswith(mutant.old, mutant.at), mutant.id
+        return source[: mutant.at] + mutant.new + source[mutant.at + len(mutant.old) :]
+    assert source.count(mutant.old) == 1, f"{mutant.id}: found {source.count(mutant.old)} times"
+    return source.replace(mutant.old, mutant.new)
+
+
+# ---------------------------------------------------------------------------------------------- running
+
+
+def copy_of_tree(folder: Path) -> None:
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    for name in [*filter(None, names), "ar_kernels/_native.so", "ar_kernels/_native.txt"]:
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+
+
+def outcome(mutant: Mutant, folder: Path) -> dict:
+    file = folder / mutant.file
+    source = file.read_text(encoding="utf-8")
+    file.write_text(planted(source, mutant), encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment |= {"AR_KERNELS_BUILD": "1", "AR_KERNELS_CUDA_ARCHS": ""}
+    start = time.perf_counter()
+    result = {"id": mutant.id, "file": mutant.file, "outcome": "survived", "by": None}
+    native = mutant.file.startswith("csrc")
+    groups = OF_NATIVE if native else TESTS[mutant.file]
+    built = folder / "ar_kernels" / "_native.so"
+    try:
+        if native:
+            build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+            subprocess.run(build, cwd=folder, env=environment, check=True, capture_output=True)
+        for group in groups:
+            command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *group]
+            try:
+                run = subprocess.run(
+                    command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT
+                )
+            except subprocess.TimeoutExpired:
+                result |= {"outcome": "killed", "by": f"{' '.join(group)}: no end"}
+                break
+            if run.returncode not in (0, 5):  # 5: no test was selected
+                failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+                by = failed[0].split(" - ")[0].split(" ", 1)[1] if failed else f"{' '.join(group)}: crashed"
+                result |= {"outcome": "killed", "by": by}
+                break
+    finally:
+        file.write_text(source, encoding="utf-8")
+        if native and (ROOT / "ar_kernels" / "_native.so").exists():
+            shutil.copy2(ROOT / "ar_kernels" / "_native.so", built)
+    return result | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--limit", type=int, help="how many mutants to run")
+    parser.add_argument("--list", action="store_true", help="print every mutant")
+    parser.add_argument("--rerun", help="the id of a mutant to run again")
+    options = parser.parse_args()
+    if options.list:
+        print(*(mutant.id for mutant in mutants()), sep="\n")
+        return
+    report = json.loads(REPORT.read_text(encoding="utf-8")) if REPORT.exists() else {"results": []}
+    results = {result["id"]: result for result in report["results"] if result["id"] != options.rerun}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    left = [mutant for mutant in mutants() if mutant.id not in results]
+    with tempfile.TemporaryDirectory() as folder:
+        copy_of_tree(Path(folder))
+        for mutant in left[: options.limit]:
+            results[mutant.id] = outcome(mutant, Path(folder)) | {"commit": commit}
+            if mutant.id in EQUIVALENT and results[mutant.id]["outcome"] == "survived":
+                results[mutant.id] |= {"outcome": "equivalent", "reason": EQUIVALENT[mutant.id]}
+            print(results[mutant.id], flush=True)
+            write(results)
+    write(results)
+
+
+def write(results: dict[str, dict]) -> None:
+    known = [mutant.id for mutant in mutants()]
+    kept = [results[name] for name in known if name in results]
+    counts = {kind: sum(r["outcome"] == kind for r in kept) for kind in ("killed", "survived", "equivalent")}
+    summary = {"seed": SEED, "mutants": len(known), "not_run": len(known) - len(kept), **counts}
+    REPORT.write_text(json.dumps(summary | {"results": kept}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
