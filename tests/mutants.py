@@ -209,7 +209,8 @@ def candidates(file: str) -> list[Mutant]:
         if line not in inside or token.type not in (tokenize.OP, tokenize.NAME, tokenize.NUMBER):
             continue
         new = SWAPPED.get(text)
-        if text in "+-*" and old in ("(", ",", "=", "[", ":", "return", "==", "<", "*") or text == "*" and old == "**":
+        starts = before.type in (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT)
+        if text in "+-*" and (starts or old in ("(", ",", "=", "[", ":", "return", "==", "<", "*", "**")):
             continue  # a sign, or an unpacking
         if (text, after.string) == ("is", "not"):
             continue  # the not itself is one
