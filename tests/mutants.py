@@ -101,9 +101,9 @@ HAND_MADE = [
     ("a batch of gradients mapped once", f"{PACKAGE}ops.py", "argument.select(dim, index)", "argument.select(dim, 0)"),
     ("a frozen tap that is not", f"{PACKAGE}ops.py", "through = tap and z.requires_grad", "through = tap"),
     # validation, modules, models
-    ("masks of global heads returned", f"{PACKAGE}functional.py", "eager.attention_masks(fused.logits[:, :heads], fused.lse[:, :heads])", "eager.attention_masks(fused.logits[:, -heads:], fused.lse[:, -heads:])"),
+    ("masks of global heads returned", f"{PACKAGE}functional.py", "eager.attention_masks(logits[:, :heads], lse[:, :heads])", "eager.attention_masks(logits[:, -heads:], lse[:, -heads:])"),
     ("global heads swapped with local ones", f"{PACKAGE}functional.py", "weight = torch.cat([mask_weight, global_mask_weight.to(mask_weight.dtype)])", "weight = torch.cat([global_mask_weight.to(mask_weight.dtype), mask_weight])"),
-    ("a silent fallback", f"{PACKAGE}functional.py", "    reason = _why_not(name, data, mask_weight, named=True)\n    if reason is not None:\n", "    reason = _why_not(name, data, mask_weight, named=True)\n    if reason is not None and name == 'triton':\n        return 'eager'\n    if reason is not None:\n"),
+    ("a silent fallback", f"{PACKAGE}functional.py", "    raise ImplementationUnavailable(f\"implementation {name!r}", "    if name == 'triton':\n        return 'eager'\n    raise ImplementationUnavailable(f\"implementation {name!r}"),
     ("a choice that outlives its block", f"{PACKAGE}functional.py", "        _choice.name = previous\n", "        pass\n"),
     ("any device goes", f"{PACKAGE}functional.py", "    if value.device != feature_map.device:\n", "    if False:\n"),
     ("float64 weights beside float32 maps", f"{PACKAGE}functional.py", "dtype.itemsize == 2 and value.dtype == torch.float32)", "value.dtype in _FLOATS)"),
@@ -111,7 +111,7 @@ HAND_MADE = [
     ("a layer's gate for another", f"{PACKAGE}attend_rectify.py", "global_gates=wrapper.global_gates if index == wrapper._last else None", "global_gates=wrapper.global_gates if index == 0 else None"),
     ("a dry run that draws", f"{PACKAGE}attend_rectify.py", "            stack.enter_context(torch.random.fork_rng(gpus))\n", ""),
     ("hooks that stay after the dry run", f"{PACKAGE}attend_rectify.py", "        for handle in handles:\n            handle.remove()\n", ""),
-    ("a checkpoint's sums unread", f"{PACKAGE}official.py", "        _check_sums(file)\n", ""),
+    ("a checkpoint's sums unread", f"{PACKAGE}official.py", "                damaged = archive.testzip()\n", "                damaged = None\n"),
     ("code in a checkpoint runs", f"{PACKAGE}official.py", 'map_location="cpu", weights_only=True)', 'map_location="cpu", weights_only=False)'),
     ("a checkpoint half written", f"{PACKAGE}experiments/files.py", '    temporary = path.with_name(f".{path.name}.tmp")', "    temporary = path"),
     ("metrics not cut back at resume", f"{PACKAGE}experiments/training.py", "        self._log.truncate(keep)\n", ""),
@@ -119,7 +119,7 @@ HAND_MADE = [
     # the native library
     ("native: a dropped rescale", f"{CPU}attend_forward.cpp", "if (start > begin && shrink != 1) scale(", "if (false) scale("),
     ("native: the tail of a tile counts", f"{CPU}attend_forward.cpp", "l[lane] = -A(INFINITY);", "l[lane] = 0;"),
-    ("native: exponentials end before infinity", f"{CPU}simd.h", "x > kHighest ? all<A>(A(INFINITY)) : scaled", "scaled"),
+    ("native: exponentials end before infinity", f"{CPU}simd.h", "x > kHighest ? all<A>(A(INFINITY)) : x == x ? scaled : x", "x == x ? scaled : x"),
     ("native: splits merged unscaled", f"{CPU}attend_forward.cpp", "theirs = exponential(part.m[k] - origin(largest));", "theirs = 1;"),
 ]  # fmt: skip
 
@@ -158,11 +158,11 @@ TESTS = {
         ["tests/test_errors.py", "-k", "eager"], ["tests/test_attend.py", "-k", "eager or named or explain"],
         ["tests/test_properties.py", "-k", "cases and 0"], *OF_OPS,
     ],
-    f"{PACKAGE}modules.py": [["tests/test_modules.py"], ["tests/test_refusals.py", "tests/test_models.py"]],
-    f"{PACKAGE}losses.py": [["tests/test_losses.py"], ["tests/test_refusals.py"]],
-    f"{PACKAGE}attend_rectify.py": [["tests/test_refusals.py"], ["tests/test_attend_rectify.py"], ["tests/test_digits.py"]],
-    f"{PACKAGE}official.py": [["tests/test_endurance.py", "-k", "official or code"], ["tests/test_official.py"]],
-    f"{PACKAGE}experiments/files.py": [["tests/test_endurance.py", "-k", "disk or file"]],
+    f"{PACKAGE}modules.py": [["tests/test_modules.py"], ["tests/test_errors.py", "tests/test_models.py"]],
+    f"{PACKAGE}losses.py": [["tests/test_losses.py"], ["tests/test_errors.py"]],
+    f"{PACKAGE}attend_rectify.py": [["tests/test_errors.py"], ["tests/test_attend_rectify.py"], ["tests/test_digits.py"]],
+    f"{PACKAGE}official.py": [["tests/test_checkpoints.py"], ["tests/test_official.py"]],
+    f"{PACKAGE}experiments/files.py": [["tests/test_checkpoints.py"]],
     f"{PACKAGE}experiments/training.py": [["tests/test_experiments.py", "-k", "broken"], ["tests/test_endurance.py"]],
 }  # fmt: skip
 OF_NATIVE = [
