@@ -27,7 +27,8 @@ inline void check_shape(const char* name, const Tensor& tensor, std::initializer
   int64_t i = 0;
   for (const int64_t size : sizes) {
     expected += (i ? ", " : "") + std::to_string(size);
-    same = same && tensor.size(i++) == size;
+    same = same && tensor.size(i) == size;
+    ++i;
   }
   STD_TORCH_CHECK(same, name, " must be ", expected, "], got ", shape_of(tensor));
 }

@@ -165,6 +165,7 @@ def test_no_target_leaks_instructions_into_another():
         ({1: torch.zeros(6)}, r"w must be \[K, C\] with a head, got \[6\]"),
         ({2: torch.zeros(3)}, r"b must be \[4\], got \[3\]"),
         ({3: torch.zeros(4, 7)}, r"score_w must be \[4, 6\], got \[4, 7\]"),
+        ({3: torch.zeros(4)}, r"score_w must be \[4, 6\], got \[4\]"),
         ({5: 5}, "gated_heads must be from 0 to K = 4, got 5"),
     ],
 )

@@ -20,10 +20,9 @@ namespace {
 
 using MaybeTensor = std::optional<Tensor>;
 
-// Bytes of a tile: a tile of channels_last rows stays in the first-level cache; NCHW has its rows far apart and wants
-// long ones, in the second level.
-constexpr int64_t kChannelsLastTileBytes = 1 << 15;
-constexpr int64_t kContiguousTileBytes = 1 << 18;
+// Bytes of a tile, which stays in the second-level cache. Of channels_last, one that fits the first level is slower: a
+// tile costs every head a maximum, a rescaled sum and some exponentials.
+constexpr int64_t kTileBytes = 1 << 18;
 constexpr int64_t kFewestPositions = 16;  // of a tile, if the map has them
 constexpr int64_t kMostPositions = 128;   // of channels_last, where one sum runs over all of them: it rounds less so
 // Parts that the work is cut into for threads to share: by shape alone, so that sums don't depend on the threads.
@@ -68,12 +67,14 @@ Layer layer_of(const Tensor& z, const Tensor& w, int64_t gated) {
   layer.gated = gated;
   layer.positions_adjacent = positions_are_adjacent(map_of(z), layer.channels, layer.height, layer.width);
 
-  const int64_t bytes = layer.positions_adjacent ? kContiguousTileBytes : kChannelsLastTileBytes;
   const int64_t element = layer.kind == Kind::kDouble ? 8 : layer.kind == Kind::kFloat ? 4 : 2;
   const int64_t step = layer.positions_adjacent ? 4 * kFewestPositions : kFewestPositions;
   const int64_t positions = layer.positions();
-  layer.tile = std::min(positions, std::max(step, bytes / (layer.channels * element) / step * step));
-  if (!layer.positions_adjacent) layer.tile = std::min(layer.tile, kMostPositions);
+  layer.tile = std::min(positions, std::max(step, kTileBytes / (layer.channels * element) / step * step));
+  if (!layer.positions_adjacent) {  // nor longer than the splits of few images
+    const int64_t items = kItems / std::clamp<int64_t>(layer.images, 1, kItems);
+    layer.tile = std::min({layer.tile, kMostPositions, (positions + items * step - 1) / (items * step) * step});
+  }
   if (layer.taps > 1) {  // whole lines, and not so few that those around them, which are read too, outweigh them
     const int64_t wanted = (kItems + layer.images - 1) / std::max<int64_t>(layer.images, 1);
     const int64_t lines = std::max(kFewestLines, (layer.height + wanted - 1) / std::max<int64_t>(wanted, 1));
