@@ -113,7 +113,7 @@ def cases(draw, cuda: bool = False, small: bool = False) -> Case:
         pick = random.Random(draw(st.integers(0, STRUCTURES - 1))).choice
     else:
         pick = lambda values: draw(st.sampled_from(values))  # noqa: E731
-    sides = [1, 2, 3, 5] if small else [1, 2, 3, 4, 7, 8, 13]
+    sides = [1, 2, 3, 13] if small else [1, 2, 3, 4, 7, 8, 13]
     return Case(
         **structure(pick, cuda),
         images=draw(st.sampled_from([1, 2] if small else [0, 1, 2, 3, 5])),
@@ -341,21 +341,21 @@ def number_of_cases(request: pytest.FixtureRequest, device: torch.device) -> int
 
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_random_cases(shard, request, device):
-    """19 of 20 cases; on a GPU all of them, the kernels' compiled forms included."""
+    """39 of 40 cases; on a GPU all of them, the kernels' compiled forms included."""
     cuda = device.type == "cuda"
     implementations = ["eager", "triton"] if cuda else ["eager"]
     if native.why_not(device.type) is None:
         implementations.append("native")
     count = number_of_cases(request, device)
-    count = (count if cuda else count - count // 20) // SHARDS
+    count = (count if cuda else count - count // 40) // SHARDS
     run_cases(cases(cuda=cuda), count, shard, implementations, device)
 
 
-@pytest.mark.parametrize("shard", range(4))
+@pytest.mark.parametrize("shard", range(2))
 def test_random_cases_in_the_interpreter(shard, request, device):
     """The rest of the cases, of few programs."""
     pytest.importorskip("triton")
     if device.type != "cpu":
         pytest.skip("on a GPU every case runs the Triton kernels")
-    count = number_of_cases(request, device) // 20 // 4
+    count = number_of_cases(request, device) // 40 // 2
     run_cases(cases(small=True), count, 100 + shard, ["triton"], device)
