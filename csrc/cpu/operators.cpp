@@ -4,6 +4,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <array>
 #include <memory>
@@ -30,6 +35,7 @@ constexpr int64_t kItems = 32;
 constexpr int64_t kFewestLines = 4;  // of a split, of 3x3 heads
 constexpr int64_t kElementsOfGroup = 1 << 16, kMostGroups = 128;
 constexpr int64_t kStreamedBytes = 1 << 23;       // of dZ: a larger one leaves the caches before it is read again
+constexpr int64_t kLargePagesBytes = 1 << 22;     // of dZ: wherever it begins, 2 MB of it are a page of their own
 constexpr int64_t kElementsPerThread = 1 << 17;   // less is not worth another thread
 constexpr int64_t kAdditionsPerThread = 1 << 20;  // likewise, of the last sums
 
@@ -243,6 +249,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_attend3
   return forward(z, w, b, score_w, score_b, gated_heads, true, wants_mean, 9);
 }
 
+// Memory new to the process is cleared page by page as it is first written: with small pages that takes longer than
+// the backward itself. A hint, for the pages that the tensor has to itself; the system may ignore it.
+void ask_for_large_pages([[maybe_unused]] const Tensor& tensor) {
+#if defined(__linux__)
+  const int64_t bytes = tensor.numel() * static_cast<int64_t>(tensor.element_size());
+  if (bytes < kLargePagesBytes) return;
+  const uintptr_t page = sysconf(_SC_PAGESIZE), data = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+  const uintptr_t begin = (data + page - 1) / page * page, end = (data + bytes) / page * page;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 // z's gradient, contiguous or channels_last.
 Tensor empty_gradient(const Tensor& z, bool channels_last) {
   const int64_t channels = z.size(1), width = z.size(-1),
@@ -259,7 +277,9 @@ Tensor empty_gradient(const Tensor& z, bool channels_last) {
                                     torch::stable::detail::from(std::optional<torch::stable::Device>()),
                                     torch::stable::detail::from(std::optional<bool>())};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::new_empty_strided", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  const Tensor gradient = torch::stable::detail::to<Tensor>(stack[0]);
+  ask_for_large_pages(gradient);
+  return gradient;
 }
 
 // sum over r of weights[r][k] rows[r][k][c] in `dtype`, [K, C] of rows [R, K, C]; of rows [R, K], [K].
