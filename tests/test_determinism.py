@@ -51,8 +51,6 @@ def official_step(device: torch.device) -> tuple[nn.Module, torch.Tensor]:
 
 @pytest.mark.parametrize("step", [warn_step, attend_rectify_step, official_step])
 def test_five_runs_give_the_same_bits(step, implementation, device):
-    if implementation == "native" and step is official_step:
-        pytest.skip("3×3 heads are not in the native library yet")
     runs = []
     for _ in range(5):
         torch.manual_seed(0)

@@ -51,18 +51,24 @@ def child(folder, resume):
     return pid
 
 folder = Path(sys.argv[1])
-start = time.perf_counter()
 assert os.waitpid(child(folder / "unbroken", False), 0)[1] == 0
-unbroken = time.perf_counter() - start
-chance, kills, metrics = random.Random(int(sys.argv[3])), 0, folder / "broken" / "metrics.jsonl"
+metrics = folder / "broken" / "metrics.jsonl"
+
+def lines():
+    return metrics.read_bytes().count(b"\\n") if metrics.exists() else 0
+
+chance, kills, goal = random.Random(int(sys.argv[3])), 0, 0
 while kills < int(sys.argv[2]):
     pid = child(folder / "broken", kills > 0)
-    time.sleep(chance.random() * unbroken / 24)  # 20 of them end long before the run does, on a busier machine too
+    goal += chance.randrange(6)  # lines of metrics until it is killed: 0 while it starts; all together less than STEPS
+    while lines() < goal:
+        time.sleep(0.001)
+    time.sleep(chance.random() * 0.01)  # at any moment of a step
     os.kill(pid, signal.SIGKILL)
     status = os.waitpid(pid, 0)[1]
     assert os.WIFSIGNALED(status), (kills, status, "ended before it was killed")
     kills += 1
-    print(kills, metrics.read_bytes().count(b"\\n") if metrics.exists() else 0)
+    print(kills, lines())
 assert os.waitpid(child(folder / "broken", True), 0)[1] == 0
 """
 

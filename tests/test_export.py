@@ -51,8 +51,6 @@ def exported(name: str, implementation: str, device: torch.device) -> tuple:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_any_batch_and_resolution(name, implementation, device):
-    if name == "3×3 module" and implementation == "native":
-        pytest.skip("3×3 heads are not in the native library yet")
     program, images, expected = exported(name, implementation, device)
     targets = {str(node.target) for node in program.graph.nodes}
     assert any("gated_attend" in target for target in targets) == (implementation != "eager")
