@@ -145,7 +145,9 @@ def _gated_attend(
     gated_heads: int,
     wants_logits: bool,
     wants_mean: bool,
+    alike: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """alike: an image is cut up the same in whatever batch it comes, so that its results have the same bits."""
     outputs = _allocate(z, w, gated_heads, wants_logits, wants_mean)
     if z.shape[0] > 0:
         pooled, lse, logits, scores, gates, features, mean = outputs
@@ -164,17 +166,19 @@ def _gated_attend(
                 scores if gated else None,
                 gates if gated else None,
                 features if gated else None,
+                alike,
             )
     return outputs
 
 
-def _gated_attend_fake(z, w, b, score_w, score_b, gated_heads, wants_logits, wants_mean):
+def _gated_attend_fake(z, w, b, score_w, score_b, gated_heads, wants_logits, wants_mean, alike=False):
     return _allocate(z, w, gated_heads, wants_logits, wants_mean)
 
 
 _define(
     "gated_attend(Tensor z, Tensor w, Tensor? b, Tensor? score_w, Tensor? score_b, SymInt gated_heads, "
-    "bool wants_logits, bool wants_mean) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool wants_logits, bool wants_mean, bool alike=False) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _gated_attend,
     _gated_attend_fake,
 )
@@ -295,6 +299,7 @@ def _gated_attend3x3(
     score_b: Tensor | None,
     gated_heads: int,
     wants_mean: bool,
+    alike: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     outputs = _allocate(z, w, gated_heads, True, wants_mean)
     if z.shape[0] > 0:
@@ -314,17 +319,18 @@ def _gated_attend3x3(
                 scores if gated else None,
                 gates if gated else None,
                 features if gated else None,
+                alike,
             )
     return outputs
 
 
-def _gated_attend3x3_fake(z, w, b, score_w, score_b, gated_heads, wants_mean):
+def _gated_attend3x3_fake(z, w, b, score_w, score_b, gated_heads, wants_mean, alike=False):
     return _allocate(z, w, gated_heads, True, wants_mean)
 
 
 _define(
     "gated_attend3x3(Tensor z, Tensor w, Tensor? b, Tensor? score_w, Tensor? score_b, SymInt gated_heads, "
-    "bool wants_mean) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool wants_mean, bool alike=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _gated_attend3x3,
     _gated_attend3x3_fake,
 )
@@ -418,10 +424,12 @@ class _GatedAttend(torch.autograd.Function):
     @staticmethod
     def forward(z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, tap, implementation):
         operators = _operators(implementation)
+        alike = torch.are_deterministic_algorithms_enabled()
+        inputs = z, w, b, score_w, score_b, gated_heads
         if w.dim() == 4:
-            outputs = operators.gated_attend3x3.default(z, w, b, score_w, score_b, gated_heads, wants_mean)
+            outputs = operators.gated_attend3x3.default(*inputs, wants_mean, alike)
         else:
-            outputs = operators.gated_attend.default(z, w, b, score_w, score_b, gated_heads, wants_logits, wants_mean)
+            outputs = operators.gated_attend.default(*inputs, wants_logits, wants_mean, alike)
         pooled, lse, logits, scores, gates, features, mean = outputs
         gated = gated_heads > 0
         return (

@@ -63,53 +63,59 @@ def test_five_runs_give_the_same_bits(step, implementation, device):
         assert all(torch.equal(value, first) for value, first in zip(run, runs[0], strict=True))
 
 
-def attended(z: torch.Tensor, weight: torch.Tensor, grads: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+def attended(
+    z: torch.Tensor, weight: torch.Tensor, grads: tuple[torch.Tensor, ...], implementation: str
+) -> dict[str, torch.Tensor]:
     """What attend returns, and dZ for the given gradients of pooled, lse, masks and the tap."""
     z = z.detach().requires_grad_()
-    out = ar_kernels.attend(z, weight, logits=True, masks=True, mean=True, tap=True, implementation="triton")
+    out = ar_kernels.attend(z, weight, logits=True, masks=True, mean=True, tap=True, implementation=implementation)
     (dz,) = torch.autograd.grad((out.pooled, out.lse, out.masks, out.feature_map), z, grads)
     return {name: value.detach() for name, value in out._asdict().items()} | {"dz": dz}
 
 
-LAYERS = {
-    "held": ((2, 24, 30, 40), 1, torch.bfloat16, channels_last),
-    "chunked": ((2, 8, 18, 18), 1, torch.float32, torch.Tensor.contiguous),
-    "3×3": ((3, 6, 10, 12), 3, torch.float32, torch.Tensor.contiguous),
+SHAPES = {
+    "triton": {"channels_last": (2, 24, 30, 40), "contiguous": (2, 8, 18, 18), "3×3": (3, 6, 10, 12)},
+    "native": {"channels_last": (20, 24, 30, 40), "contiguous": (33, 64, 36, 36), "3×3": (20, 6, 20, 12)},
 }
-"""Images, channels and maps of which an image alone is split over positions, by default, and several are not."""
+"""Images, channels and maps that an implementation cuts otherwise, by default, where an image comes alone."""
+
+KINDS = {
+    "channels_last": (1, torch.bfloat16, channels_last),
+    "contiguous": (1, torch.float32, torch.Tensor.contiguous),
+    "3×3": (3, torch.float32, torch.Tensor.contiguous),
+}
 
 
-def together_and_alone(name: str, device: torch.device) -> list[tuple[dict, dict]]:
+def together_and_alone(name: str, fused: str, device: torch.device) -> list[tuple[dict, dict]]:
     """For each image: its rows of what attend makes of the batch, and what it makes of the image by itself."""
-    pytest.importorskip("triton")
-    shape, kernel_size, dtype, layout = LAYERS[name]
+    shape, (kernel_size, dtype, layout) = SHAPES[fused][name], KINDS[name]
     z = layout(draw(*shape, device=device, dtype=dtype))
     taps = (3, 3) if kernel_size == 3 else ()
     weight = draw(2, shape[1], *taps, device=device, dtype=dtype)
-    out = ar_kernels.attend(z, weight, masks=True, implementation="triton")
+    out = ar_kernels.attend(z, weight, masks=True, implementation=fused)
     grads = [draw(*value.shape, device=device, dtype=value.dtype) for value in (out.pooled, out.lse, out.masks, z)]
-    whole = attended(z, weight, tuple(grads))
+    whole = attended(z, weight, tuple(grads), fused)
     return [
         (
             {key: value[n : n + 1] for key, value in whole.items()},
-            attended(z[n : n + 1], weight, tuple(grad[n : n + 1] for grad in grads)),
+            attended(z[n : n + 1], weight, tuple(grad[n : n + 1] for grad in grads), fused),
         )
         for n in range(shape[0])
     ]
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_an_image_has_the_same_bits_alone_and_in_a_batch(name, device):
+@pytest.mark.parametrize("name", KINDS)
+def test_an_image_has_the_same_bits_alone_and_in_a_batch(name, fused, device):
     """attend's outputs and dZ: how an image is cut up depends on C, S and K alone."""
-    for whole, alone in together_and_alone(name, device):
+    for whole, alone in together_and_alone(name, fused, device):
         different = [key for key, value in whole.items() if not torch.equal(value, alone[key])]
         assert different == []
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_by_default_few_images_are_split_otherwise(name, device):
-    """Or the test above could not fail: without the mode, an image alone is shared by more programs."""
+@pytest.mark.parametrize("name", KINDS)
+def test_by_default_few_images_are_split_otherwise(name, fused, device):
+    """Or the test above could not fail: without the mode, an image alone is shared by more programs or threads."""
     torch.use_deterministic_algorithms(False)
     if device.type == "cpu":  # on a GPU several images are split as well
-        pairs = together_and_alone(name, device)
+        pairs = together_and_alone(name, fused, device)
         assert any(not torch.equal(whole["pooled"], alone["pooled"]) for whole, alone in pairs)

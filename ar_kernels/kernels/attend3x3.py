@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .attend_backward import weight_sums_kernel
 from .attend_forward import store_gates
-from .heuristics import MOST_REGISTERS, Chip, chip, deterministic, next_power_of_2
+from .heuristics import MOST_REGISTERS, Chip, chip, next_power_of_2
 from .launch import Launch
 from .tiles import (
     accumulator,
@@ -595,12 +595,13 @@ def attend3x3_forward(
     scores: Tensor | None,
     gates: Tensor | None,
     features: Tensor | None,
+    alike: bool,
 ) -> None:
-    """Launches into outputs that ops.py allocated; pooled is [N, 9, K, C]."""
+    """Launches into outputs that ops.py allocated; pooled is [N, 9, K, C]; alike as there."""
     heads = w.shape[0]
     plan = _forward_plan(
         z.shape, z.stride(), z.dtype, z.get_device(), heads, 0 if gates is None else gates.shape[1],
-        float32_precision(z.dtype), deterministic(),
+        float32_precision(z.dtype), alike,
     )  # fmt: skip
     scratch = lse.new_empty(plan.sums.scratch)
     rows = tap_rows(w.flatten(2), z.dtype)

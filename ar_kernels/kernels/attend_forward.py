@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .heuristics import MOST_REGISTERS, chip, deterministic, next_power_of_2, sweep_config
+from .heuristics import MOST_REGISTERS, chip, next_power_of_2, sweep_config
 from .launch import Launch
 from .tiles import (
     accumulator,
@@ -359,13 +359,13 @@ def attend_forward(
     scores: Tensor | None,
     gates: Tensor | None,
     features: Tensor | None,
+    alike: bool,
 ) -> None:
-    """Launches the sweep (and the merge, where one is needed) into outputs that ops.py allocated."""
+    """Launches the sweep (and the merge, where one is needed) into outputs that ops.py allocated; alike as there."""
     heads, channels = w.shape
     plan = _plan(
         z.shape, z.stride(), z.dtype, z.get_device(), heads,
-        0 if gates is None else gates.shape[1], mean is not None, float32_precision(z.dtype),
-        deterministic(),
+        0 if gates is None else gates.shape[1], mean is not None, float32_precision(z.dtype), alike,
     )  # fmt: skip
     # Not to compile anew for a batch that needs no merge, a held sweep always gets pointers; these it does not follow.
     parts = (lse, lse, lse) if plan.gets_parts else (None, None, None)

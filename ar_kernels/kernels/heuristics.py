@@ -16,11 +16,6 @@ TILES_OF_PROGRAM = 8
 are K bytes for each S_TILE · itemsize of the map. Counted, not measured."""
 
 
-def deterministic() -> bool:
-    """PyTorch's deterministic mode, in which an image's cut may not depend on the batch that it comes in."""
-    return torch.are_deterministic_algorithms_enabled()
-
-
 def next_power_of_2(value: int) -> int:
     return 1 << (value - 1).bit_length()
 

@@ -60,8 +60,8 @@ bool positions_are_adjacent(const Map& z, int64_t channels, int64_t height, int6
   return between_positions < z.c;
 }
 
-// w: [K, C] or [K, C, 3, 3].
-Layer layer_of(const Tensor& z, const Tensor& w, int64_t gated) {
+// w: [K, C] or [K, C, 3, 3]. alike: an image is cut up as in a batch large enough that none is split.
+Layer layer_of(const Tensor& z, const Tensor& w, int64_t gated, bool alike) {
   Layer layer;
   layer.kind = kind_of(z.scalar_type());
   layer.images = z.size(0);
@@ -76,22 +76,23 @@ Layer layer_of(const Tensor& z, const Tensor& w, int64_t gated) {
   const int64_t element = layer.kind == Kind::kDouble ? 8 : layer.kind == Kind::kFloat ? 4 : 2;
   const int64_t step = layer.positions_adjacent ? 4 * kFewestPositions : kFewestPositions;
   const int64_t positions = layer.positions();
+  const int64_t images = alike ? kItems : std::max<int64_t>(layer.images, 1);
   layer.tile = std::min(positions, std::max(step, kTileBytes / (layer.channels * element) / step * step));
   if (!layer.positions_adjacent) {  // nor longer than the splits of few images
-    const int64_t items = kItems / std::clamp<int64_t>(layer.images, 1, kItems);
+    const int64_t items = kItems / std::min(images, kItems);
     layer.tile = std::min({layer.tile, kMostPositions, (positions + items * step - 1) / (items * step) * step});
   }
   if (layer.taps > 1) {  // whole lines, and not so few that those around them, which are read too, outweigh them
-    const int64_t wanted = (kItems + layer.images - 1) / std::max<int64_t>(layer.images, 1);
-    const int64_t lines = std::max(kFewestLines, (layer.height + wanted - 1) / std::max<int64_t>(wanted, 1));
-    layer.splits = layer.images == 0 ? 1 : (layer.height + lines - 1) / lines;
+    const int64_t wanted = (kItems + images - 1) / images;
+    const int64_t lines = std::max(kFewestLines, (layer.height + wanted - 1) / wanted);
+    layer.splits = (layer.height + lines - 1) / lines;
     layer.split_length = lines * layer.width;
     return layer;
   }
   const int64_t tiles = (positions + layer.tile - 1) / layer.tile;
-  const int64_t wanted = std::min(tiles, (kItems + layer.images - 1) / std::max<int64_t>(layer.images, 1));
-  layer.split_length = (tiles + wanted - 1) / std::max<int64_t>(wanted, 1) * layer.tile;
-  layer.splits = layer.images == 0 ? 1 : (positions + layer.split_length - 1) / layer.split_length;
+  const int64_t wanted = std::min(tiles, (kItems + images - 1) / images);
+  layer.split_length = (tiles + wanted - 1) / wanted * layer.tile;
+  layer.splits = (positions + layer.split_length - 1) / layer.split_length;
   return layer;
 }
 
@@ -168,7 +169,7 @@ void check_weight(const char* name, const MaybeTensor& weight, int64_t heads, in
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& z, const Tensor& w, const MaybeTensor& b, const MaybeTensor& score_w, const MaybeTensor& score_b,
-    int64_t gated_heads, bool wants_logits, bool wants_mean, int64_t taps) {
+    int64_t gated_heads, bool wants_logits, bool wants_mean, bool alike, int64_t taps) {
   check_map("z", z);
   const int64_t images = z.size(0), channels = z.size(1), heads = heads_of(z, w, taps);
   check_weight("w", w, heads, channels, taps);
@@ -179,7 +180,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
                   gated_heads);
 
   const ScalarType dtype = accumulator_dtype(z.scalar_type());
-  const Layer layer = layer_of(z, w, gated_heads);
+  const Layer layer = layer_of(z, w, gated_heads, alike);
   const bool gated = gated_heads > 0;
   const Tensor pooled =
       taps == 1 ? empty({images, heads, channels}, dtype) : empty({images, taps, heads, channels}, dtype);
@@ -239,14 +240,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_attend(
     const Tensor& z, const Tensor& w, const MaybeTensor& b, const MaybeTensor& score_w, const MaybeTensor& score_b,
-    int64_t gated_heads, bool wants_logits, bool wants_mean) {
-  return forward(z, w, b, score_w, score_b, gated_heads, wants_logits, wants_mean, 1);
+    int64_t gated_heads, bool wants_logits, bool wants_mean, bool alike) {
+  return forward(z, w, b, score_w, score_b, gated_heads, wants_logits, wants_mean, alike, 1);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_attend3x3(
     const Tensor& z, const Tensor& w, const MaybeTensor& b, const MaybeTensor& score_w, const MaybeTensor& score_b,
-    int64_t gated_heads, bool wants_mean) {
-  return forward(z, w, b, score_w, score_b, gated_heads, true, wants_mean, 9);
+    int64_t gated_heads, bool wants_mean, bool alike) {
+  return forward(z, w, b, score_w, score_b, gated_heads, true, wants_mean, alike, 9);
 }
 
 // Memory new to the process is cleared page by page as it is first written: with small pages that takes longer than
@@ -309,7 +310,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& z, const Tenso
   const int64_t images = z.size(0), channels = z.size(1), heads = heads_of(z, w, taps);
   const int64_t gated = gates.has_value() && gates->dim() == 2 ? gates->size(1) : 0;
   STD_TORCH_CHECK(gated <= heads, "gates must be [N, K'] with K' at most K = ", heads, ", got ", gated, " columns");
-  const Layer layer = layer_of(z, w, gated);
+  const Layer layer = layer_of(z, w, gated, false);  // no result of an image depends on how it is cut here
   check_weight("w", w, heads, channels, taps);
   check_shape("b", b, {heads});
   check_weight("score_w", score_w, heads, channels, taps);
