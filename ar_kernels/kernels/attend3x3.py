@@ -47,30 +47,30 @@ def _framed(s, width):
 
 
 @triton.jit
-def _shifted(maps, rows, s, height, width, HEADS: tl.constexpr):
-    """Row tap·K + k: head k's framed map at s - tap → [R_tile, S_tile]. Rows behind the last tap repeat it, positions
-    past the image its last one: no bounds to check, since they meet zeros or are not stored."""
-    tap, head = tl.minimum(rows // HEADS, 8), rows % HEADS
+def _shifted(maps, tap, of_position, s, height, width, WIDTH: tl.constexpr):
+    """For rows of numbers tap and of_position < WIDTH: that value of an image's framed map [.., WIDTH] at s - tap, as
+    [R_tile, S_tile]. Positions past the image repeat its last one: they meet zeros, or are not stored."""
     shift = (tap // 3 - 1) * (width + 2) + tap % 3 - 1
     at = _framed(tl.minimum(s, height * width - 1), width)
-    return tl.load(maps + (head * ((height + 2) * (width + 2)) - shift)[:, None] + at[None, :])
+    return tl.load(maps + (of_position - shift * WIDTH)[:, None] + (at * WIDTH)[None, :])
 
 
-@triton.jit(do_not_specialize=["items", "bands", "lines"])
+@triton.jit(do_not_specialize=["items", "bands", "lines", "pitch"])
 def tap_sums_kernel(
-    z, weights, b, logits, lse, delta, grad_lse, grad_logits, scale, scratch, a_out, dl_out,
-    items, bands, lines, height, width, z_n, z_c, z_h, z_w,
-    C: tl.constexpr, HEADS: tl.constexpr, OF_IMAGE: tl.constexpr, PITCH: tl.constexpr,
+    z, weights, b, logits, lse, delta, grad_lse, grad_logits, scale, scratch, maps,
+    items, bands, lines, pitch, height, width, z_n, z_c, z_h, z_w,
+    C: tl.constexpr, HEADS: tl.constexpr, OF_IMAGE: tl.constexpr,
     R_TILE: tl.constexpr, C_TILE: tl.constexpr, S_TILE: tl.constexpr, K_TILE: tl.constexpr,
     UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Σ_τ rows[tap τ] · Z_{s+τ} for the `lines` lines of a band. Forward: rows W_H, the sum is the logits. Backward
-    (OF_IMAGE): rows dP of each image, the sum is dA; writes a and dℓ = a ⊙ (dA - δ + dlse) + direct, times scale."""
+    (OF_IMAGE): rows dP of each image, the sum is dA; writes a and dℓ = a ⊙ (dA - δ + dlse) + direct, times scale, into
+    maps [N, 2, H+2, W+2, K]."""
     positions = height * width
     rows = tl.arange(0, R_TILE)
     heads = tl.arange(0, K_TILE)
-    own = scratch + tl.program_id(0).to(tl.int64) * (9 * HEADS * PITCH)
+    own = scratch + tl.program_id(0).to(tl.int64) * (9 * HEADS * pitch)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         n = (item // bands).to(tl.int64)
         line = item % bands * lines
@@ -90,7 +90,7 @@ def tap_sums_kernel(
                 w_tile = _tap_rows(w_n, rows, c, C, 9 * HEADS)
                 y = tl.dot(w_tile, tl.trans(z_tile), y, input_precision=PRECISION, out_dtype=ACC)
             real = (rows < 9 * HEADS)[:, None] & (s < last)[None, :]
-            tl.store(own + rows[:, None] * PITCH + (s - first)[None, :], y, mask=real)
+            tl.store(own + rows[:, None] * pitch + (s - first)[None, :], y, mask=real)
         tl.debug_barrier()  # the other threads' rows are read below
         for start in range(begin, end, S_TILE):
             s = start + tl.arange(0, S_TILE)
@@ -99,7 +99,7 @@ def tap_sums_kernel(
             for tap in range(9):
                 dy, dx = tap // 3 - 1, tap % 3 - 1
                 inside = (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width) & (s < end)
-                at = own + (tap * HEADS + heads)[:, None] * PITCH + (s + dy * width + dx - first)[None, :]
+                at = own + (tap * HEADS + heads)[:, None] * pitch + (s + dy * width + dx - first)[None, :]
                 total += tl.load(at, mask=(heads < HEADS)[:, None] & inside[None, :], other=0.0)
             real = (heads < HEADS)[:, None] & (s < end)[None, :]
             row = n * HEADS + heads
@@ -117,9 +117,10 @@ def tap_sums_kernel(
                 dl = a * (total - shift[:, None] * factor)
                 if grad_logits is not None:
                     dl += tl.load(grad_logits + at, mask=real, other=0.0).to(ACC) * factor
-                at = row[:, None] * ((height + 2) * (width + 2)) + _framed(s, width)[None, :]
-                tl.store(a_out + at, a.to(a_out.dtype.element_ty), mask=real)
-                tl.store(dl_out + at, dl.to(dl_out.dtype.element_ty), mask=real)
+                frame = (height + 2) * (width + 2) * HEADS
+                at = maps + 2 * n * frame + heads[:, None] + (_framed(s, width) * HEADS)[None, :]
+                tl.store(at, a.to(maps.dtype.element_ty), mask=real)
+                tl.store(at + frame, dl.to(maps.dtype.element_ty), mask=real)
             else:
                 if b is not None:
                     total += tl.load(b + heads, mask=heads < HEADS, other=0.0).to(ACC)[:, None]
@@ -128,8 +129,8 @@ def tap_sums_kernel(
 
 
 @triton.jit
-def masks_kernel(logits, lse, masks, height, width, S_TILE: tl.constexpr, ACC: tl.constexpr):
-    """One program: one head of one image. lse, and the framed masks exp(ℓ - lse) in Z's dtype."""
+def masks_kernel(logits, lse, masks, height, width, HEADS: tl.constexpr, S_TILE: tl.constexpr, ACC: tl.constexpr):
+    """One program: one head of one image. lse, and the masks exp(ℓ - lse) in Z's dtype, framed: [N, H+2, W+2, K]."""
     positions = height * width
     row = tl.program_id(0).to(tl.int64)
     m = tl.full([S_TILE], float("-inf"), ACC)
@@ -147,7 +148,7 @@ def masks_kernel(logits, lse, masks, height, width, S_TILE: tl.constexpr, ACC: t
     for start in range(0, positions, S_TILE):
         s = start + tl.arange(0, S_TILE)
         a = tl.exp(tl.load(logits + row * positions + s, mask=s < positions, other=float("-inf")) - log_sum)
-        at = row * ((height + 2) * (width + 2)) + _framed(s, width)
+        at = row // HEADS * HEADS * ((height + 2) * (width + 2)) + _framed(s, width) * HEADS + row % HEADS
         tl.store(masks + at, a.to(masks.dtype.element_ty), mask=s < positions)
 
 
@@ -164,6 +165,7 @@ def pool_kernel(
     split, n = tl.program_id(0) % splits, (tl.program_id(0) // splits).to(tl.int64)
     images = tl.num_programs(0) // splits
     rows = tl.arange(0, R_TILE)
+    tap = tl.minimum(rows // HEADS, 8)  # rows behind the last tap repeat it, and are not stored
     c = tl.program_id(1) * C_TILE + tl.arange(0, C_TILE)
     begin = aligned(split * split_length, S_TILE)
     end = aligned(tl.minimum(begin + split_length, positions), VECTOR if UNIT == "s" else 1)
@@ -171,7 +173,8 @@ def pool_kernel(
     for start in range(begin, end, S_TILE):
         s = start + tl.arange(0, S_TILE)
         z_tile = load_tile(z + n * VECTOR * z_n, s, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
-        a = _shifted(masks + n * HEADS * ((height + 2) * (width + 2)), rows, s, height, width, HEADS)
+        framed = masks + n * HEADS * ((height + 2) * (width + 2))
+        a = _shifted(framed, tap, rows % HEADS, s, height, width, HEADS)
         if mean is not None:
             a = tl.where((rows == R_TILE - 1)[:, None], 1.0, a).to(masks.dtype.element_ty)  # past the end Z is 0
         sums = tl.dot(a, z_tile, sums, input_precision=PRECISION, out_dtype=ACC)
@@ -261,9 +264,11 @@ def gate_kernel(
 @triton.jit
 def _gradient_sums(
     pooled, score_w, grad_features, grad_pooled, n, c,
-    C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, K_TILE: tl.constexpr, ACC: tl.constexpr,
+    C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, K_TILE: tl.constexpr, MOST: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """Over the channels c, of every head, [K_tile] each: dx·P, W_G·P, direct·P, the largest |dx|, |W_G|, |direct|."""
+    """Over the channels c, of every head, [K_tile] each: dx·P, W_G·P, direct·P, and, if MOST, the largest |dx|, |W_G|,
+    |direct|."""
     heads = tl.arange(0, K_TILE)
     x_p = tl.zeros([K_TILE], ACC)
     w_p = tl.zeros([K_TILE], ACC)
@@ -278,15 +283,18 @@ def _gradient_sums(
             pointers, real = _feature_pointers(grad_features, n, k, c, C, GATED)
             dx = tl.trans(tl.load(pointers, mask=real & (k < GATED), other=0.0).to(ACC))
             x_p += tl.where(here, _one_number(dx * p), 0.0)
-            x_most += tl.where(here, _most(dx), 0.0)
+            if MOST:
+                x_most += tl.where(here, _most(dx), 0.0)
         if score_w is not None:
             weight = _of_head(score_w, 0, k, c, C, HEADS).to(ACC)
             w_p += tl.where(here, _one_number(weight * p), 0.0)
-            w_most += tl.where(here, _most(weight), 0.0)
+            if MOST:
+                w_most += tl.where(here, _most(weight), 0.0)
         if grad_pooled is not None:
             direct = _of_head(grad_pooled, n, k, c, C, HEADS).to(ACC)
             direct_p += tl.where(here, _one_number(direct * p), 0.0)
-            direct_most += tl.where(here, _most(direct), 0.0)
+            if MOST:
+                direct_most += tl.where(here, _most(direct), 0.0)
     return x_p, w_p, direct_p, x_most, w_most, direct_most
 
 
@@ -294,12 +302,12 @@ def _gradient_sums(
 def gradient_sums_kernel(
     pooled, score_w, grad_features, grad_pooled, parts,
     C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, C_TILE: tl.constexpr, K_TILE: tl.constexpr,
-    ACC: tl.constexpr,
+    MOST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One program: some channels of one image; parts [N, chunks, 6, K_tile] of _gradient_sums."""
     n, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     c = chunk * C_TILE + tl.arange(0, C_TILE)
-    found = _gradient_sums(pooled, score_w, grad_features, grad_pooled, n, c, C, HEADS, GATED, K_TILE, ACC)
+    found = _gradient_sums(pooled, score_w, grad_features, grad_pooled, n, c, C, HEADS, GATED, K_TILE, MOST, ACC)
     at = parts + (n * tl.num_programs(1) + chunk) * (6 * K_TILE) + tl.arange(0, K_TILE)
     for i in tl.static_range(6):
         tl.store(at + i * K_TILE, found[i])
@@ -310,7 +318,7 @@ def gate_gradient_kernel(
     pooled, score_w, scores, gates, grad_features, grad_gates, grad_scores, grad_pooled, parts, largest_direct,
     dp, delta, dt, scale, unscale,
     C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, C_TILE: tl.constexpr, K_TILE: tl.constexpr,
-    CHUNK_TILE: tl.constexpr, ACC: tl.constexpr,
+    CHUNK_TILE: tl.constexpr, MOST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One program: some channels of one image (parts None: all of them). dt, dP_k = g_k dx_k + dt_k W_G[k] + direct,
     δ_k = dP_k·P_k. scale: of a float16 image a power of two for dP and dℓ: gradients of a mean loss are below what
@@ -331,7 +339,7 @@ def gate_gradient_kernel(
         direct_most = tl.max(tl.load(at + 5 * K_TILE, mask=present, other=0.0), axis=0)
     else:
         x_p, w_p, direct_p, x_most, w_most, direct_most = _gradient_sums(
-            pooled, score_w, grad_features, grad_pooled, n, c, C, HEADS, GATED, K_TILE, ACC
+            pooled, score_w, grad_features, grad_pooled, n, c, C, HEADS, GATED, K_TILE, MOST, ACC
         )
     g = tl.zeros([K_TILE], ACC)
     d = tl.zeros([K_TILE], ACC)
@@ -373,7 +381,7 @@ def gate_gradient_kernel(
 
 @triton.jit(do_not_specialize=["items", "splits", "split_length"])
 def map_gradient_kernel(
-    z, w, dp, a, dl, unscale, grad_mean, upstream, dz, shares,
+    z, w, dp, maps, unscale, grad_mean, upstream, dz, shares,
     items, splits, split_length, height, width,
     z_n, z_c, z_h, z_w, up_n, up_c, up_h, up_w, dz_n, dz_c, dz_w,
     C: tl.constexpr, HEADS: tl.constexpr, R_TILE: tl.constexpr, C_TILE: tl.constexpr, S_TILE: tl.constexpr,
@@ -386,6 +394,7 @@ def map_gradient_kernel(
     dW = Σ_n Σ_s dℓ_{k,s-τ} Z_s. One program: some channels of some splits of images, one after the other."""
     positions = height * width
     rows = tl.arange(0, R_TILE)
+    tap = tl.minimum(rows // HEADS, 8)  # rows behind the last tap repeat its maps, and meet zeros or are not stored
     c = tl.program_id(1) * C_TILE + tl.arange(0, C_TILE)
     kind = z.dtype.element_ty
     w_tile = _tap_rows(w, rows, c, C, 9 * HEADS)
@@ -395,21 +404,25 @@ def map_gradient_kernel(
         begin = aligned(item % splits * split_length, S_TILE)
         end = aligned(tl.minimum(begin + split_length, positions), VECTOR if UNIT == "s" else 1)
         dp_tile = _tap_rows(dp + n * (9 * HEADS * C), rows, c, C, 9 * HEADS)
-        inverse = 1.0
         if unscale is not None:
             inverse = tl.load(unscale + n)
-        of_image = tl.zeros([R_TILE, C_TILE], ACC)
+        frame = (height + 2) * (width + 2) * HEADS
+        a = maps + 2 * n * frame
         for start in range(begin, end, S_TILE):
             s = start + tl.arange(0, S_TILE)
-            maps = n * HEADS * ((height + 2) * (width + 2))
-            dl_rows = _shifted(dl + maps, rows, s, height, width, HEADS)
+            dl_rows = _shifted(a + frame, tap, rows % HEADS, s, height, width, HEADS)
             if shares is not None:
                 z_tile = load_tile(z + n * VECTOR * z_n, s, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
-                of_image = tl.dot(dl_rows, z_tile, of_image, input_precision=PRECISION, out_dtype=ACC)
+                if unscale is None:
+                    share = tl.dot(dl_rows, z_tile, share, input_precision=PRECISION, out_dtype=ACC)
+                else:  # images have scales of their own
+                    share += tl.dot(dl_rows, z_tile, out_dtype=ACC) * inverse
             if dz is not None:
-                a_rows = _shifted(a + maps, rows, s, height, width, HEADS)
+                a_rows = _shifted(a, tap, rows % HEADS, s, height, width, HEADS)
                 grad = tl.dot(tl.trans(a_rows), dp_tile, input_precision=PRECISION, out_dtype=ACC)
-                grad = tl.dot(tl.trans(dl_rows), w_tile, grad, input_precision=PRECISION, out_dtype=ACC) * inverse
+                grad = tl.dot(tl.trans(dl_rows), w_tile, grad, input_precision=PRECISION, out_dtype=ACC)
+                if unscale is not None:
+                    grad *= inverse
                 if grad_mean is not None:
                     of_mean = tl.load(grad_mean + n * C + c, mask=c < C, other=0.0).to(ACC) / positions
                     grad += of_mean[None, :]
@@ -421,7 +434,6 @@ def map_gradient_kernel(
                 offsets = tile_offsets(s, c, width, dz_c, 0, dz_w, DZ_UNIT, DZ_VECTOR, True, WIDE)
                 real = (s < end)[:, None] & (c < C)[None, :]
                 tl.store(dz + n * DZ_VECTOR * dz_n + offsets, grad.to(kind), mask=real)
-        share += of_image * inverse
     if shares is not None:
         at = shares + tl.program_id(0).to(tl.int64) * (9 * HEADS * C) + rows[:, None] * C + c[None, :]
         tl.store(at, share, mask=(rows < 9 * HEADS)[:, None] & (c < C)[None, :])
@@ -435,9 +447,9 @@ def tap_rows(weights: Tensor, dtype: torch.dtype) -> Tensor:
     return weights.movedim(-1, -3).to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
-def framed_maps(z: Tensor, count: int) -> Tensor:
-    """Zeros [N, count, H+2, W+2] in z's dtype."""
-    return z.new_zeros(z.shape[0], count, z.shape[2] + 2, z.shape[3] + 2)
+def framed_maps(z: Tensor, count: int, heads: int) -> Tensor:
+    """Zeros [N, count, H+2, W+2, heads] in z's dtype: a position's heads together, so that one load takes several."""
+    return z.new_zeros(z.shape[0], count, z.shape[2] + 2, z.shape[3] + 2, heads)
 
 
 class _Cut(NamedTuple):
@@ -501,19 +513,25 @@ class _Sums(NamedTuple):
 
 def _tap_sums(cut: _Cut, images: int, heads: int, of_image: bool) -> _Sums:
     height, width = cut.sizes[:2]
-    lines = min(height, max(1, -(-1024 // width)))  # of a band: the fewer, the more often a line is read again
-    while lines > 1 and lines * width > 256 and images * -(-height // lines) < 3 * cut.chip.processors:
-        lines = -(-lines // 2)
-    bands = -(-height // lines)
-    programs = min(images * bands, 3 * cut.chip.processors)
-    pitch = -(-((lines + 2) * width + 32) // 16) * 16
     most = 128 if cut.hopper else 64
     tile = min(max(32, 8192 // cut.row_tile), most, max(32, next_power_of_2(height * width))) if cut.half else 32
+    programs = 3 * cut.chip.processors
+
+    def work(bands: int) -> int:
+        """The busiest program's: for each of its bands the positions, those of the tiles that its lines and the two
+        beside them fill, and a tile's while its loads begin."""
+        lines = -(-height // bands)
+        read = -(-min(lines + 2, height) * width // tile) * tile
+        return -(-images * bands // programs) * (lines * width + read + tile)
+
+    lines = -(-height // min(range(1, height + 1), key=work))
+    bands = -(-height // lines)
+    programs = min(images * bands, programs)
+    pitch = -(-((lines + 2) * width + 32) // 16) * 16
     launch = Launch(
-        tap_sums_kernel, (programs,), (images * bands, bands, lines, *cut.sizes), **cut.constants,
-        OF_IMAGE=of_image, PITCH=pitch, C_TILE=128 // cut.itemsize, S_TILE=tile, K_TILE=next_power_of_2(heads),
-        num_warps=4 if cut.half and cut.row_tile <= 64 else 8, num_stages=cut.stages,
-        maxnreg=cut.maxnreg,
+        tap_sums_kernel, (programs,), (images * bands, bands, lines, pitch, *cut.sizes), **cut.constants,
+        OF_IMAGE=of_image, C_TILE=128 // cut.itemsize, S_TILE=tile, K_TILE=next_power_of_2(heads),
+        num_warps=4 if cut.half and cut.row_tile <= 64 else 8, num_stages=cut.stages, maxnreg=cut.maxnreg,
     )  # fmt: skip
     return _Sums(launch, (programs, TAPS * heads, pitch))
 
@@ -528,9 +546,10 @@ class _Gates(NamedTuple):
 
 def _gates(sums: Any, kernel: Any, images: int, channels: int, heads: int, width: int, **constants: Any) -> _Gates:
     """width: how many numbers of a head and a chunk `sums` stores."""
-    tile = min(256, max(16, next_power_of_2(channels)))
+    # One chunk where it can be. Of many small ones none waits for its threads to add up.
+    tile, warps = (max(16, next_power_of_2(channels)), 8) if channels <= 256 else (64, 1)
     chunks = -(-channels // tile)
-    constants |= {"C": channels, "HEADS": heads, "C_TILE": tile, "K_TILE": next_power_of_2(heads), "num_warps": 8}
+    constants |= {"C": channels, "HEADS": heads, "C_TILE": tile, "K_TILE": next_power_of_2(heads), "num_warps": warps}
     constants["maxnreg"] = MOST_REGISTERS
     of_sums = {name: value for name, value in constants.items() if name in (*sums.arg_names, "num_warps", "maxnreg")}
     return _Gates(
@@ -563,7 +582,7 @@ def _forward_plan(
     images, channels = sizes[:2]
     positions = math.prod(sizes[2:])
     masks = Launch(
-        masks_kernel, (images * heads,), tuple(sizes[2:]), S_TILE=min(1024, next_power_of_2(positions)),
+        masks_kernel, (images * heads,), tuple(sizes[2:]), HEADS=heads, S_TILE=min(1024, next_power_of_2(positions)),
         ACC=accumulator(dtype), num_warps=4,
     )  # fmt: skip
     channel_tile = cut.channel_tile(16384, 256)
@@ -605,8 +624,8 @@ def attend3x3_forward(
     )  # fmt: skip
     scratch = lse.new_empty(plan.sums.scratch)
     rows = tap_rows(w.flatten(2), z.dtype)
-    plan.sums.launch(z, rows, b, logits, None, None, None, None, None, scratch, None, None)
-    masks = framed_maps(z, heads)
+    plan.sums.launch(z, rows, b, logits, None, None, None, None, None, scratch, None)
+    masks = framed_maps(z, 1, heads)
     plan.masks(logits, lse, masks)
     if plan.splits == 1:
         plan.pool(z, masks, pooled, mean)
@@ -652,7 +671,10 @@ def _backward_plan(
     cut = _cut(sizes, strides, dtype, device, heads, precision)
     images, channels = sizes[:2]
     acc = accumulator(dtype)
-    gates = _gates(gradient_sums_kernel, gate_gradient_kernel, images, channels, heads, 6, GATED=gated, ACC=acc)
+    gates = _gates(
+        gradient_sums_kernel, gate_gradient_kernel, images, channels, heads, 6,
+        GATED=gated, MOST=dtype == torch.float16, ACC=acc,
+    )  # fmt: skip
     sums = gradient = weights = None
     programs = 0
     if has_dw or dz_strides is not None:
@@ -660,7 +682,8 @@ def _backward_plan(
         up = z if up_strides is None else map_strides(sizes, up_strides, dtype.itemsize)
         dz = z if dz_strides is None else map_strides(sizes, dz_strides, dtype.itemsize)
         if cut.half and cut.hopper:
-            channel_tile = cut.channel_tile(4096 if cut.row_tile <= 64 else 8192, 128)
+            # 128 channels take all registers, and spill where tiles are gathered from NCHW or images have scales.
+            channel_tile = cut.channel_tile(8192, 128 if dtype == torch.bfloat16 and z.unit == "c" else 64)
             tile = 64 if cut.row_tile <= 128 else 32
         else:  # registers decide
             channel_tile = cut.channel_tile(2048, 128)
@@ -737,13 +760,13 @@ def attend3x3_backward(
     )  # fmt: skip
     dz = shares = None
     if plan.gradient is not None:
-        a, dl = framed_maps(z, 2 * heads).view(2, images, heads, -1)
+        maps = framed_maps(z, 2, heads)
         scratch = lse.new_empty(plan.sums.scratch)
-        plan.sums.launch(z, dp, None, logits, lse, delta, grad_lse, grad_logits, scale, scratch, a, dl)
+        plan.sums.launch(z, dp, None, logits, lse, delta, grad_lse, grad_logits, scale, scratch, maps)
         del scratch  # dz may take its place
         dz = None if dz_strides is None else z.new_empty_strided(z.shape, dz_strides)
         shares = None if dw is None else lse.new_empty(plan.programs, TAPS, heads, channels)
-        plan.gradient(z, tap_rows(w.flatten(2), z.dtype), dp, a, dl, unscale, grad_mean, upstream, dz, shares)
+        plan.gradient(z, tap_rows(w.flatten(2), z.dtype), dp, maps, unscale, grad_mean, upstream, dz, shares)
     if plan.weights is not None:
         sums = None if dw is None else dw.new_empty(TAPS, heads, channels)
         score_sums = score_bias = None
