@@ -63,14 +63,15 @@ def _stall(name: str) -> str:
     return f"smsp__average_warps_issue_stalled_{name}_per_issue_active.ratio"
 
 
-def call(shard: Shard, operation: str) -> None:
-    """Runs in the process under ncu: attend forward, or backward too, twice; between the calls L2 is flushed."""
+def call(shard: Shard, operation: str, taps: int) -> None:
+    """Runs in the process under ncu: attend forward, or backward too, twice; between the calls L2 is flushed. taps: 1,
+    or 9 for 3×3 heads."""
     import ar_kernels
 
     from .suite import Problem
 
     problem = Problem(shard, "cuda", maps=2)
-    mask = problem.weights_of(1)[0].requires_grad_()
+    mask = problem.weights_of(taps)[0].requires_grad_()
     flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
     for index, z in enumerate(problem.maps):
         flush.zero_()
@@ -85,7 +86,8 @@ def call(shard: Shard, operation: str) -> None:
             torch.cuda.synchronize()
             if index == 1:
                 torch.cuda.profiler.start()
-            torch.autograd.grad(pooled, (z, mask), problem.pooled_grad)
+            grad = problem.pooled_grad if taps == 1 else torch.randn_like(pooled)
+            torch.autograd.grad(pooled, (z, mask), grad)
             torch.cuda.synchronize()
             torch.cuda.profiler.stop()
 
@@ -113,18 +115,18 @@ def rows_of(report: str) -> list[dict]:
     return rows
 
 
-def profile(shard: Shard, operation: str) -> list[dict]:
+def profile(shard: Shard, operation: str, taps: int) -> list[dict]:
     """Rows for one shard and operation; raises RuntimeError with ncu's words where it fails."""
     metrics = ",".join([*METRICS.values(), *map(_stall, STALLS.values())])
     command = [
         "ncu", "--csv", "--page", "raw", "--clock-control", "none", "--profile-from-start", "off",
         "--kernel-name", "regex:_kernel$", "--metrics", metrics,
-        sys.executable, "-m", "benchmarks.counters", "--child", str(shard), operation,
+        sys.executable, "-m", "benchmarks.counters", "--child", str(shard), operation, str(taps),
     ]  # fmt: skip
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, env=os.environ, capture_output=True, text=True)
     if done.returncode != 0 or '"ID"' not in done.stdout:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-1000:]}{done.stderr[-1000:]}")
-    return [shard.fields() | {"operation": operation} | row for row in rows_of(done.stdout)]
+    return [shard.fields() | {"operation": operation, "taps": taps} | row for row in rows_of(done.stdout)]
 
 
 def main() -> None:
@@ -132,11 +134,12 @@ def main() -> None:
     parser.add_argument("--only", action="append", default=[], help="as python -m benchmarks run takes it")
     parser.add_argument("--operation", choices=("forward", "backward"), action="append", help="default: both")
     parser.add_argument("--out", type=Path, default=None, help="folder of the JSON file (default: benchmarks/results)")
-    parser.add_argument("--child", nargs=2, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--taps", type=int, choices=(1, 9), default=1, help="9: 3×3 heads (default: 1)")
+    parser.add_argument("--child", nargs=3, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        name, operation = arguments.child
-        return call(next(shard for shard in shards() if str(shard) == name), operation)
+        name, operation, taps = arguments.child
+        return call(next(shard for shard in shards() if str(shard) == name), operation, int(taps))
     if not torch.cuda.is_available():
         parser.error("the counters are a GPU's; there is no CUDA GPU here")
     if shutil.which("ncu") is None:
@@ -144,7 +147,7 @@ def main() -> None:
     rows = []
     for shard in select(shards(), arguments.only):
         for operation in arguments.operation or ("forward", "backward"):
-            for row in profile(shard, operation):
+            for row in profile(shard, operation, arguments.taps):
                 rows.append(row)
                 stalls = sorted(((v or 0, k) for k, v in row["stalls"].items()), reverse=True)[:2]
                 waits = ", ".join(f"{name} {cycles}" for cycles, name in stalls)
