@@ -117,7 +117,7 @@ class AttentionModule(nn.Module):
             outputs, gates = head_hypotheses(attended.pooled.to(feature_map.dtype), output_weight), None
             masks, average, tapped = attended.masks, attended.mean, attended.feature_map
         pooled = None if masks is None else pooled_masks(masks)
-        if not torch.compiler.is_exporting():  # an exported program has no module to leave anything in
+        if not _is_exporting():  # an exported program has no module to leave anything in
             self._pooled_masks = None if mean or tap else pooled
         if not (mean or tap):
             return outputs
@@ -181,6 +181,12 @@ class AttentionModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles take: all but masks that await reg_loss()."""
         return self.__dict__ | {"_pooled_masks": None}
+
+
+def _is_exporting() -> bool:
+    """torch.compiler.is_exporting(), by the flag behind it: Dynamo of torch 2.11 says True in torch.compile too."""
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else flag
 
 
 class Gate(nn.Module):

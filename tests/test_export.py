@@ -1,8 +1,10 @@
 """torch.export and AOTInductor: what was exported runs in another process, which has no Triton."""
 
+import functools
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -61,42 +63,47 @@ PROCESS = """
 import sys
 import torch
 
+how, natives = sys.argv[1], sys.argv[2:]
+
 def run(name):
     images, expected = torch.load(f"{name}.tensors")
-    if name.startswith("aoti"):
+    if how == "AOTInductor":
         got = torch._inductor.aoti_load_package(f"{name}.pt2")(images)
     else:
         got = torch.export.load(f"{name}.pt2").module()(images)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 with torch.no_grad():
-    for name in ("eager", "aoti_eager"):
-        run(name)
+    run("eager")
     assert "ar_kernels" not in sys.modules
-    for name in sys.argv[1:]:  # of the native library
+    for name in natives:
         try:
             run(name)
         except RuntimeError:
             continue
         raise AssertionError(f"{name} ran without the package")
     import ar_kernels
-    for name in sys.argv[1:]:
+    for name in natives:
         run(name)
-    try:
-        run("triton")
-    except RuntimeError as error:
-        print(error)
+    if how == "export":
+        try:
+            run("triton")
+        except RuntimeError as error:
+            print(error)
 """
 
 
-def test_in_a_process_without_triton(device, tmp_path):
+@pytest.mark.parametrize("how", ["export", "AOTInductor"])
+def test_in_a_process_without_triton(how, device, tmp_path):
     """Eager needs not even the package; native the package; the Triton operators say what they miss."""
     pytest.importorskip("triton")
-    natives = ["native", "aoti_native"] if native.why_not(device.type) is None else []
-    for name in ("eager", "aoti_eager", "triton", *natives):
-        program, images, expected = exported("module", name.removeprefix("aoti_"), device)
+    if how == "AOTInductor":
+        skip_unless_aotinductor_runs(device)
+    natives = ["native"] if native.why_not(device.type) is None else []
+    for name in ("eager", *natives, *(["triton"] if how == "export" else [])):
+        program, images, expected = exported("module", name, device)
         torch.save((images, expected), tmp_path / f"{name}.tensors")
-        if name.startswith("aoti"):
+        if how == "AOTInductor":
             torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / f"{name}.pt2"))
         else:
             torch.export.save(program, tmp_path / f"{name}.pt2")
@@ -104,17 +111,49 @@ def test_in_a_process_without_triton(device, tmp_path):
     (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('no triton here')\n", encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", PROCESS, *natives]
+    command = [sys.executable, "-c", PROCESS, how, *natives]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("the operators of ar_kernels cannot run: "), run.stdout
-    assert run.stdout.endswith("under use_implementation('eager') or ('native') runs without Triton\n")
+    if how == "export":
+        assert run.stdout.startswith("the operators of ar_kernels cannot run: "), run.stdout
+        assert run.stdout.endswith("under use_implementation('eager') or ('native') runs without Triton\n")
+
+
+BARE = """
+import sys
+import torch
+
+model, x = torch.nn.Linear(3, 2).to(sys.argv[1]), torch.randn(4, 3, device=sys.argv[1])
+with torch.no_grad():
+    program = torch.export.export(model, (x,))
+    package = torch._inductor.aoti_compile_and_package(program, package_path=sys.argv[2] + "/bare.pt2")
+    torch.testing.assert_close(torch._inductor.aoti_load_package(package)(x), model(x))
+"""
+
+
+@functools.cache
+def _bare_aotinductor(device: str) -> str | None:
+    """Why AOTInductor does not run a linear layer of torch's own, in a process that may crash; None if it does."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = subprocess.run([sys.executable, "-c", BARE, device, folder], capture_output=True, text=True)
+    if run.returncode == 0:
+        return None
+    return f"signal {-run.returncode}" if run.returncode < 0 else run.stderr.strip().splitlines()[-1]
+
+
+def skip_unless_aotinductor_runs(device: torch.device) -> None:
+    """On a GPU torch 2.11's was seen to crash as it loads a package. Not asked on a CPU: it costs half a minute."""
+    reason = _bare_aotinductor(device.type) if device.type == "cuda" else None
+    if reason is not None:
+        version = f"AOTInductor of torch {torch.__version__}"
+        pytest.skip(f"{version} cannot run a linear layer on {device.type} here: {reason}")
 
 
 @pytest.mark.gpu
 def test_aotinductor_of_the_triton_operators(device, tmp_path):
     """They stay whole in the package, which then runs them where Python, the package and Triton are."""
     pytest.importorskip("triton")
+    skip_unless_aotinductor_runs(device)
     program, images, expected = exported("module", "triton", device)
     package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "module.pt2"))
     torch.testing.assert_close(torch._inductor.aoti_load_package(package)(images), expected, rtol=1e-4, atol=1e-4)

@@ -502,8 +502,9 @@ def test_compiled_in_one_graph_with_the_regulariser(device):
     assert_same(*results)
 
 
+@pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
 @pytest.mark.parametrize("training", [True, False])
-def test_export(training, device):
+def test_export(training, strict, device):
     _, layer = layers(device, 4, 5, 3, 0.5)
     net = official.WideResNetAttention(10, 1, 5, 0, 3, 2, 0.1).to(device)
     z, images = draw(2, 4, 6, 5, device=device), draw(4, 3, 8, 8, device=device, dtype=torch.float32)
@@ -511,7 +512,7 @@ def test_export(training, device):
         before = copy.deepcopy(module.state_dict())
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*(assigned during export|side effects).*")
-            program = torch.export.export(module, (value,))
+            program = torch.export.export(module, (value,), strict=strict)
         assert all(not isinstance(found, torch.Tensor) for found in vars(module).values())
         got = program.module()(value)
         module.load_state_dict(before)

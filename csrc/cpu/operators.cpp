@@ -277,7 +277,7 @@ Tensor empty_gradient(const Tensor& z, bool channels_last) {
                                     torch::stable::detail::from(std::optional<torch::headeronly::Layout>()),
                                     torch::stable::detail::from(std::optional<torch::stable::Device>()),
                                     torch::stable::detail::from(std::optional<bool>())};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::new_empty_strided", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::new_empty_strided", "", stack.data(), TORCH_ABI_VERSION));
   const Tensor gradient = torch::stable::detail::to<Tensor>(stack[0]);
   ask_for_large_pages(gradient);
   return gradient;
