@@ -1,7 +1,5 @@
-"""A GPU that is not the current one, several streams, and a training step as one CUDA graph.
-
-Not run on a GPU so far.
-"""
+"""A GPU that is not the current one (not run so far: it takes two), several streams, and a training step as one CUDA
+graph."""
 
 import copy
 

@@ -140,7 +140,6 @@ def test_ten_thousand_steps_on_a_cpu_take_no_more_memory(device):
 
 @pytest.mark.gpu
 def test_ten_thousand_steps_on_a_gpu_take_no_more_memory(device):
-    """Not run yet: it was written without a GPU."""
     for implementation in ("triton", "eager"):
         step = a_training(device, implementation)
         for _ in range(STEPS // 10):

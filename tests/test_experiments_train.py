@@ -120,7 +120,6 @@ def test_a_captured_run_takes_every_step_once(tmp_path, monkeypatch):
 
 @pytest.mark.gpu
 def test_a_captured_run_equals_a_run_step_by_step(tmp_path, device):
-    """Has not been run yet: there was no GPU when it was written."""
     clutter, results = data.Clutter(data.bundled().train.to(device)), []
     for capture in (False, True):
         torch.manual_seed(0)

@@ -319,8 +319,7 @@ def test_an_infinite_hypothesis_is_seen(mix, implementation, device):
 @pytest.mark.parametrize("taps", [1, 9])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_beyond_two_to_the_31_elements(layout, taps, device):
-    """Forward and backward, with a tap and a mean, checked in the first and the last image. Not run yet: it was written
-    without a GPU."""
+    """Forward and backward, with a tap and a mean, checked in the first and the last image."""
     n, c, side = 44, 64, 896  # 2.26e9 elements, 4.5 GB
     kernel = (3, 3) if taps == 9 else ()
     w = (torch.randn(4, c, *kernel, device=device) / (8 * taps**0.5)).bfloat16()

@@ -1,9 +1,13 @@
 """How sweeps are cut: everything is covered, and what is compiled does not depend on the batch."""
 
+import math
+
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="the triton package is not installed")
 
+from ar_kernels.kernels import attend3x3  # noqa: E402
 from ar_kernels.kernels.heuristics import Chip, busiest_splits, channel_parts, sweep_config  # noqa: E402
 
 CHANNELS = (1, 3, 16, 64, 65, 96, 160, 320, 384, 640, 1024, 2048)
@@ -85,3 +89,17 @@ def test_alike_an_image_is_cut_the_same_in_any_batch_and_on_more_processors(chan
             }
             assert len(cuts) == 1
             assert next(iter(cuts)).splits > 1 or positions <= 1024
+
+
+@pytest.mark.parametrize("heads", [1, 4, 16])
+@pytest.mark.parametrize("height, width", [(1, 1), (7, 7), (14, 14), (5, 300), (56, 56), (300, 3), (1, 70000)])
+def test_bands_of_3x3_heads_cover_every_line_and_their_scratch_is_no_larger_than_dz(heads, height, width, monkeypatch):
+    monkeypatch.setattr(attend3x3, "chip", lambda index: Chip(132, 9, 227 * 1024))
+    for images in (1, 32, 128, 257):
+        size, strides = (images, 96, height, width), (96 * height * width, 1, 96 * width, 96)
+        cut = attend3x3._cut(torch.Size(size), strides, torch.bfloat16, 0, heads, "ieee")
+        sums = attend3x3._tap_sums(cut, images, heads, of_image=True)
+        items, bands, lines, pitch = sums.launch.sizes[:4]
+        assert bands * lines >= height > (bands - 1) * lines and items == images * bands
+        assert pitch >= (lines + 2) * width + 32 and sums.scratch == (sums.launch.grid[0], 9 * heads, pitch)
+        assert math.prod(sums.scratch) * 4 <= math.prod(size) * 2 or lines == 1

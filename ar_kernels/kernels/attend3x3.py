@@ -515,19 +515,29 @@ def _tap_sums(cut: _Cut, images: int, heads: int, of_image: bool) -> _Sums:
     height, width = cut.sizes[:2]
     most = 128 if cut.hopper else 64
     tile = min(max(32, 8192 // cut.row_tile), most, max(32, next_power_of_2(height * width))) if cut.half else 32
-    programs = 3 * cut.chip.processors
+    at_once = 3 * cut.chip.processors
+
+    def cut_into(bands: int) -> tuple[int, int, int]:
+        """Lines of a band, programs, and for how many positions each has a scratch."""
+        lines = -(-height // bands)
+        return lines, min(images * -(-height // lines), at_once), -(-((lines + 2) * width + 32) // 16) * 16
 
     def work(bands: int) -> int:
         """The busiest program's: for each of its bands the positions, those of the tiles that its lines and the two
         beside them fill, and a tile's while its loads begin."""
-        lines = -(-height // bands)
+        lines = cut_into(bands)[0]
         read = -(-min(lines + 2, height) * width // tile) * tile
-        return -(-images * bands // programs) * (lines * width + read + tile)
+        return -(-images * bands // at_once) * (lines * width + read + tile)
 
-    lines = -(-height // min(range(1, height + 1), key=work))
+    def fits(bands: int) -> bool:
+        """The scratch of all is no larger than dZ, which takes its place."""
+        _, programs, pitch = cut_into(bands)
+        scratch = programs * pitch * TAPS * heads * max(4, cut.itemsize)
+        return scratch <= images * cut.constants["C"] * height * width * cut.itemsize
+
+    fewest = -(-height // -(-1024 // width))  # larger bands' scratches stay in L2 even less
+    lines, programs, pitch = cut_into(min(filter(fits, range(fewest, height + 1)), key=work, default=height))
     bands = -(-height // lines)
-    programs = min(images * bands, programs)
-    pitch = -(-((lines + 2) * width + 32) // 16) * 16
     launch = Launch(
         tap_sums_kernel, (programs,), (images * bands, bands, lines, pitch, *cut.sizes), **cut.constants,
         OF_IMAGE=of_image, C_TILE=128 // cut.itemsize, S_TILE=tile, K_TILE=next_power_of_2(heads),
