@@ -2,7 +2,7 @@
 
     python tests/mutants.py              goes on where tests/mutants.json ends; --limit 10: ten more
     python tests/mutants.py --list       prints every mutant
-    python tests/mutants.py --rerun ID   forgets what became of one, and runs it again
+    python tests/mutants.py --rerun ID   forgets what became of some, and runs them again
 
 HAND_MADE are faults that somebody might make; others are sampled by seed from every operator, comparison, constant,
 mask and stride of kernels, autograd formulas, validation and modules. Each runs in a copy of the tracked files, first
@@ -13,16 +13,18 @@ that every fault can be planted (test_mutants.py).
 
 import argparse
 import ast
+import hashlib
 import io
+import itertools
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import tokenize
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -186,47 +188,50 @@ SWAPPED = {
 
 
 def candidates(file: str) -> list[Mutant]:
-    """Every operator, comparison, number and flag of a file's functions, each swapped for its neighbour."""
+    """Every operator, comparison, number and flag of a file's functions, each swapped for its neighbour. Its id says in
+    which line of which function, and no line number: an edit elsewhere changes none."""
     source = (ROOT / file).read_text(encoding="utf-8")
-    lines = [0]
-    for line in source.splitlines(keepends=True):
-        lines.append(lines[-1] + len(line))
-    tree, inside = ast.parse(source), set()
+    lines = source.splitlines(keepends=True)
+    starts = [0, *itertools.accumulate(map(len, lines))]
+    function = {}  # by line: the innermost, which is walked last
+    tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             for statement in node.body:
                 text = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
-                raised = isinstance(statement, ast.Raise)
-                if not text and not raised:
-                    inside.update(range(statement.lineno, statement.end_lineno + 1))
+                for line in range(statement.lineno, statement.end_lineno + 1):
+                    function[line] = None if text else node.name
     for node in ast.walk(tree):
         if isinstance(node, ast.Raise | ast.AnnAssign):
-            inside.difference_update(range(node.lineno, node.end_lineno + 1))
-    found = []
+            function |= dict.fromkeys(range(node.lineno, node.end_lineno + 1))
+    found, seen = [], Counter()
     tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
     for before, token, after in zip(tokens, tokens[1:], tokens[2:]):
         line, column = token.start
         text, old = token.string, before.string
-        if line not in inside or token.type not in (tokenize.OP, tokenize.NAME, tokenize.NUMBER):
+        if function.get(line) is None or token.type not in (tokenize.OP, tokenize.NAME, tokenize.NUMBER):
             continue
         new = SWAPPED.get(text)
-        starts = before.type in (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT)
-        if text in "+-*" and (starts or old in ("(", ",", "=", "[", ":", "return", "==", "<", "*", "**")):
+        first = before.type in (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT)
+        if text in "+-*" and (first or old in ("(", ",", "=", "[", ":", "return", "==", "<", "*", "**")):
             continue  # a sign, or an unpacking
         if (text, after.string) == ("is", "not"):
             continue  # the not itself is one
         if token.type == tokenize.NUMBER and new is None and text.isdigit():
             new = str(int(text) + 1)
         if new is not None:
-            at = lines[line - 1] + column
-            found.append(Mutant(f"{file}:{line}:{column} {text} → {new or 'nothing'}", file, text, new, at))
+            name = f"{file} {function[line]}, {text} → {new or 'nothing'}: {lines[line - 1].strip()}"
+            seen[name] += 1
+            name += f" ({seen[name]})" if seen[name] > 1 else ""  # twice in a line, or of one of several such lines
+            found.append(Mutant(name, file, text, new, starts[line - 1] + column))
     return found
 
 
 def mutants() -> list[Mutant]:
-    """The hand-made, then the sampled, always in the same order."""
+    """The hand-made, then those of all candidates whose ids hash lowest: an edit takes and brings its own lines' only."""
     pool = [mutant for file in SAMPLED_FROM for mutant in candidates(file)]
-    return [Mutant(*each) for each in HAND_MADE] + random.Random(SEED).sample(pool, SAMPLED)
+    pool.sort(key=lambda mutant: hashlib.sha256(f"{SEED} {mutant.id}".encode()).digest())
+    return [Mutant(*each) for each in HAND_MADE] + pool[:SAMPLED]
 
 
 def planted(source: str, mutant: Mutant) -> str:
@@ -288,13 +293,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--limit", type=int, help="how many mutants to run")
     parser.add_argument("--list", action="store_true", help="print every mutant")
-    parser.add_argument("--rerun", help="the id of a mutant to run again")
+    parser.add_argument("--rerun", nargs="+", default=[], metavar="ID", help="forget these results and run them again")
     options = parser.parse_args()
     if options.list:
         print(*(mutant.id for mutant in mutants()), sep="\n")
         return
     report = json.loads(REPORT.read_text(encoding="utf-8")) if REPORT.exists() else {"results": []}
-    results = {result["id"]: result for result in report["results"] if result["id"] != options.rerun}
+    results = {result["id"]: result for result in report["results"] if result["id"] not in options.rerun}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     left = [mutant for mutant in mutants() if mutant.id not in results]
     with tempfile.TemporaryDirectory() as folder:
