@@ -307,14 +307,9 @@ def _check_layers(backbone: object, layers: object) -> None:
         if not isinstance(name, str):
             raise TypeError(f"layers must hold names, got {type(name).__name__}")
         if name not in names:
-            close = difflib.get_close_matches(name, names, n=3)
-            hint = (
-                f"did you mean {', '.join(map(repr, close))}?"
-                if close
-                else f"it has {', '.join(names[:10])}, ..."
-                if names
-                else "it has none"
-            )
+            hint = f"it has {', '.join(names[:10])}, ..." if names else "it has none"
+            if close := difflib.get_close_matches(name, names, n=3):
+                hint = f"did you mean {', '.join(map(repr, close))}?"
             raise ValueError(f"layers must name submodules of the backbone, got {name!r}; {hint}")
         if layers.count(name) > 1:
             raise ValueError(f"layers must not repeat a name, got {name!r} {layers.count(name)} times")

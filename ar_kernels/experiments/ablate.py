@@ -250,12 +250,8 @@ def summarise(source: str, options: argparse.Namespace, found: dict[str, np.ndar
         if better in found and other in found:
             interval = paired_interval(found[better] - found[other])
             orderings.append(
-                {
-                    "ordering": text, "better": better, "other": other, "paper": round(paper, 4),
-                    "difference": interval.mean, "low": _finite(interval.low), "high": _finite(interval.high),
-                    "verdict": interval.verdict,
-                }
-            )  # fmt: skip
+                {"ordering": text, "better": better, "other": other, "paper": round(paper, 4)} | interval.as_json()
+            )
     return {
         "data": source,
         "epochs": options.epochs,
@@ -271,10 +267,6 @@ def summarise(source: str, options: argparse.Namespace, found: dict[str, np.ndar
         },
         "orderings": orderings,
     }
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 def _legend(panel: Panel, summary: dict, names: Iterable[str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from . import data
-from .ablate import PATIENCE, VARIANTS, Rows, _finite, settings_of, train_runs
+from .ablate import PATIENCE, VARIANTS, Rows, settings_of, train_runs
 from .figures import draw_lines
 from .files import write_atomically
 from .nets import load_run
@@ -106,12 +106,7 @@ def summarise(source: str, counts: list[int], errors: dict[str, np.ndarray]) -> 
         "growth": {name: float(values.mean()) for name, values in growth.items()},
         "growth_relative": {name: float(v.mean() / at[name]) if at[name] > 0 else None for name, v in growth.items()},
         "paper_growth_at_64": PAPER,
-        "less_growth_with_attention": {
-            "difference": interval.mean,
-            "low": _finite(interval.low),
-            "high": _finite(interval.high),
-            "verdict": interval.verdict,
-        },
+        "less_growth_with_attention": interval.as_json(),
     }
 
 

@@ -18,6 +18,11 @@ class Interval(NamedTuple):
         """Of "the difference is above 0": holds or fails where the interval lies on one side of 0, else undecided."""
         return "holds" if self.low > 0 else "fails" if self.high < 0 else "undecided"
 
+    def as_json(self) -> dict[str, float | str | None]:
+        """Of a difference, as files hold it: JSON has no infinity, None stands for an end that is not known."""
+        low, high = (float(end) if np.isfinite(end) else None for end in (self.low, self.high))
+        return {"difference": self.mean, "low": low, "high": high, "verdict": self.verdict}
+
 
 def paired_interval(differences: np.ndarray, confidence: float = 0.95) -> Interval:
     """Of differences [seeds, draws]: of two networks of one seed on one draw of the test set, each draw met by all.
