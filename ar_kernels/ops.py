@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, are_deterministic_algorithms_enabled
 from torch.autograd import forward_ad
 
 from . import eager, native
@@ -424,7 +424,7 @@ class _GatedAttend(torch.autograd.Function):
     @staticmethod
     def forward(z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, tap, implementation):
         operators = _operators(implementation)
-        alike = torch.are_deterministic_algorithms_enabled()
+        alike = are_deterministic_algorithms_enabled()
         inputs = z, w, b, score_w, score_b, gated_heads
         if w.dim() == 4:
             outputs = operators.gated_attend3x3.default(*inputs, wants_mean, alike)

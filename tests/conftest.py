@@ -57,14 +57,15 @@ def same_float32_products():
 @pytest.fixture
 def poisoned_memory(monkeypatch):
     """torch.empty and its kin return NaN: whatever the package allocates and does not write shows. torch does so in its
-    deterministic mode alone; the package is not told, and cuts its work as it does without."""
+    deterministic mode alone; the package is not told, and cuts its work as it does without. torch's own answer stays:
+    Dynamo restores the mode by it."""
     import torch
 
     before = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     assert torch.ones(1).new_empty(3).isnan().all()
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    monkeypatch.setattr("ar_kernels.ops.are_deterministic_algorithms_enabled", lambda: False)
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = before
