@@ -47,12 +47,13 @@ def _framed(s, width):
 
 
 @triton.jit
-def _shifted(maps, tap, of_position, s, height, width, WIDTH: tl.constexpr):
-    """For rows of numbers tap and of_position < WIDTH: that value of an image's framed map [.., WIDTH] at s - tap, as
-    [R_tile, S_tile]. Positions past the image repeat its last one: they meet zeros, or are not stored."""
+def _shifted(maps, rows, s, height, width, HEADS: tl.constexpr):
+    """Row tap·K + k: head k's framed map at s - tap → [R_tile, S_tile]. Rows behind the last tap repeat it, positions
+    past the image its last one: no bounds to check, since they meet zeros or are not stored."""
+    tap, head = tl.minimum(rows // HEADS, 8), rows % HEADS
     shift = (tap // 3 - 1) * (width + 2) + tap % 3 - 1
     at = _framed(tl.minimum(s, height * width - 1), width)
-    return tl.load(maps + (of_position - shift * WIDTH)[:, None] + (at * WIDTH)[None, :])
+    return tl.load(maps + (head - shift * HEADS)[:, None] + (at * HEADS)[None, :])
 
 
 @triton.jit(do_not_specialize=["items", "bands", "lines", "pitch"])
@@ -165,7 +166,6 @@ def pool_kernel(
     split, n = tl.program_id(0) % splits, (tl.program_id(0) // splits).to(tl.int64)
     images = tl.num_programs(0) // splits
     rows = tl.arange(0, R_TILE)
-    tap = tl.minimum(rows // HEADS, 8)  # rows behind the last tap repeat it, and are not stored
     c = tl.program_id(1) * C_TILE + tl.arange(0, C_TILE)
     begin = aligned(split * split_length, S_TILE)
     end = aligned(tl.minimum(begin + split_length, positions), VECTOR if UNIT == "s" else 1)
@@ -173,8 +173,7 @@ def pool_kernel(
     for start in range(begin, end, S_TILE):
         s = start + tl.arange(0, S_TILE)
         z_tile = load_tile(z + n * VECTOR * z_n, s, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
-        framed = masks + n * HEADS * ((height + 2) * (width + 2))
-        a = _shifted(framed, tap, rows % HEADS, s, height, width, HEADS)
+        a = _shifted(masks + n * HEADS * ((height + 2) * (width + 2)), rows, s, height, width, HEADS)
         if mean is not None:
             a = tl.where((rows == R_TILE - 1)[:, None], 1.0, a).to(masks.dtype.element_ty)  # past the end Z is 0
         sums = tl.dot(a, z_tile, sums, input_precision=PRECISION, out_dtype=ACC)
@@ -394,7 +393,6 @@ def map_gradient_kernel(
     dW = Σ_n Σ_s dℓ_{k,s-τ} Z_s. One program: some channels of some splits of images, one after the other."""
     positions = height * width
     rows = tl.arange(0, R_TILE)
-    tap = tl.minimum(rows // HEADS, 8)  # rows behind the last tap repeat its maps, and meet zeros or are not stored
     c = tl.program_id(1) * C_TILE + tl.arange(0, C_TILE)
     kind = z.dtype.element_ty
     w_tile = _tap_rows(w, rows, c, C, 9 * HEADS)
@@ -410,7 +408,7 @@ def map_gradient_kernel(
         a = maps + 2 * n * frame
         for start in range(begin, end, S_TILE):
             s = start + tl.arange(0, S_TILE)
-            dl_rows = _shifted(a + frame, tap, rows % HEADS, s, height, width, HEADS)
+            dl_rows = _shifted(a + frame, rows, s, height, width, HEADS)
             if shares is not None:
                 z_tile = load_tile(z + n * VECTOR * z_n, s, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
                 if unscale is None:
@@ -418,7 +416,7 @@ def map_gradient_kernel(
                 else:  # images have scales of their own
                     share += tl.dot(dl_rows, z_tile, out_dtype=ACC) * inverse
             if dz is not None:
-                a_rows = _shifted(a, tap, rows % HEADS, s, height, width, HEADS)
+                a_rows = _shifted(a, rows, s, height, width, HEADS)
                 grad = tl.dot(tl.trans(a_rows), dp_tile, input_precision=PRECISION, out_dtype=ACC)
                 grad = tl.dot(tl.trans(dl_rows), w_tile, grad, input_precision=PRECISION, out_dtype=ACC)
                 if unscale is not None:
