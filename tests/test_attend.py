@@ -177,6 +177,15 @@ def test_flat_maps_and_expanded_maps(implementation, device):
     torch.testing.assert_close(got.pooled, want.pooled, rtol=1e-12, atol=1e-12)
 
 
+def test_a_column_of_a_wider_map(fused, device):
+    """Its positions lie a row stride apart, whatever the stride of its one column."""
+    layer = Layer(n=2, c=6, h=5, w=1, device=device)
+    assert slice_of_cat(layer.tensors["feature_map"]).stride()[2:] == (2, 1)
+    got = layer.run(fused, layout=slice_of_cat)
+    for name, truth in layer.run("reference").items():
+        torch.testing.assert_close(got[name], truth, rtol=1e-12, atol=1e-12, msg=name)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_images(dtype, implementation, device):
     layer = Layer(n=0, c=6, dtype=dtype, globals=2, device=device)
