@@ -71,6 +71,36 @@ def poisoned_memory(monkeypatch):
     torch.utils.deterministic.fill_uninitialized_memory = before
 
 
+@pytest.fixture
+def guarded_memory(monkeypatch):
+    """Interpreted kernels find NaN on both sides of every tensor's memory: reading it shows, writing it fails."""
+    if not importlib.util.find_spec("triton"):
+        return
+    import torch
+    from triton.runtime.interpreter import InterpretedFunction
+
+    unguarded = InterpretedFunction.run
+
+    def run(kernel, *arguments, **options):
+        memories = {}
+        for tensor in filter(torch.is_tensor, arguments):
+            storage = tensor.untyped_storage()
+            memory = torch.empty(0, dtype=tensor.dtype).set_(storage)
+            nan = torch.full((256,), float("nan"), dtype=tensor.dtype)
+            memories.setdefault(storage.data_ptr(), (memory, torch.cat([nan, memory, nan])))
+
+        def inside(tensor):
+            wide = memories[tensor.untyped_storage().data_ptr()][1]
+            return wide.as_strided(tensor.shape, tensor.stride(), 256 + tensor.storage_offset())
+
+        unguarded(kernel, *[inside(value) if torch.is_tensor(value) else value for value in arguments], **options)
+        for memory, wide in memories.values():
+            assert wide[:256].isnan().all() and wide[-256:].isnan().all(), f"{kernel.__name__} writes outside a tensor"
+            memory.copy_(wide[256:-256])
+
+    monkeypatch.setattr(InterpretedFunction, "run", run)
+
+
 def _skip_where_it_cannot_run(name: str, device) -> None:
     if name == "triton" and not importlib.util.find_spec("triton"):
         pytest.skip("the triton package is not installed")

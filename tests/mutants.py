@@ -31,8 +31,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 REPORT = Path(__file__).with_suffix(".json")
 SEED, SAMPLED = 0, 60
-TIMEOUT = 900
-"""Seconds for one group of tests: a mutant that makes a loop endless is killed by this."""
+TIMEOUT = 300, 900
+"""Seconds for one test, of which the slowest takes 40, and for one group, for loops in C++ that no signal ends."""
 
 
 class Mutant(NamedTuple):
@@ -131,29 +131,38 @@ SAMPLED_FROM = (
 )
 
 OF_1X1 = [
-    ["tests/test_attend.py", "-k", "float64_equals and triton"],
-    ["tests/test_attend.py", "-k", "budget and triton and contiguous and bfloat16 or float16_gradients and triton"],
-    ["tests/test_properties.py", "-k", "interpreter and 0"],
-    ["tests/test_extremes.py", "-k", "triton"],
-    ["tests/test_attend.py", "tests/test_ops.py", "-k", "triton or float16 or device"],
+    ["tests/test_attend.py", "-k", "triton and float64_equals"],
+    ["tests/test_attend.py", "-k", "triton and not float64_equals and not budget and not same_bits and not allocates"],
+    ["tests/test_extremes.py", "-k", "classes_of_results and triton-1-torch.float32"],
+    ["tests/test_attend.py", "-k", "triton and budget and contiguous and bfloat16"],
+    ["tests/test_extremes.py", "-k", "triton and not triton-9 and not rectify"],
+    ["tests/test_ops.py", "-k", "triton and not rectify and not compile and not inductor"],
+    ["tests/test_attend.py", "-k", "triton"],
     ["tests/test_properties.py", "-k", "interpreter"],
 ]
 OF_3X3 = [
-    ["tests/test_attend3x3.py", "-k", "float64_equals or float16 or no_images"],
+    ["tests/test_attend3x3.py", "-k", "triton and float64_equals and not band and not many"],
+    ["tests/test_attend3x3.py", "-k", "triton and (float64_equals or float16_gradients or no_images or functorch)"],
+    ["tests/test_extremes.py", "-k", "triton-9-torch.float32"],
+    ["tests/test_attend3x3.py", "-k", "triton and budget and contiguous"],
     ["tests/test_extremes.py", "-k", "triton and 9"],
-    ["tests/test_attend3x3.py", "tests/test_properties.py", "-k", "not random or interpreter"],
+    ["tests/test_attend3x3.py", "-k", "triton"],
+    ["tests/test_properties.py", "-k", "interpreter"],
 ]
 OF_OPS = [
-    ["tests/test_ops.py", "-k", "rectify or gradcheck"],
-    ["tests/test_attend.py", "-k", "native or eager"],
-    ["tests/test_ops.py", "tests/test_attend3x3.py", "tests/test_attend.py"],
-    ["tests/test_modules.py", "tests/test_properties.py", "tests/test_extremes.py", "tests/test_official.py"],
+    ["tests/test_ops.py", "-k", "not triton and not compile and not inductor"],
+    ["tests/test_attend.py", "-k", "not triton"],
+    ["tests/test_ops.py", "-k", "not rectify and not gradgrad"],
+    ["tests/test_modules.py", "tests/test_official.py"],
+    ["tests/test_ops.py", "tests/test_attend3x3.py", "-k", "not budget"],
+    ["tests/test_extremes.py", "tests/test_properties.py"],
+    ["tests/test_func.py", "tests/test_compile.py", "tests/test_export.py", "tests/test_attend.py"],
 ]
 TESTS = {
     FORWARD: OF_1X1,
     BACKWARD: OF_1X1,
     SPATIAL: OF_3X3,
-    f"{KERNELS}tiles.py": [*OF_1X1[:2], *OF_3X3[:1], ["tests/test_ops.py", "-k", "beyond"], *OF_1X1[2:]],
+    f"{KERNELS}tiles.py": [*OF_1X1[:2], *OF_3X3[:1], ["tests/test_ops.py", "-k", "beyond"], *OF_1X1[2:], *OF_3X3[1:]],
     f"{KERNELS}rectify.py": [["tests/test_ops.py", "-k", "rectify and triton"], ["tests/test_extremes.py", "-k", "rectify"]],
     f"{PACKAGE}ops.py": OF_OPS,
     f"{PACKAGE}eager.py": [["tests/test_attend.py", "-k", "float64_equals and eager"], *OF_OPS],
@@ -269,10 +278,20 @@ def outcome(mutant: Mutant, folder: Path) -> dict:
             build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
             subprocess.run(build, cwd=folder, env=environment, check=True, capture_output=True)
         for group in groups:
-            command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *group]
+            command = [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-x",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                f"--timeout={TIMEOUT[0]}",
+                *group,
+            ]
             try:
                 run = subprocess.run(
-                    command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT
+                    command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT[1]
                 )
             except subprocess.TimeoutExpired:
                 result |= {"outcome": "killed", "by": f"{' '.join(group)}: no end"}

@@ -30,6 +30,7 @@ SHAPES_OF_BUDGET = ["global heads", "aligned rows", "split over positions", "cha
 LAYOUTS = {"contiguous": None, "channels_last": channels_last, "batch_last": batch_last, "slice": slice_of_cat}
 
 
+@pytest.mark.usefixtures("guarded_memory")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_float64_equals_the_reference(shape, implementation, device):
     layer = Layer(**SHAPES[shape], device=device)
@@ -175,6 +176,15 @@ def test_flat_maps_and_expanded_maps(implementation, device):
     got = ar_kernels.attend(same, w, implementation=implementation)
     want = ar_kernels.attend(same.contiguous(), w, implementation="reference")
     torch.testing.assert_close(got.pooled, want.pooled, rtol=1e-12, atol=1e-12)
+
+
+def test_a_column_of_a_wider_map(fused, device):
+    """Its positions lie a row stride apart, whatever the stride of its one column."""
+    layer = Layer(n=2, c=6, h=5, w=1, device=device)
+    assert slice_of_cat(layer.tensors["feature_map"]).stride()[2:] == (2, 1)
+    got = layer.run(fused, layout=slice_of_cat)
+    for name, truth in layer.run("reference").items():
+        torch.testing.assert_close(got[name], truth, rtol=1e-12, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -27,6 +27,7 @@ SHAPES = {
 LAYOUTS = {"contiguous": None, "channels_last": channels_last, "batch_last": batch_last, "slice": slice_of_cat}
 
 
+@pytest.mark.usefixtures("guarded_memory")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_float64_equals_the_reference(shape, implementation, device):
     layer = Layer(**SHAPES[shape], kernel_size=3, device=device)

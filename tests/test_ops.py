@@ -55,6 +55,7 @@ def test_gradgradcheck(implementation, device):
     assert torch.autograd.gradgradcheck(function, values, fast_mode=True)
 
 
+@pytest.mark.usefixtures("guarded_memory")
 @pytest.mark.parametrize("gating", GATINGS)
 @pytest.mark.parametrize("mix", MIXES)
 def test_rectify(mix, gating, implementation, device):
