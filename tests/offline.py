@@ -45,6 +45,8 @@ TARGETS = {
 }
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64"}
 
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+
 
 class Recorder:
     """Stands in for a jitted kernel and keeps what it would have been launched with."""
@@ -79,7 +81,7 @@ def recording(chip):
 
 def compile_launch(kernel, args, kwargs, gpu):
     """Compiles one recorded launch for a GPUTarget; returns its registers, spills and shared memory."""
-    options = {k: v for k, v in kwargs.items() if k in ("num_warps", "num_stages", "maxnreg")}
+    options = {k: v for k, v in kwargs.items() if k in OPTIONS}
     values = dict(zip(kernel.arg_names, args)) | {k: v for k, v in kwargs.items() if k not in options}
     if gpu.backend == "hip":
         options.pop("maxnreg", None)  # as Launch does there

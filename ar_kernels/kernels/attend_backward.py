@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .heuristics import MOST_REGISTERS, chip, next_power_of_2, sweep_config
+from .heuristics import MOST_REGISTERS, SUMS_OVER_LANES, chip, next_power_of_2, sweep_config
 from .launch import Launch
 from .tiles import (
     accumulator,
@@ -494,7 +494,7 @@ def _plan(
         tile = min(next_power_of_2(channels), max(16, 4096 // head_tile))
         pooled = Launch(
             pooled_gradient_kernel, (images,), (positions,), **of_pooled, C_TILE=tile, K_TILE=head_tile,
-            num_warps=4 if head_tile < 64 else 8, maxnreg=MOST_REGISTERS,
+            num_warps=4 if head_tile < 64 else 8, maxnreg=MOST_REGISTERS, **SUMS_OVER_LANES,
         )  # fmt: skip
     sums = None
     if has_dw or has_dt:

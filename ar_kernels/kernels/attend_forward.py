@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .heuristics import MOST_REGISTERS, chip, next_power_of_2, sweep_config
+from .heuristics import MOST_REGISTERS, SUMS_OVER_LANES, chip, next_power_of_2, sweep_config
 from .launch import Launch
 from .tiles import (
     accumulator,
@@ -340,7 +340,7 @@ def _plan(
         tile = min(next_power_of_2(channels), max(16, 2048 // config.head_tile))
         merge = Launch(
             merge_kernel, (images,), (config.splits,), **constants, C_TILE=tile, J_TILE=32,
-            num_warps=4, maxnreg=MOST_REGISTERS,
+            num_warps=4, maxnreg=MOST_REGISTERS, **SUMS_OVER_LANES,
         )  # fmt: skip
     merges = config.splits > 1 or not (config.held or whole)
     return _Plan(sweep, merge, images * config.splits if merges else 0, not whole)

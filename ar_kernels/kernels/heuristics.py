@@ -11,6 +11,10 @@ from triton.runtime import driver
 MOST_REGISTERS = 255
 """Asked for by name, this many keep the compiler from spilling a few for the sake of occupancy."""
 
+SUMS_OVER_LANES = {"enable_fp_fusion": False}
+"""Options of a kernel that stores sums of products over lanes. A product fused into the first addition is rounded in
+one lane and not in its partner: the lanes' sums differ in the last bit, and a race decides which of them is kept."""
+
 TILES_OF_PROGRAM = 8
 """Position tiles of each program where the cut may not depend on the batch: parts of K heads, written and merged, then
 are K bytes for each S_TILE · itemsize of the map. Counted, not measured."""
