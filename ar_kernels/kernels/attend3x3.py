@@ -71,6 +71,7 @@ def tap_sums_kernel(
     positions = height * width
     rows = tl.arange(0, R_TILE)
     heads = tl.arange(0, K_TILE)
+    pitch = aligned(pitch, 16)
     own = scratch + tl.program_id(0).to(tl.int64) * (9 * HEADS * pitch)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         n = (item // bands).to(tl.int64)
@@ -82,16 +83,20 @@ def tap_sums_kernel(
         w_n = weights
         if OF_IMAGE:
             w_n += n * (9 * HEADS * C)
-        for start in range(first, last, S_TILE):
-            s = start + tl.arange(0, S_TILE)
-            y = tl.zeros([R_TILE, S_TILE], ACC)
-            for c0 in range(0, C, C_TILE):
-                c = c0 + tl.arange(0, C_TILE)
-                z_tile = load_tile(z + n * VECTOR * z_n, s, last, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
-                w_tile = _tap_rows(w_n, rows, c, C, 9 * HEADS)
-                y = tl.dot(w_tile, tl.trans(z_tile), y, input_precision=PRECISION, out_dtype=ACC)
-            real = (rows < 9 * HEADS)[:, None] & (s < last)[None, :]
-            tl.store(own + rows[:, None] * pitch + (s - first)[None, :], y, mask=real)
+        CHUNKS: tl.constexpr = (C + C_TILE - 1) // C_TILE
+        products = tl.zeros([R_TILE, S_TILE], ACC)
+        for step in range(0, tl.cdiv(last - first, S_TILE) * CHUNKS):  # one loop: loads run ahead over a tile's end
+            of_scratch = step // CHUNKS * S_TILE + tl.arange(0, S_TILE)
+            s = first + of_scratch
+            c = step % CHUNKS * C_TILE + tl.arange(0, C_TILE)
+            z_tile = load_tile(z + n * VECTOR * z_n, s, last, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
+            w_tile = _tap_rows(w_n, rows, c, C, 9 * HEADS)
+            products = tl.dot(w_tile, tl.trans(z_tile), products, input_precision=PRECISION, out_dtype=ACC)
+            if step % CHUNKS == CHUNKS - 1:
+                # Past the last position are zeros: as many as there is room for go along, in whole vectors.
+                real = (rows < 9 * HEADS)[:, None] & (of_scratch < pitch)[None, :]
+                tl.store(own + rows[:, None] * pitch + of_scratch[None, :], products, mask=real)
+                products = tl.zeros([R_TILE, S_TILE], ACC)
         tl.debug_barrier()  # the other threads' rows are read below
         for start in range(begin, end, S_TILE):
             s = start + tl.arange(0, S_TILE)
@@ -513,7 +518,10 @@ def _tap_sums(cut: _Cut, images: int, heads: int, of_image: bool) -> _Sums:
     height, width = cut.sizes[:2]
     most = 128 if cut.hopper else 64
     tile = min(max(32, 8192 // cut.row_tile), most, max(32, next_power_of_2(height * width))) if cut.half else 32
-    at_once = 3 * cut.chip.processors
+    at_once = 2 * cut.chip.processors  # registers and shared memory of a multiprocessor hold two programs
+    channels = cut.constants["C"]
+    wide = cut.half and cut.row_tile <= 64 and tile < most and channels % 128 == 0  # few positions, more channels
+    channel_tile = (256 if wide else 128) // cut.itemsize
 
     def cut_into(bands: int) -> tuple[int, int, int]:
         """Lines of a band, programs, and for how many positions each has a scratch."""
@@ -531,14 +539,14 @@ def _tap_sums(cut: _Cut, images: int, heads: int, of_image: bool) -> _Sums:
         """The scratch of all is no larger than dZ, which takes its place."""
         _, programs, pitch = cut_into(bands)
         scratch = programs * pitch * TAPS * heads * max(4, cut.itemsize)
-        return scratch <= images * cut.constants["C"] * height * width * cut.itemsize
+        return scratch <= images * channels * height * width * cut.itemsize
 
-    fewest = -(-height // -(-1024 // width))  # larger bands' scratches stay in L2 even less
+    fewest = -(-height // -(-2048 // width))  # larger bands' scratches stay in L2 even less
     lines, programs, pitch = cut_into(min(filter(fits, range(fewest, height + 1)), key=work, default=height))
     bands = -(-height // lines)
     launch = Launch(
         tap_sums_kernel, (programs,), (images * bands, bands, lines, pitch, *cut.sizes), **cut.constants,
-        OF_IMAGE=of_image, C_TILE=128 // cut.itemsize, S_TILE=tile, K_TILE=next_power_of_2(heads),
+        OF_IMAGE=of_image, C_TILE=channel_tile, S_TILE=tile, K_TILE=next_power_of_2(heads),
         num_warps=4 if cut.half and cut.row_tile <= 64 else 8, num_stages=cut.stages, maxnreg=cut.maxnreg,
     )  # fmt: skip
     return _Sums(launch, (programs, TAPS * heads, pitch))
@@ -712,7 +720,7 @@ def _backward_plan(
         tile = min(64, next_power_of_2(channels))
         weights = Launch(
             weight_sums_kernel, (TAPS * heads * (has_dw + has_dt), -(-channels // tile)), (programs, images),
-            C=channels, HEADS=TAPS * heads, C_TILE=tile, R_TILE=64, num_warps=4,
+            C=channels, HEADS=heads, TAPS=TAPS, C_TILE=tile, R_TILE=64, num_warps=4,
         )  # fmt: skip
     return _Backward(gates, sums, gradient, programs, weights)
 
@@ -776,15 +784,5 @@ def attend3x3_backward(
         shares = None if dw is None else lse.new_empty(plan.programs, TAPS, heads, channels)
         plan.gradient(z, tap_rows(w.flatten(2), z.dtype), dp, maps, unscale, grad_mean, upstream, dz, shares)
     if plan.weights is not None:
-        sums = None if dw is None else dw.new_empty(TAPS, heads, channels)
-        score_sums = score_bias = None
-        if dt is not None:  # every tap's rows with the same weight
-            dt = dt.repeat(1, TAPS)
-            score_sums, score_bias = dscore_w.new_empty(TAPS, heads, channels), lse.new_empty(TAPS, heads)
-        plan.weights(shares, pooled, dt, sums, score_sums, score_bias)
-        for gradient, rows in ((dw, sums), (dscore_w, score_sums)):
-            if gradient is not None:
-                gradient.copy_(rows.movedim(0, 2).unflatten(2, (3, 3)))
-        if dscore_b is not None:
-            dscore_b.copy_(score_bias[0])
+        plan.weights(shares, pooled, dt, dw, dscore_w, dscore_b)
     return dz

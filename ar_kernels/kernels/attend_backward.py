@@ -394,16 +394,19 @@ def chunked_kernel(
 
 
 @triton.jit
-def _sum_rows(rows, weight, count, k, c, C: tl.constexpr, HEADS: tl.constexpr, R_TILE: tl.constexpr):
-    """Σ_r weight[r, k] rows[r, k, c] (weight None: 1) and Σ_r weight[r, k], always in the same order."""
+def _sum_rows(
+    rows, weight, count, row, c, C: tl.constexpr, HEADS: tl.constexpr, TAPS: tl.constexpr, R_TILE: tl.constexpr
+):
+    """Of row tap·K + k: Σ_r weight[r, k] rows[r, tap, k, c] (weight None: 1) and Σ_r weight[r, k], always in the same
+    order."""
     sums = tl.zeros([c.shape[0]], rows.dtype.element_ty)
     weights = tl.zeros([R_TILE], rows.dtype.element_ty)
     for first in range(0, count, R_TILE):
         r = (first + tl.arange(0, R_TILE)).to(tl.int64)
-        offsets = (r * HEADS + k)[:, None] * C + c[None, :]
+        offsets = (r * (TAPS * HEADS) + row)[:, None] * C + c[None, :]
         tile = tl.load(rows + offsets, mask=(r < count)[:, None] & (c < C)[None, :], other=0.0)
         if weight is not None:
-            row_weight = tl.load(weight + r * HEADS + k, mask=r < count, other=0.0)
+            row_weight = tl.load(weight + r * HEADS + row % HEADS, mask=r < count, other=0.0)
             tile *= row_weight[:, None]
             weights += row_weight
         sums += tl.sum(tile, axis=0)
@@ -413,21 +416,24 @@ def _sum_rows(rows, weight, count, k, c, C: tl.constexpr, HEADS: tl.constexpr, R
 @triton.jit(do_not_specialize=["programs", "images"])
 def weight_sums_kernel(
     shares, pooled, dt, dw, dscore_w, dscore_b, programs, images,
-    C: tl.constexpr, HEADS: tl.constexpr, C_TILE: tl.constexpr, R_TILE: tl.constexpr,
+    C: tl.constexpr, HEADS: tl.constexpr, TAPS: tl.constexpr, C_TILE: tl.constexpr, R_TILE: tl.constexpr,
 ):  # fmt: skip
-    """dW_H [K, C] = Σ shares [programs, K, C]; dW_G = Σ_n dt ⊙ P, db_G = Σ_n dt. One program: some c of one row."""
+    """dW_H [K, C, TAPS] = Σ shares [programs, TAPS, K, C]; dW_G = Σ_n dt ⊙ P, db_G = Σ_n dt. One program: some c of one
+    row tap·K + k."""
     row = tl.program_id(0)
     c = tl.program_id(1) * C_TILE + tl.arange(0, C_TILE)
     if shares is not None:
-        if row < HEADS:
-            sums, _ = _sum_rows(shares, None, programs, row, c, C, HEADS, R_TILE)
-            tl.store(dw + row * C + c, sums.to(dw.dtype.element_ty), mask=c < C)
-        row -= HEADS
+        if row < TAPS * HEADS:
+            sums, _ = _sum_rows(shares, None, programs, row, c, C, HEADS, TAPS, R_TILE)
+            at = (row % HEADS * C + c) * TAPS + row // HEADS
+            tl.store(dw + at, sums.to(dw.dtype.element_ty), mask=c < C)
+        row -= TAPS * HEADS
     if dt is not None:
         if row >= 0:
-            sums, weights = _sum_rows(pooled, dt, images, row, c, C, HEADS, R_TILE)
-            tl.store(dscore_w + row * C + c, sums.to(dscore_w.dtype.element_ty), mask=c < C)
-            tl.store(dscore_b + row, weights, mask=tl.program_id(1) == 0)
+            sums, weights = _sum_rows(pooled, dt, images, row, c, C, HEADS, TAPS, R_TILE)
+            at = (row % HEADS * C + c) * TAPS + row // HEADS
+            tl.store(dscore_w + at, sums.to(dscore_w.dtype.element_ty), mask=c < C)
+            tl.store(dscore_b + row, weights, mask=(row < HEADS) & (tl.program_id(1) == 0))
 
 
 # ---------------------------------------------------------------------------------------------- launching
@@ -501,7 +507,7 @@ def _plan(
         tile = min(16, next_power_of_2(channels))
         sums = Launch(
             weight_sums_kernel, (heads * (has_dw + has_dt), -(-channels // tile)), (programs, images),
-            C=channels, HEADS=heads, C_TILE=tile, R_TILE=256, num_warps=4,
+            C=channels, HEADS=heads, TAPS=1, C_TILE=tile, R_TILE=256, num_warps=4,
         )  # fmt: skip
     return _Plan(pooled, sweep, sums, programs)
 
