@@ -1,5 +1,7 @@
 """sanitizer.py without a GPU: it knows every kernel, its expressions select tests, and it reads the tools' words."""
 
+import json
+import os
 import subprocess
 import sys
 
@@ -15,10 +17,34 @@ def test_every_kernel_is_looked_at():
 
 
 def test_every_expression_selects_tests():
-    for file, expression in sanitizer.TESTS.items():
-        command = [sys.executable, "-m", "pytest", "-q", "--collect-only", f"tests/{file}", "-k", expression]
-        run = subprocess.run(command, cwd=sanitizer.ROOT, capture_output=True, text=True)
-        assert run.returncode == 0 and run.stdout.count("::") > 10, run.stdout[-500:]
+    collect = "import json, pytest, sys\nfor words in json.loads(sys.argv[1]): print(int(pytest.main(words)), '===')"
+    words = [["-q", "--collect-only", f"tests/{file}", "-k", expression] for file, expression in sanitizer.TESTS]
+    command = [sys.executable, "-c", collect, json.dumps(words)]
+    run = subprocess.run(command, cwd=sanitizer.ROOT, capture_output=True, text=True)
+    *groups, _ = run.stdout.split("===\n")
+    assert len(groups) == len(words), run.stderr[-500:]
+    assert all(group.endswith("\n0 ") and "native" not in group and "eager" not in group for group in groups)
+    assert run.stdout.count("::") > 40
+
+
+def test_rows_are_written_at_once_and_not_measured_again(tmp_path, monkeypatch, capsys):
+    """main, with a tool that runs nothing: it launches every kernel and finds what was planted."""
+    tool = tmp_path / "compute-sanitizer"
+    names = "\\n".join(sanitizer.kernels())
+    tool.write_text(
+        "#!/bin/sh\ncase \"$*\" in *--plant*) echo '= ERROR SUMMARY: 1 error';; *) echo '= ERROR SUMMARY: 0 errors';\n"
+        f'echo "3 passed in 1 s"; printf "{names}\\n" > $AR_KERNELS_LAUNCHED; echo run >> {tmp_path}/runs;; esac\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("AR_KERNELS_COMMIT", "abc")
+    for words, runs in (["--tool", "racecheck"], 1), ([], 3), ([], 3):
+        monkeypatch.setattr(sys, "argv", ["sanitizer.py", "--out", str(tmp_path), *words])
+        assert sanitizer.main() == 0, capsys.readouterr().out
+        assert len((tmp_path / "runs").read_text().split()) == runs * len(sanitizer.TESTS)
+    (path,) = tmp_path.glob("sanitizer-*.json")
+    content = json.loads(path.read_text())
+    assert len(content["rows"]) == content["groups"] and content["not_launched"] == []
 
 
 @pytest.mark.parametrize(
