@@ -179,6 +179,7 @@ TESTS = {
 }  # fmt: skip
 OF_NATIVE = [
     ["tests/test_attend.py", "-k", "native and (float64 or infinite)"],
+    ["tests/test_native.py", "-k", "several_tiles"],
     ["tests/test_extremes.py", "-k", "native"],
     ["tests/test_properties.py", "-k", "cases and not interpreter"],
 ]

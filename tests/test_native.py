@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layers import channels_last
+from layers import Layer, channels_last
 
 import ar_kernels
 from ar_kernels import env, native
@@ -79,6 +79,23 @@ def test_same_bits_whatever_the_number_of_threads(shape, layout, taps):
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(one, another) for one, another in zip(results[0], other))
+
+
+# ---------------------------------------------------------------------------------------------- tiles
+
+
+@built
+@pytest.mark.parametrize(
+    "sizes, layout",
+    [({"c": 5, "h": 17, "w": 19}, channels_last), ({"c": 520, "h": 10, "w": 13}, None)],
+    ids=["channels_last", "contiguous"],
+)
+def test_an_image_of_several_tiles_that_is_not_split(sizes, layout):
+    """So many images that each is one item's: its sums are rescaled from tile to tile, and merged with none."""
+    layer = Layer(n=33, k=3, globals=1, **sizes)
+    got, exact = layer.run("native", layout=layout), layer.run("reference")
+    for name, truth in exact.items():
+        assert (got[name] - truth).abs().max() <= 1e-12 * max(1.0, truth.abs().max().item()), name
 
 
 # ---------------------------------------------------------------------------------------------- targets
