@@ -383,10 +383,24 @@ def test_an_implementation_that_cannot_run_is_refused_before_files_are_touched(t
     assert not (tmp_path / "out").exists()
 
 
-def test_help_explains(capsys):
+@pytest.mark.parametrize(
+    ("command", "texts"),
+    [
+        ("demo", ["--data", "--resume", "--seed", "scikit-learn", "default: 400"]),
+        ("train", ["30, 60 and 80 % of the epochs", "torchrun"]),
+        ("ablate", ["95 % intervals", "default: 40)"]),
+        ("clutter", ["95 % interval"]),
+        ("visualize", ["--run", "--images"]),
+        ("early-exit", ["--thresholds"]),
+        ("report", ["--out"]),
+    ],
+)
+def test_help_explains(command, texts, capsys):
     with pytest.raises(SystemExit) as stop:
-        command_line.main(["demo", "--help"])
+        command_line.main([command, "--help"])
     assert stop.value.code == 0
-    printed = capsys.readouterr().out
-    for text in ("--data", "--resume", "--seed", "scikit-learn", "default: 400"):
+    printed = " ".join(capsys.readouterr().out.split())
+    for text in texts:
         assert text in printed
+    for text in ("%%", "default: None", "default: False"):
+        assert text not in printed

@@ -25,11 +25,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells defaults, where there is one to tell."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def _command(commands: argparse._SubParsersAction, name: str, help: str, description: str) -> Callable:
-    parser = commands.add_parser(
-        name, help=help, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    return parser.add_argument
+    return commands.add_parser(name, help=help, description=description, formatter_class=_Help).add_argument
 
 
 def _add_digits(add: Callable, default: str) -> None:
@@ -76,7 +80,7 @@ def _train(commands: argparse._SubParsersAction) -> None:
         "train",
         "train WRN, WARN or any torchvision or timm backbone on CIFAR or a folder of pictures",
         "Trains a network by the paper's recipe: SGD with Nesterov momentum 0.9, weight decay 5e-4, batches of 128, a "
-        "learning rate of 0.1 that falls to a fifth after 30, 60 and 80 %% of the epochs (60, 120, 160 of 200), images "
+        "learning rate of 0.1 that falls to a fifth after 30, 60 and 80 % of the epochs (60, 120, 160 of 200), images "
         "padded by 4 with their mirror image, cropped and flipped. Tests after each epoch and reports the last "
         "accuracy as well as the best: the paper reports the best on the test set. Writes metrics.jsonl, "
         "checkpoint.pt and speed.json. On several GPUs: torchrun --nproc-per-node 2 -m ar_kernels.experiments train "
@@ -130,9 +134,9 @@ def _ablate(commands: argparse._SubParsersAction) -> None:
         "Trains the paper's digit net on cluttered, translated digits without attention and with it, at attention "
         "depth 1 to 4 and width 1, 2 and 4, with sigmoid gates, without gates and without the regulariser, each with "
         "several seeds; draws the four panels beside the paper's numbers (figure4.png, figure4.json) and says of each "
-        "ordering that the paper finds whether it holds, fails or is undecided, by paired 95 %% intervals over seeds "
+        "ordering that the paper finds whether it holds, fails or is undecided, by paired 95 % intervals over seeds "
         "and draws of the test set's clutter. Recipe: SGD with momentum 0.9, weight decay 1e-5, batches of 100, a "
-        "learning rate of 0.1, a tenth of it after 30 %% of the epochs (60 of 200). On a GPU whole steps are captured "
+        "learning rate of 0.1, a tenth of it after 30 % of the epochs (60 of 200). On a GPU whole steps are captured "
         "as a CUDA graph. torchrun --nproc-per-node 2 -m ar_kernels.experiments ablate ... shares the runs among GPUs.",
     )
     add("--only", nargs="+", metavar="NAME", choices=_VARIANTS, help=f"some of the variants: {', '.join(_VARIANTS)}")
@@ -147,7 +151,7 @@ def _clutter(commands: argparse._SubParsersAction) -> None:
         "clutter",
         "the paper's Figure 4e: the test error against the number of distractors",
         "Tests the ablation's nets without attention and with it (depth 4, width 4), trained with 8 distractors, with "
-        "up to 64 of them; draws figure4e.png, writes figure4e.json, and says by a paired 95 %% interval whether the "
+        "up to 64 of them; draws figure4e.png, writes figure4e.json, and says by a paired 95 % interval whether the "
         "error grows less with attention. Nets that ablate left in --runs with the same settings are taken from there; "
         "the others are trained.",
     )
