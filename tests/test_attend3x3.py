@@ -49,16 +49,20 @@ def test_error_budget(shape, layout, dtype, fused, device):
     assert_within_budget(draws, dtype)
 
 
-def test_float16_gradients_of_a_mean_loss(fused, device):
+@pytest.mark.parametrize(("channels", "gated"), [(24, True), (264, True), (264, False)])  # 264: in several programs
+def test_float16_gradients_of_a_mean_loss(channels, gated, fused, device):
     """Far below what float16 holds: their images' powers of two bring them back."""
-    layer = Layer(n=4, c=24, h=5, w=6, k=3, kernel_size=3, dtype=torch.float16, device=device)
+    layer = Layer(n=4, c=channels, h=5, w=6, k=3, kernel_size=3, dtype=torch.float16, device=device)
     grads = {}
     for implementation, dtype in ((fused, torch.float16), ("eager", torch.float64)):
         t = {name: value.to(dtype).requires_grad_() for name, value in layer.tensors.items()}
+        if not gated:
+            t = {name: value for name, value in t.items() if not name.startswith("gate_")}
+        learned = [t[name] for name in ("mask_weight", "gate_weight") if name in t]
         output = ar_kernels.attention_module(**t, implementation=implementation).hypothesis
         weights = torch.linspace(1e-7, 3e-5, 4, device=device, dtype=torch.float64)[:, None]  # of each image its own
         loss = (output.double() * weights).sum()
-        grads[implementation] = torch.autograd.grad(loss, (t["mask_weight"], t["gate_weight"]))
+        grads[implementation] = torch.autograd.grad(loss, learned)
     for mine, truth in zip(grads[fused], grads["eager"]):
         assert (mine.double() - truth).abs().max() <= 0.02 * truth.abs().max() + 2**-24
 
