@@ -20,6 +20,7 @@ SHAPES = {
     "a band of each line": {"n": 1, "c": 4, "h": 3, "w": 260, "k": 1},
     "more images than programs": {"n": 10, "c": 8, "h": 3, "w": 3},
     "channels in chunks": {"n": 2, "c": 200, "h": 4, "w": 8, "k": 4},
+    "sums over channels by several programs": {"n": 2, "c": 264, "h": 2, "w": 3, "k": 2},
     "many heads": {"n": 2, "c": 24, "h": 4, "w": 5, "k": 28},
     "ungated, no biases": {"n": 2, "c": 12, "h": 4, "w": 4, "gated": False, "bias": False},
     "ungated beside global heads": {"n": 2, "c": 12, "h": 4, "w": 4, "gated": False, "globals": 2},
@@ -65,6 +66,28 @@ def test_float16_gradients_of_a_mean_loss(channels, gated, fused, device):
         grads[implementation] = torch.autograd.grad(loss, learned)
     for mine, truth in zip(grads[fused], grads["eager"]):
         assert (mine.double() - truth).abs().max() <= 0.02 * truth.abs().max() + 2**-24
+
+
+def test_programs_keep_their_sums_over_taps_apart(device, monkeypatch):
+    """Run one after another, as the interpreter does, they could share a scratch and no result would show it."""
+    pytest.importorskip("triton", reason="the triton package is not installed")
+    from ar_kernels.kernels import attend3x3
+    from ar_kernels.kernels.launch import Launch
+
+    launch, scratches = Launch.__call__, []
+
+    def recorded(self, *tensors):
+        launch(self, *tensors)
+        if self.kernel is attend3x3.tap_sums_kernel:
+            scratches.append((self.grid[0], tensors[self.kernel.arg_names.index("scratch")]))
+
+    monkeypatch.setattr(Launch, "__call__", recorded)
+    layer = Layer(n=3, c=64, h=4, w=4, k=2, kernel_size=3, dtype=torch.float32, device=device)
+    z, w = layer.tensors["feature_map"].requires_grad_(), layer.tensors["mask_weight"]
+    ar_kernels.attend(z, w, implementation="triton").pooled.sum().backward()
+    assert len(scratches) == 2
+    for programs, scratch in scratches:
+        assert len(scratch) == programs > 1 and scratch.isfinite().flatten(1).any(dim=1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

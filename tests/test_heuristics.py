@@ -9,6 +9,7 @@ pytest.importorskip("triton", reason="the triton package is not installed")
 
 from ar_kernels.kernels import attend3x3  # noqa: E402
 from ar_kernels.kernels.heuristics import Chip, busiest_splits, channel_parts, sweep_config  # noqa: E402
+from ar_kernels.kernels.tiles import map_strides  # noqa: E402
 
 CHANNELS = (1, 3, 16, 64, 65, 96, 160, 320, 384, 640, 1024, 2048)
 
@@ -103,3 +104,21 @@ def test_bands_of_3x3_heads_cover_every_line_and_their_scratch_is_no_larger_than
         assert bands * lines >= height > (bands - 1) * lines and items == images * bands
         assert pitch >= (lines + 2) * width + 32 and sums.scratch == (sums.launch.grid[0], 9 * heads, pitch)
         assert math.prod(sums.scratch) * 4 <= math.prod(size) * 2 or lines == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "strides", "itemsize", "vector"),
+    [
+        ((2, 8, 4, 6), (192, 24, 6, 1), 2, 8),  # a channel's rows follow each other: 24 positions, however short a row
+        ((2, 8, 24), (192, 24, 1), 2, 8),
+        ((2, 8, 14, 14), (1568, 196, 14, 1), 2, 4),
+        ((2, 8, 14, 14), (1568, 196, 14, 1), 4, 4),
+        ((2, 8, 7, 7), (392, 49, 7, 1), 2, 1),
+        ((2, 40, 7, 7), (1960, 1, 280, 40), 2, 8),
+        ((2, 12, 7, 7), (588, 1, 84, 12), 2, 4),
+        ((2, 8, 4, 16), (1280, 160, 20, 1), 2, 4),  # rows with a gap
+        ((2, 8, 4, 6), (384, 48, 12, 2), 2, 1),  # nothing lies next to each other
+    ],
+)
+def test_rows_load_in_vectors_as_wide_as_they_are_aligned(sizes, strides, itemsize, vector):
+    assert map_strides(sizes, strides, itemsize).vector == vector
