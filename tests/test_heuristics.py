@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton", reason="the triton package is not installed")
 
 from ar_kernels.kernels import attend3x3  # noqa: E402
-from ar_kernels.kernels.heuristics import Chip, busiest_splits, channel_parts, sweep_config  # noqa: E402
+from ar_kernels.kernels.heuristics import MOST_REGISTERS, Chip, busiest_splits, channel_parts, sweep_config  # noqa: E402
 from ar_kernels.kernels.tiles import map_strides  # noqa: E402
 
 CHANNELS = (1, 3, 16, 64, 65, 96, 160, 320, 384, 640, 1024, 2048)
@@ -102,8 +102,35 @@ def test_bands_of_3x3_heads_cover_every_line_and_their_scratch_is_no_larger_than
         sums = attend3x3._tap_sums(cut, images, heads, of_image=True)
         items, bands, lines, pitch = sums.launch.sizes[:4]
         assert bands * lines >= height > (bands - 1) * lines and items == images * bands
+        assert sums.launch.grid[0] == min(items, 2 * 132)
         assert pitch >= (lines + 2) * width + 32 and sums.scratch == (sums.launch.grid[0], 9 * heads, pitch)
         assert math.prod(sums.scratch) * 4 <= math.prod(size) * 2 or lines == 1
+
+
+@pytest.mark.parametrize(
+    ("heads", "dtype", "capability", "channel_tile", "registers"),
+    [
+        (4, torch.bfloat16, 9, 256, None),
+        (16, torch.bfloat16, 9, 64, None),
+        (4, torch.float32, 9, 64, MOST_REGISTERS),
+        (4, torch.float16, 8, 256, MOST_REGISTERS),
+        (4, torch.float32, 8, 64, MOST_REGISTERS),
+    ],
+)
+def test_channel_tiles_of_3x3_heads_fill_their_area(heads, dtype, capability, channel_tile, registers, monkeypatch):
+    """16,384 sums in half precision, a quarter in float32, among taps and heads padded to a power of two."""
+    monkeypatch.setattr(attend3x3, "chip", lambda index: Chip(132, capability, 160 * 1024))
+    cut = attend3x3._cut(torch.Size((2, 512, 7, 7)), (25088, 1, 3584, 512), dtype, 0, heads, "ieee")
+    assert cut.channel_tile(16384, 256) == channel_tile and cut.maxnreg == registers
+
+
+@pytest.mark.parametrize("channels", [3, 256, 264, 2048])
+def test_sums_over_channels_are_of_all_of_them_and_launch_whole_warps(channels):
+    gates = attend3x3._gates(attend3x3.score_sums_kernel, attend3x3.gate_kernel, 5, channels, 4, 1, GATED=4, ACC=None)
+    for launch in (gates.sums, gates.gates):
+        if launch is not None:
+            assert launch.constants["num_warps"] in (1, 2, 4, 8)
+            assert launch.grid[0] == 5 and launch.grid[1] * launch.constants["C_TILE"] >= channels
 
 
 @pytest.mark.parametrize(
