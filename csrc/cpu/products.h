@@ -186,6 +186,11 @@ inline void outer_rows_block(const A* u, int64_t u_step, const A* v, int64_t v_s
   int64_t offsets[Rows];
   AR_UNROLL for (int j = 0; j < Rows; ++j)
     offsets[j] = i + (j < real ? j : real - 1);
+  if (upstream != nullptr) {  // read while dZ goes past the caches: without asking ahead it waits for memory
+    constexpr int64_t kAhead = 8;
+    AR_UNROLL for (int j = 0; j < Rows; ++j)
+      fetch<Vectors * kStep * sizeof(T)>(upstream->data + (i + j + kAhead) * upstream->row_step + x);
+  }
   for (int64_t k = 0; k < heads; ++k) {
     Vector<A> values[Vectors];
     AR_UNROLL for (int l = 0; l < Vectors; ++l)

@@ -255,7 +255,7 @@ inline void stream(T* to, Vector<Accumulator<T>> value) {
       return _mm_stream_ps((float*)to, (__m128)value);
 #endif
     } else if constexpr (kBytes >= 16) {
-      const Halves halves = narrowed(value, T{});
+      [[maybe_unused]] const Halves halves = narrowed(value, T{});
 #if defined(__AVX512F__)
       return _mm256_stream_si256((__m256i*)to, (__m256i)halves);
 #elif defined(__AVX2__)
@@ -322,12 +322,20 @@ inline float hyperbolic_tangent(float x) { return tanhf(x); }
 inline double hyperbolic_tangent(double x) { return tanh(x); }
 
 // One of the two halves of every group of `Group` lanes, of a and then of b.
+template <int Group, bool Second>
+constexpr int place_in_halves(int lane, int count) {
+  const int half = count / 2;
+  return lane / half * count + lane % half / (Group / 2) * Group + lane % (Group / 2) + (Second ? Group / 2 : 0);
+}
+
 template <int Group, bool Second, class V, int... Lane>
 inline V halves_of_groups(V a, V b, std::integer_sequence<int, Lane...>) {
-  constexpr int kCount = sizeof...(Lane), kHalf = kCount / 2;
-  return __builtin_shufflevector(
-      a, b,
-      (Lane / kHalf * kCount + Lane % kHalf / (Group / 2) * Group + Lane % (Group / 2) + (Second ? Group / 2 : 0))...);
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, place_in_halves<Group, Second>(Lane, sizeof...(Lane))...);
+#else  // GCC has that from version 12 on, this always
+  using Places = decltype(a < b);
+  return __builtin_shuffle(a, b, Places{place_in_halves<Group, Second>(Lane, sizeof...(Lane))...});
+#endif
 }
 
 // The sums over lanes of `Count` vectors, a vector's lanes of them at a time: sums[i] has those of values[i *
