@@ -61,10 +61,11 @@ def find_torch() -> Path:
 
 
 def find_compiler() -> str:
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and shutil.which(name):
+    named = os.environ.get("CXX")
+    for name in (named,) if named else ("c++", "g++", "clang++"):
+        if shutil.which(name):
             return name
-    raise CannotBuild("there is no C++ compiler (CXX, c++, g++ or clang++)")
+    raise CannotBuild(f"CXX names no program: {named}" if named else "there is no C++ compiler (c++, g++ or clang++)")
 
 
 class BuildNative(build_ext):
@@ -184,7 +185,8 @@ def run(command: list[str]) -> None:
 
 def reason(error: Exception) -> str:
     if isinstance(error, subprocess.CalledProcessError):
-        return f"{error.cmd[0]} failed on {error.cmd[-3]} (AR_KERNELS_BUILD=1 pip install -v . shows how)"
+        step = f"on {error.cmd[error.cmd.index('-c') + 1]}" if "-c" in error.cmd else "to link"
+        return f"{error.cmd[0]} failed {step} (AR_KERNELS_BUILD=1 pip install -v . shows how)"
     return str(error)
 
 

@@ -46,10 +46,14 @@ def _define(schema: str, implementation: Callable[..., Any], fake: Callable[...,
 
 def _load_native(name: str, *arguments: Any) -> Any:
     """Stands in for a native operator until the library is loaded, whose kernels then come before this."""
-    kind = next(argument for argument in arguments if isinstance(argument, Tensor)).device.type
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    kind = tensors[0].device.type
     reason = native.why_not(kind)
     if reason is None and not native.has_kernels(kind, name):
         reason = f"the native library has no {name} for {kind}"
+    odd = next((t for t in tensors if t.device.type != kind or t.layout != torch.strided), None)
+    if reason is None and odd is not None:  # the dispatcher would come back here
+        reason = f"tensors must all be dense and on {kind}, got a {odd.layout} one on {odd.device.type}"
     if reason is not None:
         raise RuntimeError(f"{native.NAMESPACE}::{name} cannot run: {reason}")
     return getattr(_operators("native"), name).default(*arguments)

@@ -23,8 +23,8 @@ from ar_kernels import env, native
 
 ROOT = Path(__file__).parent.parent
 X86 = platform.machine() in ("x86_64", "AMD64")
-COMPILERS = (os.environ.get("CXX"), "c++", "g++", "clang++")
-COMPILER = next((name for name in COMPILERS if name and shutil.which(name)), None)
+COMPILERS = (os.environ["CXX"],) if os.environ.get("CXX") else ("c++", "g++", "clang++")
+COMPILER = next((name for name in COMPILERS if shutil.which(name)), None)
 
 built = pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu")))
 compiles = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
@@ -169,6 +169,30 @@ def test_no_target_leaks_instructions_into_another():
         assert [line for line in weak if f"ar_kernels::{target}::" not in line] == []
 
 
+# ---------------------------------------------------------------------------------------------- dispatch
+
+
+@built
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_gradients_of_no_images_have_the_strides_that_were_traced(layout):
+    z, w = torch.zeros(0, 5, 4, 6).to(memory_format=layout), torch.zeros(2, 5)
+    saved = torch.ops.ar_kernels_native.gated_attend(z, w, None, None, None, 0, False, False)
+    arguments = (z, w, None, None, *saved[:2], *[None] * 2, saved[0], *[None] * 7)
+    for channels_last_ in (False, True):
+        flags = (True, True, False, channels_last_)
+        traced = ar_kernels.ops._allocate_gradients(z, w, None, saved[1], *flags)
+        got = torch.ops.ar_kernels_native.gated_attend_backward(*arguments, *flags)
+        assert [each.stride() for each in got] == [each.stride() for each in traced]
+
+
+@built
+def test_an_operator_refuses_what_has_no_kernel():
+    """The stand-in in Python would otherwise be sent what it sends on."""
+    with pytest.raises(RuntimeError, match="tensors must all be dense and on cpu, got a torch.sparse_coo one on cpu"):
+        w = torch.ones(2, 5).to_sparse()
+        torch.ops.ar_kernels_native.gated_attend(torch.ones(1, 5, 4), w, None, None, None, 0, False, False)
+
+
 # ---------------------------------------------------------------------------------------------- memory
 
 
@@ -309,6 +333,9 @@ def unpacked(tmp_path_factory) -> Path:
     assert run.returncode == 0, run.stderr
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
+        names = tar.getnames()
+        assert not any("_native." in name or "/tests/" in name for name in names), "of a checkout, not of the package"
+        assert any(name.endswith("csrc/cpu/operators.cpp") for name in names)
         tar.extractall(folder, filter="data")
     return next(path for path in folder.iterdir() if path.is_dir())
 
@@ -337,7 +364,8 @@ def test_a_wheel_built_from_the_sdist_works(unpacked, tmp_path):
     ("variables", "line"),
     [
         ({"AR_KERNELS_BUILD": "0"}, "native library not built: AR_KERNELS_BUILD=0"),
-        ({"PATH": "", "CXX": ""}, "native library not built: there is no C++ compiler (CXX, c++, g++ or clang++)"),
+        ({"PATH": "", "CXX": ""}, "native library not built: there is no C++ compiler (c++, g++ or clang++)"),
+        ({"CXX": "no-such-compiler"}, "native library not built: CXX names no program: no-such-compiler"),
         ({"CXX": "false"}, "native library not built: false failed on"),
     ],
 )
@@ -386,7 +414,12 @@ import ar_kernels
 from ar_kernels import native
 assert ar_kernels.__file__.startswith(sys.argv[1]) and native.why_not("cpu") is None
 from layers import Layer, batch_last, channels_last, slice_of_cat
-for sizes in ({"n": 2, "c": 37, "h": 5, "w": 7, "k": 7}, {"n": 1, "c": 3, "h": 37, "w": 41, "k": 1, "globals": 2}):
+for sizes in (
+    {"n": 2, "c": 37, "h": 5, "w": 7, "k": 7},
+    {"n": 1, "c": 3, "h": 37, "w": 41, "k": 1, "globals": 2},
+    {"n": 1, "c": 20, "h": 9, "w": 33, "k": 3, "kernel_size": 3},
+    {"n": 33, "c": 5, "h": 1, "w": 3, "k": 2, "kernel_size": 3},
+):
     for layout in (None, channels_last, batch_last, slice_of_cat):
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             for value in Layer(**sizes, dtype=dtype).run("native", layout=layout).values():

@@ -264,8 +264,7 @@ void ask_for_large_pages([[maybe_unused]] const Tensor& tensor) {
 
 // z's gradient, contiguous or channels_last.
 Tensor empty_gradient(const Tensor& z, bool channels_last) {
-  const int64_t channels = z.size(1), width = z.size(-1),
-                positions = z.numel() / std::max<int64_t>(z.size(0) * channels, 1);
+  const int64_t channels = z.size(1), width = z.size(-1), positions = z.size(2) * (z.dim() == 4 ? width : 1);
   const int64_t step = channels_last ? channels : 1;
   std::vector<int64_t> strides = {channels * positions, channels_last ? 1 : positions};
   if (z.dim() == 4) strides.push_back(step * width);
