@@ -94,6 +94,24 @@ def test_maps_lie_where_their_geometry_says():
         assert (field * x).sum().item() == pytest.approx(geometry.first + geometry.step * column)
 
 
+def test_the_images_norm_is_batchnorm2ds(device):
+    torch.manual_seed(0)
+    ours = DigitNet().normalise.to(device, torch.float64)
+    theirs = torch.nn.BatchNorm2d(1).to(device, torch.float64)
+    results = []
+    for norm in (ours, theirs):
+        with torch.no_grad():
+            norm.weight.fill_(1.3), norm.bias.fill_(-0.2)
+        images = torch.rand(3, 1, 40, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        images = images.to(device).requires_grad_()
+        for training in (True, True, False):
+            output = norm.train(training)(images)
+            grads = torch.autograd.grad(output.square().sum(), [images, norm.weight, norm.bias])
+            results.append([output, *grads, *(value.double().clone() for value in norm.state_dict().values())])
+    for found, expected in zip(results[:3], results[3:]):
+        torch.testing.assert_close(found, expected)
+
+
 def test_trains_under_autocast(device):
     torch.manual_seed(0)
     net = DigitNet(attention_depth=2).to(device)

@@ -64,7 +64,8 @@ def accuracies(folder: Path, name: str) -> np.ndarray:
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "speed.json")
+    return {path.relative_to(folder): path.read_bytes() for path in files}
 
 
 def test_the_ablation_and_the_clutter_end_to_end(tmp_path, monkeypatch, capsys):

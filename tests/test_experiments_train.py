@@ -65,6 +65,43 @@ def test_the_log_tells_means_and_does_not_depend_on_interruptions(tmp_path):
     assert losses[4][6] == pytest.approx((losses[1][5] + losses[1][6]) / 2)
 
 
+def test_runs_side_by_side_take_the_steps_that_they_take_alone(tmp_path):
+    def steps(folder: str, seed: int, count: int):
+        torch.manual_seed(seed)
+        model = nn.Linear(3, 2)
+        with Run(tmp_path / folder, {}) as run:
+            yield from training.training_steps(
+                model, lambda step: (torch.ones(2, 3) * step / count, torch.tensor([0, 1])),
+                Recipe(steps=count, batch_size=2), run, checkpoint_every=4,
+            )  # fmt: skip
+
+    counts = (5, 9, 3)
+    assert training.side_by_side(steps(f"beside-{n}", n, count) for n, count in enumerate(counts)) == sum(counts)
+    for n, count in enumerate(counts):
+        training.side_by_side([steps(f"alone-{n}", n, count)])
+        assert_same_run(tmp_path / f"beside-{n}", tmp_path / f"alone-{n}")
+    assert training.side_by_side([]) == 0
+
+
+def test_a_run_that_fails_stops_those_beside_it(tmp_path):
+    closed = []
+
+    def endless():
+        try:
+            while True:
+                yield
+        finally:
+            closed.append(True)
+
+    def failing():
+        yield
+        raise FloatingPointError("the loss is nan at step 2")
+
+    with pytest.raises(FloatingPointError, match="at step 2"):
+        training.side_by_side([endless(), failing(), endless()])
+    assert closed == [True, True]
+
+
 def test_a_captured_run_takes_every_step_once(tmp_path, monkeypatch):
     """On a CPU, with a graph that records nothing and whose replay takes the step again into the same loss: what is
     left of capture is its bookkeeping, steps and rates on the device, and a fused optimizer.
@@ -116,6 +153,26 @@ def test_a_captured_run_takes_every_step_once(tmp_path, monkeypatch):
             )  # fmt: skip
         lines[capture] = [list(line.values()) for line in read_metrics(tmp_path / str(capture))]
     assert len(lines[True]) == 5 and np.allclose(lines[True], lines[False], rtol=1e-5, atol=0)
+
+
+@pytest.mark.gpu
+def test_captured_runs_side_by_side_equal_those_alone(tmp_path, device):
+    """Bit by bit: each has a stream, a graph and memory of its own."""
+    clutter = data.Clutter(data.bundled().train.to(device))
+
+    def steps(folder: str, seed: int):
+        torch.manual_seed(seed)
+        net = DigitNet(attention_depth=4, attention_width=seed + 1).to(device, memory_format=torch.channels_last)
+        with Run(tmp_path / folder, {}) as run:
+            yield from training.training_steps(
+                net, lambda step: clutter.train_batch(seed, step, 50), Recipe(steps=30, batch_size=50), run,
+                loss=loss_of("logit", 0.001), capture=True, log_every=10,
+            )  # fmt: skip
+
+    training.side_by_side(steps(f"beside-{seed}", seed) for seed in range(3))
+    for seed in range(3):
+        training.side_by_side([steps(f"alone-{seed}", seed)])
+        assert_same_run(tmp_path / f"beside-{seed}", tmp_path / f"alone-{seed}")
 
 
 @pytest.mark.gpu

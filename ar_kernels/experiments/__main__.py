@@ -137,7 +137,8 @@ def _ablate(commands: argparse._SubParsersAction) -> None:
         "ordering that the paper finds whether it holds, fails or is undecided, by paired 95 % intervals over seeds "
         "and draws of the test set's clutter. Recipe: SGD with momentum 0.9, weight decay 1e-5, batches of 100, a "
         "learning rate of 0.1, a tenth of it after 30 % of the epochs (60 of 200). On a GPU whole steps are captured "
-        "as a CUDA graph. torchrun --nproc-per-node 2 -m ar_kernels.experiments ablate ... shares the runs among GPUs.",
+        "as CUDA graphs, of several runs side by side. torchrun --nproc-per-node 2 -m ar_kernels.experiments ablate "
+        "... shares the runs among GPUs.",
     )
     add("--only", nargs="+", metavar="NAME", choices=_VARIANTS, help=f"some of the variants: {', '.join(_VARIANTS)}")
     add("--out", default="runs/ablate", metavar="DIR", help="where runs and figures go, each run in VARIANT/seed-N")
@@ -173,6 +174,7 @@ def _add_ablation(add: Callable) -> None:
     add("--mix", choices=("logit", "prob", "log"), default="logit", help="how hypotheses are mixed; sets the loss too")
     add("--bf16", action=_ON_OFF, default=None, help="bfloat16 autocast, on a GPU alone; unset: on")
     add("--capture", action=_ON_OFF, default=None, help="take whole steps as a CUDA graph; unset: on a GPU")
+    add("--at-once", type=int, default=5, metavar="RUNS", help="captured runs that take their steps side by side")
     _add_device(add)
 
 

@@ -2,7 +2,8 @@
 
 import argparse
 import json
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +19,7 @@ from .nets import Net
 from .parallel import processes
 from .progress import on_terminal, progress_bar
 from .statistics import paired_interval
-from .training import Identity, Recipe, Run, accuracy, loss_of, read_metrics, train
+from .training import Identity, Recipe, Run, accuracy, loss_of, read_metrics, side_by_side, training_steps
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,15 @@ class Settings:
     draws: int
     bf16: bool
     capture: bool
+    at_once: int
 
 
 def settings_of(options: argparse.Namespace, device: torch.device) -> Settings:
     """Reads the digits. Raises what data.load raises, and ValueError for numbers that make no recipe."""
     if options.seeds < 1 or options.draws < 1:
         raise ValueError(f"seeds and draws must be at least 1, got {options.seeds} and {options.draws}")
+    if options.at_once < 1:
+        raise ValueError(f"at_once must be at least 1, got {options.at_once}")
     source = data.load(options.data, download=options.download, root=options.data_root)
     epoch = max(1, len(source.train.images) // options.batch_size)
     recipe = Recipe(
@@ -114,8 +118,10 @@ def settings_of(options: argparse.Namespace, device: torch.device) -> Settings:
     mixed, capture = (on_gpu if choice is None else choice for choice in (options.bf16, options.capture))
     if capture and not on_gpu:
         raise ValueError("--capture needs a GPU")
-    regulariser = options.regulariser
-    return Settings(source, device, recipe, epoch, options.mix, regulariser, options.draws, mixed and on_gpu, capture)
+    return Settings(
+        source, device, recipe, epoch, options.mix, options.regulariser, options.draws, mixed and on_gpu, capture,
+        at_once=options.at_once if capture else 1,
+    )  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> None:
@@ -146,21 +152,46 @@ def run(options: argparse.Namespace) -> None:
 def train_runs(
     settings: Settings, runs: Iterable[tuple[str, int]], options: argparse.Namespace, console: Console
 ) -> None:
-    """Trains and tests each (variant, seed) into options.out / variant / seed-N; one that is finished is left alone if
-    options.resume.
+    """Trains and tests each (variant, seed) into options.out / variant / seed-N, several side by side on a GPU; one
+    that is finished is left alone if options.resume. Prints how many images a second that were.
     """
-    runs = list(runs)
+    runs, missing = list(runs), []
     for number, (name, seed) in enumerate(runs, 1):
         folder = Path(options.out) / name / f"seed-{seed}"
-        identity = identity_of(settings, name, seed)
-        if options.resume and read_result(folder, identity, settings.draws) is not None:
+        if options.resume and read_result(folder, identity_of(settings, name, seed), settings.draws) is not None:
             continue
         if not options.resume:
             (folder / "result.json").unlink(missing_ok=True)
-        title = f"{name}, seed {seed} ({number} of {len(runs)})"
-        found = _train_one(settings, name, seed, folder, identity, options.resume, console, title)
-        error = 100 * (1 - np.mean(found))
-        console.print(f"{title}: test error {error:.2f} %", markup=False, soft_wrap=True)
+        missing.append((name, seed, folder, f"{name}, seed {seed} ({number} of {len(runs)})"))
+    steps, began = 0, time.perf_counter()
+    for first in range(0, len(missing), settings.at_once):
+        together = missing[first : first + settings.at_once]
+        title = together[0][3] + (f" and the next {len(together) - 1}" if len(together) > 1 else "")
+        with progress_bar(console, settings.recipe.steps, 0, title) as on_step:
+            shown = [on_step] + [lambda step, loss: None] * (len(together) - 1)  # the first stands for all
+            steps += side_by_side(
+                _train_one(settings, name, seed, folder, options.resume, show)
+                for (name, seed, folder, _), show in zip(together, shown)
+            )
+        for name, seed, folder, title in together:
+            error = 100 * (1 - np.mean(read_result(folder, identity_of(settings, name, seed), settings.draws)))
+            console.print(f"{title}: test error {error:.2f} %", markup=False, soft_wrap=True)
+    if missing:
+        write_speed(Path(options.out), settings, steps, time.perf_counter() - began)
+
+
+def write_speed(out: Path, settings: Settings, steps: int, seconds: float) -> None:
+    """speed.json: what the runs just trained took, their tests and the capture of their steps included."""
+    on_gpu = settings.device.type == "cuda"
+    found = {
+        "images_per_second": steps * settings.recipe.batch_size / seconds,
+        "steps": steps,
+        "seconds": seconds,
+        "at_once": settings.at_once,
+        "device": torch.cuda.get_device_name(settings.device) if on_gpu else "cpu",
+        "torch": torch.__version__,
+    }
+    write_atomically(out / "speed.json", lambda file: file.write(json.dumps(found, indent=1).encode() + b"\n"))
 
 
 def identity_of(settings: Settings, name: str, seed: int) -> Identity:
@@ -182,39 +213,34 @@ def _net(settings: Settings, name: str) -> Net:
 
 
 def _train_one(
-    settings: Settings,
-    name: str,
-    seed: int,
-    folder: Path,
-    identity: Identity,
-    resume: bool,
-    console: Console,
-    title: str,
-) -> list[float]:
+    settings: Settings, name: str, seed: int, folder: Path, resume: bool, on_step: Callable[[int, float], None]
+) -> Generator[None, None, None]:
+    """Pauses after each step; ends when result.json is written."""
+    identity = identity_of(settings, name, seed)
     clutter, held_out = (
         data.Clutter(digits.to(settings.device)) for digits in (settings.source.train, settings.source.test)
     )
     recipe = replace(settings.recipe, seed=seed)
     with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU: the same on every device
         torch.manual_seed(seed)
-        model = _net(settings, name).build().to(settings.device)
+        model = _net(settings, name).build()
+    on_gpu = settings.device.type == "cuda"
+    model = model.to(settings.device, memory_format=torch.channels_last if on_gpu else torch.preserve_format)
 
     def evaluate(step: int) -> dict[str, float]:
-        share = accuracy(model, held_out.test_batches(1000), settings.bf16)
+        share = accuracy(model, held_out.test_batches(2500), settings.bf16)
         return {"epoch": step // settings.epoch, "test_accuracy": share}
 
     with Run(folder, identity, resume=resume) as progress:
-        with progress_bar(console, recipe.steps, progress.step, title) as on_step:
-            train(
-                model, lambda step: clutter.train_batch(seed, step, recipe.batch_size), recipe, progress,
-                loss=loss_of(settings.mix, identity["regulariser"] if VARIANTS[name].attention_depth else 0.0),
-                checkpoint_every=settings.epoch, log_every=settings.epoch, on_step=on_step, evaluate=evaluate,
-                evaluate_every=settings.epoch, mixed=settings.bf16, capture=settings.capture,
-            )  # fmt: skip
-    found = [accuracy(model, held_out.test_batches(1000, first=draw), settings.bf16) for draw in range(settings.draws)]
+        yield from training_steps(
+            model, lambda step: clutter.train_batch(seed, step, recipe.batch_size), recipe, progress,
+            loss=loss_of(settings.mix, identity["regulariser"] if VARIANTS[name].attention_depth else 0.0),
+            checkpoint_every=settings.epoch, log_every=settings.epoch, on_step=on_step, evaluate=evaluate,
+            evaluate_every=settings.epoch, mixed=settings.bf16, capture=settings.capture,
+        )  # fmt: skip
+    found = [accuracy(model, held_out.test_batches(2500, first=draw), settings.bf16) for draw in range(settings.draws)]
     result = {"identity": identity, "accuracies": found}
     write_atomically(folder / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode() + b"\n"))
-    return found
 
 
 # ---------------------------------------------------------------------------------------------- results

@@ -10,11 +10,12 @@ import math
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -287,21 +288,22 @@ def train_step(
 def _descend(
     model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], loss: Loss, mixed: bool
 ) -> Tensor:
-    with mixed_precision(batch[0].device, mixed):
-        value = loss(model, *batch)
-    optimizer.zero_grad(set_to_none=True)
-    value.backward()
-    optimizer.step()
-    return value.detach()
+    with repeatable():
+        with mixed_precision(batch[0].device, mixed):
+            value = loss(model, *batch)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        optimizer.step()
+        return value.detach()
 
 
 class CapturedStep:
     """Whole training steps as one CUDA graph: the batch, drawn and composed on the device, the loss, its gradients and
-    the update. A replay costs Python three small launches, so that the GPU sets the pace.
+    the update. A replay costs Python a few small launches, so that the GPU sets the pace.
 
-    The first three steps are taken as usual, on the stream that the graph is then captured on: they make what the graph
-    may not (cuDNN's plans, compiled kernels, momentum). The optimizer must be fused: others read the rate back.
-    Written without a GPU at hand: capture itself has not been run yet.
+    All of it runs on a stream of its own, so that several runs' steps run side by side. The first three steps are taken
+    as usual: they make what the graph may not (cuDNN's plans, compiled kernels, momentum). The optimizer must be fused:
+    others read the rate back.
     """
 
     WARM_UP = 3
@@ -318,25 +320,49 @@ class CapturedStep:
             group["lr"] = self._rate
 
     def __call__(self, step: int, rate: float) -> Tensor:
-        """Takes the step; its loss."""
-        self._step.fill_(step)
-        self._rate.fill_(rate)
-        if self._graph is None and self._taken < self.WARM_UP:
-            self._taken += 1
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                loss = self._take(self._step)
-            torch.cuda.current_stream().wait_stream(self._stream)
-            return loss.clone()
-        if self._graph is None:
+        """Queues the step, after all that the current stream was given so far. Its loss, to be read after join()."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        if self._graph is None and self._taken == self.WARM_UP:
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, stream=self._stream):  # records, runs nothing
                 self._loss = self._take(self._step)
-        self._graph.replay()
-        return self._loss.clone()  # the next replay writes over it
+        with torch.cuda.stream(self._stream):
+            self._step.fill_(step)
+            self._rate.fill_(rate)
+            if self._graph is None:
+                self._taken += 1
+                return self._take(self._step)
+            self._graph.replay()
+            return self._loss.clone()  # the next replay writes over it
+
+    def join(self) -> None:
+        """The current stream waits for the steps queued so far."""
+        torch.cuda.current_stream().wait_stream(self._stream)
 
 
-def train(
+def train(*all: Any, **named: Any) -> None:
+    """Trains to the recipe's last step: takes all of training_steps(...), which has the arguments."""
+    for _ in training_steps(*all, **named):
+        pass
+
+
+def side_by_side(runs: Iterable[Generator[None, None, None]]) -> int:
+    """Takes steps of several training_steps in turns until each has ended; how many. Captured ones overlap on the GPU,
+    where the steps of a small net leave most of it idle. One that raises stops them all.
+    """
+    taken = 0
+    with ExitStack() as stack:
+        going = [stack.enter_context(closing(run)) for run in runs]
+        while going:
+            going = [run for run in going if next(run, _ENDED) is not _ENDED]
+            taken += len(going)
+    return taken
+
+
+_ENDED = object()
+
+
+def training_steps(
     model: nn.Module,
     batch_of: Callable[[int | Tensor], tuple[Tensor, Tensor]],
     recipe: Recipe,
@@ -352,8 +378,8 @@ def train(
     processes: Processes | None = None,
     mixed: bool = True,
     capture: bool = False,
-) -> None:
-    """Trains the model from where the run stands to the recipe's last step.
+) -> Generator[None, None, None]:
+    """Trains the model from where the run stands to the recipe's last step, and pauses after each step.
 
     batch_of: images and labels of a step, a function of the step alone. on_step: called with the step and the loss of
     every line of the log. evaluate: what to log with every `evaluate_every` steps and the last one, by step.
@@ -372,27 +398,29 @@ def train(
             lambda step: _descend(forward, optimizer, batch_of(step), loss, mixed), optimizer, device
         )
     model.train()
-    with repeatable():
-        for step in range(run.step + 1, recipe.steps + 1):
-            rate = recipe.rate(step)
+    for step in range(run.step + 1, recipe.steps + 1):
+        rate = recipe.rate(step)
+        if captured is not None:
+            pending.append(captured(step, rate))
+        else:
+            pending.append(train_step(forward, optimizer, batch_of(step), rate, loss, mixed))
+        is_last = step == recipe.steps
+        is_kept = step % checkpoint_every == 0 or is_last
+        if step % log_every == 0 or is_kept:
             if captured is not None:
-                pending.append(captured(step, rate))
-            else:
-                pending.append(train_step(forward, optimizer, batch_of(step), rate, loss, mixed))
-            is_last = step == recipe.steps
-            is_kept = step % checkpoint_every == 0 or is_last
-            if step % log_every == 0 or is_kept:
-                value = torch.stack(pending).mean()
-                value = (value if processes is None else processes.mean(value)).item()
-                pending.clear()
-                if not math.isfinite(value):
-                    raise FloatingPointError(f"the loss is {value} at step {step}: a smaller learning rate may help")
-                run.log(step=step, loss=value, learning_rate=rate)
-                on_step(step, value)
-            if evaluate is not None and (is_last or (evaluate_every > 0 and step % evaluate_every == 0)):
-                run.log(step=step, **evaluate(step))
-            if is_kept:
-                run.save(step, model, optimizer)
+                captured.join()
+            value = torch.stack(pending).mean()
+            value = (value if processes is None else processes.mean(value)).item()
+            pending.clear()
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the loss is {value} at step {step}: a smaller learning rate may help")
+            run.log(step=step, loss=value, learning_rate=rate)
+            on_step(step, value)
+        if evaluate is not None and (is_last or (evaluate_every > 0 and step % evaluate_every == 0)):
+            run.log(step=step, **evaluate(step))
+        if is_kept:
+            run.save(step, model, optimizer)
+        yield
 
 
 @torch.no_grad()

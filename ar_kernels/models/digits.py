@@ -64,7 +64,7 @@ class DigitNet(nn.Module):
         _check_mix(mix, gating)
         _check_kernel_size(kernel_size)
         self.attention_depth, self.mix, self.gating = attention_depth, mix, gating
-        self.normalise = nn.BatchNorm2d(1)
+        self.normalise = _PixelNorm(1)
         self.blocks = nn.ModuleList(
             [
                 _block(1, 32, 5, pool=True),
@@ -119,6 +119,31 @@ class DigitNet(nn.Module):
                 feature_map, scores = layer.feature_map, layer.global_scores
                 attended.append(layer)
         return rectified(attended, self.classifier(feature_map), scores, self.mix, self.gating, return_details)
+
+
+class _PixelNorm(nn.BatchNorm2d):
+    """BatchNorm2d of one channel, as reductions over the whole batch: the libraries' kernels give a channel one block
+    of threads, so that all of a GPU but one multiprocessor would wait for it.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = images.to(self.weight.dtype)
+        if self.training:
+            variance, mean = torch.var_mean(images, correction=0)
+            with torch.no_grad():
+                count = images.numel()
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * (count / max(count - 1, 1)), self.momentum)
+                self.num_batches_tracked += 1
+        else:
+            variance, mean = self.running_var, self.running_mean
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return (images - mean) * scale + self.bias
 
 
 def _block(channels: int, out_channels: int, kernel_size: int, padding: int = 0, pool: bool = False) -> nn.Sequential:
