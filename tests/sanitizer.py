@@ -107,7 +107,7 @@ def finds_a_planted_fault(tool: str) -> bool:
     return findings(run.stdout) > 0
 
 
-def row(tool: str, file: str, expression: str, launched: str) -> dict:
+def row_of(tool: str, file: str, expression: str, launched: str) -> dict:
     """What one tool finds in one group of tests, whose kernels' names go to the file `launched`."""
     command = [sys.executable, "-m", "pytest", "-q", "--device", "cuda", "-p", "no:cacheprovider", "-p", "sanitizer"]
     start = time.perf_counter()
@@ -165,7 +165,7 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         searches = {pool.submit(finds_a_planted_fault, tool): tool for tool in tools}
-        runs = [pool.submit(row, *each, f"{folder}/{number}") for number, each in enumerate(left)]
+        runs = [pool.submit(row_of, *each, f"{folder}/{number}") for number, each in enumerate(left)]
         for done in as_completed([*searches, *runs]):
             if done in searches:
                 planted[searches[done]] = done.result()

@@ -128,7 +128,14 @@ def test_one_bit_flipped_anywhere(kind, tmp_path):
     assert refused > 300
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x02.", b"\x89PNG", b"\x00" * 4096, os.urandom(4096)])
+NOISE = random.Random(0).randbytes(4096)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"PK\x03\x04", b"\x80\x02.", b"\x89PNG", b"\x00" * 4096, NOISE],
+    ids=["nothing", "zip", "pickle", "picture", "zeros", "noise"],
+)
 def test_no_checkpoint_at_all(content, tmp_path):
     with pytest.raises(ValueError, match="is damaged or no checkpoint"):
         read_a_run(content, tmp_path)
