@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import accumulator_dtype, global_gates
+from .reference import accumulator_dtype, global_gates, log_global_gates
 
 
 def attend(
@@ -87,10 +87,11 @@ def gated_attend(
 def rectify(hypotheses: Tensor, scores: Tensor, mix: str, gating: str | None) -> Tensor:
     """The rectified output [N, L] from hypotheses [N, D+1, L] and scores [N, D+1]; mixes as in reference.rectify."""
     dtype = accumulator_dtype(hypotheses.dtype)
-    gates, values = global_gates(scores.to(dtype), gating), hypotheses.to(dtype)
+    scores, values = scores.to(dtype), hypotheses.to(dtype)
+    gates = global_gates(scores, gating)
     if mix == "logit":
         return torch.einsum("nd,ndl->nl", gates, values)
     lse = _finite(torch.logsumexp(values, dim=2))
     if mix == "log":
         return torch.einsum("nd,ndl->nl", gates, values) - (gates * lse).sum(dim=1, keepdim=True)
-    return torch.logsumexp((torch.log(gates) - lse).unsqueeze(2) + values, dim=1)
+    return torch.logsumexp((log_global_gates(scores, gating) - lse).unsqueeze(2) + values, dim=1)

@@ -7,6 +7,8 @@ Shapes: feature map Z [N, C, H, W] (or [N, C, S], taken as a map of one row), K 
 Head weights are [K, C] for 1×1 heads and [K, C, 3, 3] for 3×3 heads (zero padding 1).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -136,6 +138,15 @@ def global_gates(scores: Tensor, gating: str | None) -> Tensor:
     return torch.full_like(scores, 1.0 / scores.shape[1])
 
 
+def log_global_gates(scores: Tensor, gating: str | None) -> Tensor:
+    """log γ, finite where γ is too small for its dtype. [N, D+1]."""
+    if gating == "softmax":
+        return torch.log_softmax(scores, dim=1)
+    if gating == "sigmoid":
+        return F.logsigmoid(scores) - torch.log(1e-6 + torch.sigmoid(scores).sum(dim=1, keepdim=True))
+    return torch.full_like(scores, -math.log(scores.shape[1]))
+
+
 def rectify(hypotheses: Tensor, scores: Tensor, mix: str = "logit", gating: str | None = "softmax") -> Tensor:
     """The network's rectified output from its D+1 hypotheses [N, D+1, L] and their scores [N, D+1] → [N, L].
 
@@ -143,11 +154,11 @@ def rectify(hypotheses: Tensor, scores: Tensor, mix: str = "logit", gating: str 
     "prob": log Σ γ_i softmax(h_i).
     """
     dtype = accumulator_dtype(hypotheses.dtype)
-    gates = global_gates(scores.to(dtype), gating).unsqueeze(2)
-    values = hypotheses.to(dtype)
+    scores, values = scores.to(dtype), hypotheses.to(dtype)
+    gates = global_gates(scores, gating).unsqueeze(2)
     if mix == "logit":
         return (gates * values).sum(dim=1)
     log_probabilities = torch.log_softmax(values, dim=2)
     if mix == "log":
         return (gates * log_probabilities).sum(dim=1)
-    return torch.logsumexp(torch.log(gates) + log_probabilities, dim=1)
+    return torch.logsumexp(log_global_gates(scores, gating).unsqueeze(2) + log_probabilities, dim=1)

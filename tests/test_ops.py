@@ -243,6 +243,21 @@ def test_prob_mix_of_a_label_that_no_hypothesis_allows(implementation, device):
     assert (mixed[:, 4] == float("-inf")).all() and mixed[:, :4].isfinite().all()
 
 
+@pytest.mark.parametrize("gating", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("apart", [90.0, 300.0])
+def test_prob_mix_of_gates_too_small_for_their_dtype(apart, gating, implementation, device):
+    """A gate that underflows still decides a label that the other hypotheses all but exclude."""
+    h = torch.tensor([[[0.0, -apart - 10, 3.0], [-apart, 5.0, 0.0]]], dtype=torch.float64)
+    scores = torch.tensor([[-apart, 0.0]], dtype=torch.float64)
+    grad, results = torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64), []
+    for name, dtype in (("reference", torch.float64), (implementation, torch.float32)):
+        values = [h.to(device, dtype).requires_grad_(), scores.to(device, dtype).requires_grad_()]
+        y = ar_kernels.rectify(*values, mix="prob", gating=gating, implementation=name)
+        results.append([y, *torch.autograd.grad(y, values, grad.to(y))])
+    for exact, found in zip(*results):
+        torch.testing.assert_close(found.double(), exact, rtol=2e-4, atol=1e-6)
+
+
 def test_double_backward_of_a_compiled_layer_raises(fused, device):
     layer = Layer(n=2, c=6, device=device)
     z, w = layer.tensors["feature_map"].requires_grad_(), layer.tensors["mask_weight"].requires_grad_()

@@ -3,8 +3,10 @@
     γ = softmax(s), σ(s) / (1e-6 + Σ σ(s)) or 1/(D+1);  log p_i = h_i − lse_i
     logit: y = Σ γ_i h_i          dγ_i = Σ_l dy h_i                    dh_i = γ_i dy
     log:   y = Σ γ_i log p_i      dγ_i = Σ_l dy log p_i                dh_i = γ_i (dy − p_i Σ_l dy)
-    prob:  y = log Σ γ_i p_i      dγ_i = Σ_l dy p_i / e^y              dh_i = γ_i (dy p_i / e^y − p_i Σ_l dy p_i / e^y)
-    softmax: ds = γ ⊙ (dγ − Σ γ dγ);  sigmoid: ds = σ (1 − σ) (dγ − Σ γ dγ) / (1e-6 + Σ σ)
+    prob:  y = log Σ γ_i p_i      γ_i dγ_i = Σ_l dy ρ_i                dh_i = dy ρ_i − p_i γ_i dγ_i
+    ds = γ ⊙ dγ − γ Σ γ dγ for softmax gates, (1 − σ) times that for sigmoid ones
+
+ρ_i = γ_i p_i / e^y = exp(log γ_i + log p_i − y) is at most 1, however small γ and however far apart the hypotheses.
 
 Bytes: hypotheses read once (twice for log and prob, the second time from cache) and their gradient written once.
 """
@@ -19,19 +21,22 @@ from .tiles import accumulator
 
 @triton.jit
 def _global_gates(scores, n, i, D: tl.constexpr, GATING: tl.constexpr, ACC: tl.constexpr):
-    """γ, σ(s) and 1e-6 + Σ σ(s) of one image, [D_tile]; the last two only for sigmoid gates."""
+    """γ, log γ and σ(s) of one image, [D_tile]; the last for sigmoid gates."""
     s = tl.load(scores + n * D + i, mask=i < D, other=0.0).to(ACC)
     if GATING == "softmax":
         s = tl.where(i < D, s, float("-inf"))
-        e = tl.exp(s - tl.max(s, axis=0))
+        log_e = s - tl.max(s, axis=0)
+        e = tl.exp(log_e)
         total = tl.sum(e, axis=0)
     elif GATING == "sigmoid":
+        log_e = tl.minimum(s, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(s)))
         e = tl.where(i < D, 1.0 / (1.0 + tl.exp(-s)), 0.0)
         total = 1e-6 + tl.sum(e, axis=0)
     else:
+        log_e = tl.zeros_like(s)
         e = tl.where(i < D, 1.0, 0.0).to(ACC)
         total = tl.sum(e, axis=0)
-    return e / total, e, total
+    return e / total, log_e - tl.log(total), e
 
 
 @triton.jit
@@ -50,7 +55,7 @@ def rectify_forward_kernel(
     """One program: one image."""
     n = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, D_TILE)
-    gates, _, _ = _global_gates(scores, n, i, D, GATING, ACC)
+    gates, log_gates, _ = _global_gates(scores, n, i, D, GATING, ACC)
     shift = tl.zeros([D_TILE], ACC)
     if MIX != "logit":
         m = tl.full([D_TILE], float("-inf"), ACC)
@@ -67,7 +72,7 @@ def rectify_forward_kernel(
         l = first + tl.arange(0, L_TILE)
         tile, real = _hypotheses(h, n, i, l, D, L, ACC)
         if MIX == "prob":
-            tile = tl.where(real, tile - shift[:, None] + tl.log(tl.where(i < D, gates, 1.0))[:, None], tile)
+            tile = tl.where(real, tile - shift[:, None] + log_gates[:, None], tile)
             top = tl.max(tile, axis=0)
             top = tl.where(top == float("-inf"), 0.0, top)  # labels that no hypothesis allows, and the tile's padding
             mixed = top + tl.log(tl.sum(tl.exp(tile - top[None, :]), axis=0))
@@ -85,7 +90,7 @@ def rectify_backward_kernel(
     """One program: one image."""
     n = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, D_TILE)
-    gates, sigma, total = _global_gates(scores, n, i, D, GATING, ACC)
+    gates, log_gates, sigma = _global_gates(scores, n, i, D, GATING, ACC)
     shift = tl.zeros([D_TILE], ACC)
     if MIX != "logit":
         shift += tl.load(lse + n * D + i, mask=i < D, other=0.0)
@@ -97,31 +102,30 @@ def rectify_backward_kernel(
         dy = tl.load(grad + n * L + l, mask=l < L, other=0.0)
         if MIX == "prob":
             mixed = tl.load(y + n * L + l, mask=l < L, other=0.0)
-            dgates += tl.sum(tl.where(real, dy[None, :] * tl.exp(tile - shift[:, None] - mixed[None, :]), 0.0), axis=1)
+            share = tl.exp(tile - shift[:, None] + log_gates[:, None] - mixed[None, :])
+            dgates += tl.sum(tl.where(real, dy[None, :] * share, 0.0), axis=1)
         else:
             dgates += tl.sum(tl.where(real, dy[None, :] * (tile - shift[:, None]), 0.0), axis=1)
             dy_sum += tl.sum(dy, axis=0)
+    if MIX != "prob":
+        dgates = tl.where(i < D, gates * dgates, 0.0)  # γ dγ, as the shares' sum is already
     for first in range(0, L, L_TILE):
         l = first + tl.arange(0, L_TILE)
         tile, real = _hypotheses(h, n, i, l, D, L, ACC)
         dy = tl.load(grad + n * L + l, mask=l < L, other=0.0)
         if MIX == "logit":
-            slope = dy[None, :]
+            slope = gates[:, None] * dy[None, :]
         elif MIX == "log":
-            slope = dy[None, :] - tl.exp(tile - shift[:, None]) * dy_sum
+            slope = gates[:, None] * (dy[None, :] - tl.exp(tile - shift[:, None]) * dy_sum)
         else:
             mixed = tl.load(y + n * L + l, mask=l < L, other=0.0)
             log_p = tile - shift[:, None]
-            slope = dy[None, :] * tl.exp(log_p - mixed[None, :]) - tl.exp(log_p) * dgates[:, None]
-        tl.store(
-            dh + n * (D * L) + i[:, None] * L + l[None, :], (gates[:, None] * slope).to(dh.dtype.element_ty), mask=real
-        )
-    ds = dgates - tl.sum(tl.where(i < D, gates * dgates, 0.0), axis=0)
-    if GATING == "softmax":
-        ds = gates * ds
-    elif GATING == "sigmoid":
-        ds = sigma * (1.0 - sigma) * ds / total
-    else:
+            slope = dy[None, :] * tl.exp(log_p + log_gates[:, None] - mixed[None, :]) - tl.exp(log_p) * dgates[:, None]
+        tl.store(dh + n * (D * L) + i[:, None] * L + l[None, :], slope.to(dh.dtype.element_ty), mask=real)
+    ds = dgates - gates * tl.sum(dgates, axis=0)
+    if GATING == "sigmoid":
+        ds = (1.0 - sigma) * ds
+    elif GATING == "none":
         ds = tl.zeros_like(ds)
     tl.store(dscores + n * D + i, ds.to(dscores.dtype.element_ty), mask=i < D)
 

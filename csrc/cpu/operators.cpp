@@ -473,7 +473,7 @@ RectifyArguments rectify_arguments(const Tensor& hypotheses, const Tensor& score
 }
 
 int64_t rectify_scratch(const RectifyArguments& arguments) {
-  return 2 * arguments.hypotheses * static_cast<int64_t>(sizeof(double));
+  return 3 * arguments.hypotheses * static_cast<int64_t>(sizeof(double));
 }
 
 std::tuple<Tensor, Tensor> rectify(const Tensor& hypotheses, const Tensor& scores, const std::string& mix,
