@@ -14,6 +14,7 @@ from benchmarks import (
     cases,
     compare,
     counters,
+    experiments,
     first_call,
     floors,
     host,
@@ -449,6 +450,15 @@ def test_first_call(monkeypatch, tmp_path):
     rows = first_call.first_calls("float32", "channels_last", "cpu")
     assert [row["what"] for row in rows] == [shape[0] for shape in first_call.SHAPES]
     assert all(row["seconds"] > 0 and row["new_binaries"] == 0 for row in rows)
+
+
+def test_what_experiments_found_is_filed_with_its_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("AR_KERNELS_COMMIT", "abc")
+    for name, value in (("figure4", 1), ("speed", 2)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"value": value}))
+    files = [str(tmp_path / "figure4.json"), str(tmp_path / "speed.json")]
+    filed = results.load(experiments.main(["found", *files, "--folder", str(tmp_path / "results")]))
+    assert (filed["commit"], filed["figure4"], filed["speed"]) == ("abc", {"value": 1}, {"value": 2})
 
 
 def test_counters_are_read_in_their_units():

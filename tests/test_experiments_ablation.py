@@ -79,6 +79,7 @@ def test_the_ablation_and_the_clutter_end_to_end(tmp_path, monkeypatch, capsys):
     (row,) = summary["orderings"]
     assert row["ordering"] == "attention above the baseline" and row["paper"] == 0.0027
     assert (row["difference"], row["low"], row["verdict"]) == pytest.approx((*expected[:2], expected.verdict))
+    assert summary["variants"]["baseline"]["of_draws"] == found["baseline"].tolist()
     assert imread(tmp_path / "whole" / "figure4.png").std() > 0.05
 
     finish, finished = Run.close, []
@@ -120,6 +121,7 @@ def test_the_ablation_and_the_clutter_end_to_end(tmp_path, monkeypatch, capsys):
         assert measured["errors"][name][1] == pytest.approx(1 - found[name].mean())
         growth = measured["errors"][name][2] - measured["errors"][name][1]
         assert measured["growth"][name] == pytest.approx(growth)
+        assert np.allclose(measured["of_draws"][name][1], 1 - found[name])
     assert imread(tmp_path / "clutter" / "figure4e.png").std() > 0.05
 
 

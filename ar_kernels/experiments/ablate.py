@@ -269,7 +269,9 @@ def read_curves(out: str | Path, name: str, seeds: int) -> np.ndarray:
 
 
 def summarise(source: str, options: argparse.Namespace, found: dict[str, np.ndarray]) -> dict:
-    """What figure4.json holds: accuracies of all variants, and what became of the paper's orderings."""
+    """What figure4.json holds: accuracies of all variants, of_draws [seeds, draws], and what became of the paper's
+    orderings.
+    """
     seeds, draws = next(iter(found.values())).shape
     orderings = []
     for text, better, other, paper in ORDERINGS:
@@ -288,6 +290,7 @@ def summarise(source: str, options: argparse.Namespace, found: dict[str, np.ndar
                 "label": VARIANTS[name].label,
                 "accuracy": float(values.mean()),
                 "of_seeds": values.mean(axis=1).tolist(),
+                "of_draws": values.tolist(),
             }
             for name, values in found.items()
         },

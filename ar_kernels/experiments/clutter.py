@@ -90,8 +90,9 @@ def _read(options: argparse.Namespace, name: str, counts: list[int]) -> np.ndarr
 
 
 def summarise(source: str, counts: list[int], errors: dict[str, np.ndarray]) -> dict:
-    """What figure4e.json holds. Growth: the error with the most distractors over that with as many as in training, in
-    points and as a multiple of the latter; the paper's growths are given without a unit, so neither is called theirs.
+    """What figure4e.json holds, of_draws [counts, seeds, draws]. Growth: the error with the most distractors over that
+    with as many as in training, in points and as a multiple of the latter; the paper's growths are given without a
+    unit, so neither is called theirs.
     """
     base = counts.index(TRAINED_WITH)
     growth = {name: values[-1] - values[base] for name, values in errors.items()}
@@ -103,6 +104,7 @@ def summarise(source: str, counts: list[int], errors: dict[str, np.ndarray]) -> 
         "seeds": errors[BASELINE].shape[1],
         "draws": errors[BASELINE].shape[2],
         "errors": {name: values.mean(axis=(1, 2)).tolist() for name, values in errors.items()},
+        "of_draws": {name: values.tolist() for name, values in errors.items()},
         "growth": {name: float(values.mean()) for name, values in growth.items()},
         "growth_relative": {name: float(v.mean() / at[name]) if at[name] > 0 else None for name, v in growth.items()},
         "paper_growth_at_64": PAPER,
