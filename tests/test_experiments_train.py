@@ -111,7 +111,7 @@ def test_a_captured_run_takes_every_step_once(tmp_path, monkeypatch):
     class Graph:
         def replay(self) -> None:
             (captured,) = made
-            captured._loss.copy_(captured._take(captured._step))
+            captured._loss.copy_(captured._take(*captured._inputs))
 
     class Recording:
         """What the block computes is taken back: a real graph records it without computing."""
@@ -129,9 +129,9 @@ def test_a_captured_run_takes_every_step_once(tmp_path, monkeypatch):
             self.optimizer.param_groups[0]["lr"] = rate
 
     class Noticed(training.CapturedStep):
-        def __init__(self, take, optimizer, device) -> None:
-            super().__init__(take, optimizer, device)
-            made.append(self)
+        def __init__(self, inputs_of, take, optimizer, device) -> None:
+            super().__init__(inputs_of, take, optimizer, device)
+            made[:] = [self]
             recorded.append(optimizer)
 
     stream = types.SimpleNamespace(wait_stream=lambda other: None)
@@ -141,18 +141,24 @@ def test_a_captured_run_takes_every_step_once(tmp_path, monkeypatch):
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(training, "CapturedStep", Noticed)
+    read = lambda step: (torch.full((2, 3), step, dtype=torch.uint8), torch.tensor([0, 1]))
     lines = {}
-    for capture in (False, True):
+    for name, capture, inputs_of, batch_of in (
+        ("plain", False, None, lambda step: (torch.ones(2, 3) * step, torch.tensor([0, 1]))),
+        ("composed", True, None, lambda step: (torch.ones(2, 3) * step, torch.tensor([0, 1]))),
+        ("given", True, read, lambda images, labels: (images.float(), labels)),
+    ):
         torch.manual_seed(0)
         model = nn.Linear(3, 2)
         recorded[:] = [model]
-        with Run(tmp_path / str(capture), {}) as run:
+        with Run(tmp_path / name, {}) as run:
             training.train(
-                model, lambda step: (torch.ones(2, 3) * step, torch.tensor([0, 1])),
-                Recipe(steps=9, batch_size=2, milestones=(0.6,)), run, log_every=2, checkpoint_every=9, capture=capture,
+                model, batch_of, Recipe(steps=9, batch_size=2, milestones=(0.6,)), run, inputs_of=inputs_of,
+                log_every=2, checkpoint_every=9, capture=capture,
             )  # fmt: skip
-        lines[capture] = [list(line.values()) for line in read_metrics(tmp_path / str(capture))]
-    assert len(lines[True]) == 5 and np.allclose(lines[True], lines[False], rtol=1e-5, atol=0)
+        lines[name] = [list(line.values()) for line in read_metrics(tmp_path / name)]
+    assert len(lines["plain"]) == 5
+    assert np.allclose(lines["composed"], lines["plain"], rtol=1e-5, atol=0) and lines["given"] == lines["composed"]
 
 
 @pytest.mark.gpu
@@ -189,6 +195,20 @@ def test_a_captured_run_equals_a_run_step_by_step(tmp_path, device):
         results.append([line["loss"] for line in read_metrics(tmp_path / str(capture))])
     assert results[0][:3] == pytest.approx(results[1][:3], rel=1e-5)
     assert results[0] == pytest.approx(results[1], rel=1e-2) and len(set(results[1])) == 12
+
+
+@pytest.mark.gpu
+def test_the_command_captures_the_steps_that_it_takes(tmp_path, device):
+    """Images are read, and the dropout's seed set, outside the graph; augmentation, net and update are inside."""
+    write_folder(tmp_path / "data", train=64, test=8, size=14)
+    losses = []
+    for name in ("taken", "captured"):
+        more = ["--device", "cuda", "--no-bf16", "--no-compile", "--log-every", "1"]
+        more += ["--capture"] if name == "captured" else []
+        assert command_line.main(arguments(tmp_path / name, *more)) == 0
+        losses.append([line["loss"] for line in read_metrics(tmp_path / name) if "loss" in line])
+    assert len(losses[0]) == 16 and len(set(losses[1])) == 16
+    assert losses[0][:5] == pytest.approx(losses[1][:5], rel=1e-3) and losses[0] == pytest.approx(losses[1], rel=0.1)
 
 
 # ---------------------------------------------------------------------------------------------- networks
@@ -271,6 +291,7 @@ def test_the_command_trains_and_resumes_to_the_same_numbers(tmp_path, monkeypatc
         (["--epochs", "0"], "epochs, test_every and log_every must be at least 1"),
         (["--batch-size", "40"], "batch_size must be at most the 24 training images and divisible by 1 processes"),
         (["--pretrained"], "only torchvision's and timm's backbones come pretrained, got warn-10-1"),
+        (["--capture"], "--capture needs a GPU and one process, got 1 on cpu"),
         (["--download"], "only sets known by name can be downloaded, got '"),
     ],
 )

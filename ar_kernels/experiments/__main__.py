@@ -123,6 +123,7 @@ def _train(commands: argparse._SubParsersAction) -> None:
     add("--bf16", action=_ON_OFF, default=None, help="bfloat16 autocast, on a GPU alone; unset: on")
     add("--channels-last", action=_ON_OFF, default=None, help="memory layout; unset: on on a GPU")
     add("--compile", action=_ON_OFF, default=None, help="torch.compile; unset: on on a GPU")
+    add("--capture", action="store_true", help="take whole steps as a CUDA graph: on one GPU whose host is slow")
     _add_device(add)
 
 

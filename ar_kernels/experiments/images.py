@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +28,7 @@ _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SPLITS = {"train": ("train",), "test": ("test", "val")}
 
 
-class ImageSet(Protocol):
+class ImageSet:
     """What training needs of a set. rank and world: which of how many equal shares of each batch.
 
     mean, std: [3, 1, 1], of pixels from 0 to 255, by which images are normalised.
@@ -45,13 +44,31 @@ class ImageSet(Protocol):
     test_count: int
     fingerprint: int
 
-    def train_batch(
+    def read_batch(
         self, seed: int, step: int, batch_size: int, rank: int = 0, world: int = 1
-    ) -> tuple[Tensor, Tensor]:
-        """Images [B / world, 3, H, W] and labels of one step, which counts from 1."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Images [B / world, 3, H, W] in uint8 and labels of one step, which counts from 1, and the images' numbers
+        among all that a run sees.
+        """
+        raise NotImplementedError
 
     def test_batches(self, batch_size: int = 256, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Every test image once, in order, each in one of the `world` shares."""
+        raise NotImplementedError
+
+    def augmented(self, images: Tensor, seed: int, numbers: Tensor) -> Tensor:
+        """What a net is trained on of what read_batch read: augmented and normalised, in float32."""
+        return self._normalised(augmented(images, seed, numbers))
+
+    def train_batch(
+        self, seed: int, step: int, batch_size: int, rank: int = 0, world: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Images [B / world, 3, H, W] and labels of one step, as read_batch reads and augmented shows them."""
+        images, labels, numbers = self.read_batch(seed, step, batch_size, rank, world)
+        return self.augmented(images, seed, numbers), labels
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        return (images.float() - self.mean) / self.std
 
 
 def check_batch_size(batch_size: int, count: int, world: int) -> None:
@@ -103,12 +120,17 @@ def augmented(images: Tensor, seed: int, numbers: Tensor) -> Tensor:
     return images.gather(3, columns[:, None, None, :].expand(*images.shape))
 
 
+def _numbers_of(step: int, batch_size: int, rank: int, share: int, device: torch.device) -> Tensor:
+    """Of the images of one rank's share of a step's batch, among all that a run sees."""
+    return torch.arange(share, device=device) + (step * batch_size + rank * share)
+
+
 def _mirrored(index: Tensor, size: int) -> Tensor:
     return size - 1 - (size - 1 - index.abs()).abs()
 
 
 @dataclass
-class Pictures:
+class Pictures(ImageSet):
     """A set that lies on one device whole: images [M, 3, H, W] in uint8, labels [M] in int64."""
 
     name: str
@@ -134,24 +156,20 @@ class Pictures:
             value = zlib.crc32(tensor.cpu().numpy().tobytes(), value)
         return value
 
-    def train_batch(
+    def read_batch(
         self, seed: int, step: int, batch_size: int, rank: int = 0, world: int = 1
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         images, labels = self.train
         index = self._order.of(seed, step, batch_size, rank, world)
-        numbers = torch.arange(len(index), device=images.device) + (step * batch_size + rank * len(index))
-        return self._normalised(augmented(images[index], seed, numbers)), labels[index]
+        return images[index], labels[index], _numbers_of(step, batch_size, rank, len(index), images.device)
 
     def test_batches(self, batch_size: int = 256, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         images, labels = (values[rank::world] for values in self.test)
         for pictures, wanted in zip(images.split(batch_size), labels.split(batch_size)):
             yield self._normalised(pictures), wanted
 
-    def _normalised(self, images: Tensor) -> Tensor:
-        return (images.float() - self.mean) / self.std
 
-
-class Folders:
+class Folders(ImageSet):
     """Pictures in folders by class, as torchvision's ImageFolder reads them: root/train/CLASS/*, root/test (or val).
 
     size: pictures are resized to this shorter side and cut out in the middle. workers: processes that read.
@@ -188,9 +206,9 @@ class Folders:
                 value = zlib.crc32(name.encode(), value)
         return value
 
-    def train_batch(
+    def read_batch(
         self, seed: int, step: int, batch_size: int, rank: int = 0, world: int = 1
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         which = seed, batch_size, rank, world
         if self._reading is None or self._reading[:2] != (which, step):
             check_batch_size(batch_size, self.train_count, world)  # here rather than in the loader
@@ -199,8 +217,7 @@ class Folders:
         images, labels = next(self._reading[2])
         self._reading = which, step + 1, self._reading[2]
         images, labels = self._on_device(images, labels)
-        numbers = torch.arange(len(images), device=images.device) + (step * batch_size + rank * len(images))
-        return self._normalised(augmented(images, seed, numbers)), labels
+        return images, labels, _numbers_of(step, batch_size, rank, len(images), images.device)
 
     def test_batches(self, batch_size: int = 256, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         mine = torch.arange(rank, self.test_count, world)
@@ -218,9 +235,6 @@ class Folders:
 
     def _on_device(self, *values: Tensor) -> tuple[Tensor, ...]:
         return tuple(value.to(self._device, non_blocking=True) for value in values)
-
-    def _normalised(self, images: Tensor) -> Tensor:
-        return (images.float() - self.mean) / self.std
 
 
 class _From:

@@ -40,6 +40,8 @@ def _run(options: argparse.Namespace, group: Processes) -> None:
     mixed, channels_last, compiled = (
         on_gpu if choice is None else choice for choice in (options.bf16, options.channels_last, options.compile)
     )
+    if options.capture and (not on_gpu or group.world > 1):
+        raise ValueError(f"--capture needs a GPU and one process, got {group.world} on {group.device.type}")
     if options.download and group.is_first:
         images.load(options.data, torch.device("cpu"), download=True, root=options.data_root, size=options.image_size)
     group.wait()
@@ -81,15 +83,21 @@ def _run(options: argparse.Namespace, group: Processes) -> None:
         **asdict(recipe), **net.settings(), "regulariser": regulariser, "data": source.name,
         "data_crc32": source.fingerprint, "pretrained": options.pretrained, "weights": options.weights,
         "device": group.device.type, "processes": group.world, "bf16": mixed and on_gpu, "compiled": compiled,
+        "captured": options.capture,
         "classes": source.classes, "mean": tuple(source.mean.flatten().tolist()),
         "std": tuple(source.std.flatten().tolist()),
     }  # fmt: skip
     called = torch.compile(model) if compiled else model
 
-    def batch_of(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def inputs_of(step: int) -> tuple[torch.Tensor, ...]:
         torch.manual_seed((recipe.seed * recipe.steps + step) * group.world + group.rank)  # for dropout
-        pictures, labels = source.train_batch(recipe.seed, step, recipe.batch_size, group.rank, group.world)
-        return pictures.contiguous(memory_format=torch.channels_last) if channels_last else pictures, labels
+        return source.read_batch(recipe.seed, step, recipe.batch_size, group.rank, group.world)
+
+    def batch_of(
+        images: torch.Tensor, labels: torch.Tensor, numbers: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        seen = source.augmented(images, recipe.seed, numbers)
+        return seen.contiguous(memory_format=torch.channels_last) if channels_last else seen, labels
 
     clock = _Clock(group, recipe.batch_size)
 
@@ -114,11 +122,11 @@ def _run(options: argparse.Namespace, group: Processes) -> None:
         clock.start(progress.step)
         with progress_bar(console, recipe.steps, progress.step) as on_step:
             train(
-                model, batch_of, recipe, progress,
+                model, batch_of, recipe, progress, inputs_of=inputs_of,
                 loss=loss_of(net.mix, regulariser) if net.is_attentive else cross_entropy,
                 checkpoint_every=epoch, log_every=options.log_every, on_step=on_step, evaluate=evaluate,
                 evaluate_every=epoch * options.test_every, forward=group.wrapped(called), processes=group,
-                mixed=mixed,
+                mixed=mixed, capture=options.capture,
             )  # fmt: skip
     if group.is_first:
         if clock.rates:

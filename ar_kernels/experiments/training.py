@@ -298,8 +298,8 @@ def _descend(
 
 
 class CapturedStep:
-    """Whole training steps as one CUDA graph: the batch, drawn and composed on the device, the loss, its gradients and
-    the update. A replay costs Python a few small launches, so that the GPU sets the pace.
+    """Whole training steps as one CUDA graph, from what a step is given to the update. A replay costs Python a few
+    small launches, so that the GPU sets the pace.
 
     All of it runs on a stream of its own, so that several runs' steps run side by side. The first three steps are taken
     as usual: they make what the graph may not (cuDNN's plans, compiled kernels, momentum). The optimizer must be fused:
@@ -309,11 +309,17 @@ class CapturedStep:
     WARM_UP = 3
 
     def __init__(
-        self, take: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, device: torch.device
+        self,
+        inputs_of: Callable[[int], tuple[Tensor, ...]],
+        take: Callable[..., Tensor],
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
     ) -> None:
-        """take(step): one whole step that reads its number from a tensor on the device; the loss."""
-        self._take, self._graph, self._taken = take, None, 0
-        self._step = torch.zeros((), dtype=torch.int64, device=device)
+        """inputs_of(step): what a step is given, tensors of the same shapes at every step; not captured.
+        take(*inputs): one whole step; the loss.
+        """
+        self._inputs_of, self._take, self._graph, self._taken = inputs_of, take, None, 0
+        self._inputs: tuple[Tensor, ...] = ()  # where replays find theirs
         self._rate = torch.zeros((), device=device)
         self._stream = torch.cuda.Stream(device)
         for group in optimizer.param_groups:
@@ -322,16 +328,18 @@ class CapturedStep:
     def __call__(self, step: int, rate: float) -> Tensor:
         """Queues the step, after all that the current stream was given so far. Its loss, to be read after join()."""
         self._stream.wait_stream(torch.cuda.current_stream())
-        if self._graph is None and self._taken == self.WARM_UP:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=self._stream):  # records, runs nothing
-                self._loss = self._take(self._step)
         with torch.cuda.stream(self._stream):
-            self._step.fill_(step)
+            inputs = self._inputs_of(step)
             self._rate.fill_(rate)
-            if self._graph is None:
+            if self._taken < self.WARM_UP:
                 self._taken += 1
-                return self._take(self._step)
+                return self._take(*inputs)
+            if self._graph is None:
+                self._graph, self._inputs = torch.cuda.CUDAGraph(), tuple(value.clone() for value in inputs)
+                with torch.cuda.graph(self._graph, stream=self._stream):  # records, runs nothing
+                    self._loss = self._take(*self._inputs)
+            for mine, value in zip(self._inputs, inputs):
+                mine.copy_(value)
             self._graph.replay()
             return self._loss.clone()  # the next replay writes over it
 
@@ -364,10 +372,11 @@ _ENDED = object()
 
 def training_steps(
     model: nn.Module,
-    batch_of: Callable[[int | Tensor], tuple[Tensor, Tensor]],
+    batch_of: Callable[..., tuple[Tensor, Tensor]],
     recipe: Recipe,
     run: Run,
     *,
+    inputs_of: Callable[[int], tuple[Tensor, ...]] | None = None,
     loss: Loss = cross_entropy,
     checkpoint_every: int = 50,
     log_every: int = 1,
@@ -381,21 +390,24 @@ def training_steps(
 ) -> Generator[None, None, None]:
     """Trains the model from where the run stands to the recipe's last step, and pauses after each step.
 
-    batch_of: images and labels of a step, a function of the step alone. on_step: called with the step and the loss of
-    every line of the log. evaluate: what to log with every `evaluate_every` steps and the last one, by step.
-    forward: the model as it is called, compiled or wrapped for several `processes`. mixed: bfloat16 on a GPU.
-    capture: take whole steps as a CUDA graph; batch_of must then take a tensor, and nothing may wait for the device.
+    batch_of: images and labels of a step, a function of its number alone or, with inputs_of, of what that makes of the
+    number. on_step: called with the step and the loss of every line of the log. evaluate: what to log with every
+    `evaluate_every` steps and the last one, by step. forward: the model as it is called, compiled or wrapped for
+    several `processes`. mixed: bfloat16 on a GPU.
+    capture: take whole steps as a CUDA graph, batch_of among them: without inputs_of it must take the number as a
+    tensor, and nothing in it may wait for the device.
     Metrics: step (from 1), loss (its mean over the steps since the last line, and over processes), learning_rate; a
     line every log_every steps and at checkpoints. Raises FloatingPointError when a loss is not finite.
     """
     forward = model if forward is None else forward
     optimizer = recipe.optimizer(model, fused=True if capture else None)
     run.restore(model, optimizer)
-    captured, pending = None, []
+    captured, pending, device = None, [], next(model.parameters()).device
+    if inputs_of is None:
+        inputs_of = (lambda step: (torch.full((), step, device=device),)) if capture else (lambda step: (step,))
     if capture:
-        device = next(model.parameters()).device
         captured = CapturedStep(
-            lambda step: _descend(forward, optimizer, batch_of(step), loss, mixed), optimizer, device
+            inputs_of, lambda *inputs: _descend(forward, optimizer, batch_of(*inputs), loss, mixed), optimizer, device
         )
     model.train()
     for step in range(run.step + 1, recipe.steps + 1):
@@ -403,7 +415,7 @@ def training_steps(
         if captured is not None:
             pending.append(captured(step, rate))
         else:
-            pending.append(train_step(forward, optimizer, batch_of(step), rate, loss, mixed))
+            pending.append(train_step(forward, optimizer, batch_of(*inputs_of(step)), rate, loss, mixed))
         is_last = step == recipe.steps
         is_kept = step % checkpoint_every == 0 or is_last
         if step % log_every == 0 or is_kept:
