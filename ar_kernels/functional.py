@@ -320,6 +320,7 @@ def attention_module(
     average: Tensor | None
     hypothesis: Tensor | None
     attention = scores = None
+    taps_first = False
     with ops.autocast_off(feature_map):
         if name == "reference":
             rows = output_weight.transpose(0, 1).reshape(labels, -1) if by_head else output_weight
@@ -343,7 +344,10 @@ def attention_module(
                 score_bias = None if gate_bias is None else F.pad(gate_bias, (0, extra))
             arguments = (feature_map, weight, bias, score_weight, score_bias)
             if name in _FUSED:
-                fused = ops.gated_attend(*arguments, None if by_head else output_weight, heads, masks, mean, tap, name)
+                taps_first = name == "triton" and ops.is_taps_first(output_weight)
+                fused = ops.gated_attend(
+                    *arguments, None if by_head else output_weight, heads, masks, mean, tap, name, taps_first
+                )
                 lse, logits, t, gates, features, average, hypothesis, tapped = fused[1:]
             else:
                 _, lse, logits, t, gates, features, average = eager.gated_attend(*arguments, heads, mean)
@@ -352,9 +356,9 @@ def attention_module(
                 tapped = feature_map
             assert gates is not None and features is not None  # there are gated heads
             if hypothesis is None:
-                features = features.unflatten(1, (heads, feature_map.shape[1], -1))
-                products = ops.head_hypotheses(features, output_weight)
-                hypothesis = products.sum(dim=1, dtype=gates.dtype).to(feature_map.dtype)
+                features = features.unflatten(1, (heads, 9, -1) if taps_first else (heads, feature_map.shape[1], -1))
+                products = ops.head_hypotheses(features.mT if taps_first else features, output_weight)
+                hypothesis = products.sum(dim=1)  # which PyTorch adds up in float32
             if output_bias is not None:
                 hypothesis = hypothesis + (gates @ output_bias.to(gates.dtype)).to(hypothesis.dtype)
             if masks and logits is not None:

@@ -31,15 +31,16 @@ _triton_library = torch.library.Library("ar_kernels", "DEF")
 _native_library = torch.library.Library(native.NAMESPACE, "DEF")
 
 
-def _define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """One operator, in both namespaces; implementation: the Triton one.
+def _define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any], extra: str = "") -> None:
+    """One operator, in both namespaces; implementation: the Triton one. extra: what it takes more than the native one.
 
     Its kernels read any strides, so Inductor need not copy inputs into the layout it traced.
     """
     name = schema.split("(")[0]
     stand_in = functools.partial(_load_native, name)
     for library, python in ((_triton_library, implementation), (_native_library, stand_in)):
-        library.define(schema, tags=(torch.Tag.flexible_layout,))
+        whole = schema.replace(") ->", f", {extra}) ->") if extra and library is _triton_library else schema
+        library.define(whole, tags=(torch.Tag.flexible_layout,))
         library.impl(name, python, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
 
@@ -304,7 +305,9 @@ def _gated_attend3x3(
     gated_heads: int,
     wants_mean: bool,
     alike: bool = False,
+    taps_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """taps_first: features are [N, K'·9·C], as an output weight has them that lies channels last."""
     outputs = _allocate(z, w, gated_heads, True, wants_mean)
     if z.shape[0] > 0:
         pooled, lse, logits, scores, gates, features, mean = outputs
@@ -324,11 +327,12 @@ def _gated_attend3x3(
                 gates if gated else None,
                 features if gated else None,
                 alike,
+                taps_first,
             )
     return outputs
 
 
-def _gated_attend3x3_fake(z, w, b, score_w, score_b, gated_heads, wants_mean, alike=False):
+def _gated_attend3x3_fake(z, w, b, score_w, score_b, gated_heads, wants_mean, alike=False, taps_first=False):
     return _allocate(z, w, gated_heads, True, wants_mean)
 
 
@@ -337,6 +341,7 @@ _define(
     "bool wants_mean, bool alike=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _gated_attend3x3,
     _gated_attend3x3_fake,
+    "bool taps_first=False",
 )
 
 
@@ -361,6 +366,7 @@ def _gated_attend3x3_backward(
     needs_w: bool,
     needs_score: bool,
     channels_last: bool,
+    taps_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if z.shape[0] == 0:
         gradients = _allocate_gradients(z, w, score_w, lse, needs_z, needs_w, needs_score, channels_last)
@@ -392,12 +398,13 @@ def _gated_attend3x3_backward(
             dw if needs_w else None,
             dscore_w if scored else None,
             dscore_b if scored else None,
+            taps_first,
         )
     return z.new_empty(0) if dz is None else dz, dw, dscore_w, dscore_b
 
 
 def _gated_attend3x3_backward_fake(z, w, score_w, pooled, lse, *arguments):
-    return _allocate_gradients(z, w, score_w, lse, *arguments[-4:])
+    return _allocate_gradients(z, w, score_w, lse, *arguments[11:15])
 
 
 _define(
@@ -407,6 +414,7 @@ _define(
     "bool needs_score, bool channels_last) -> (Tensor, Tensor, Tensor, Tensor)",
     _gated_attend3x3_backward,
     _gated_attend3x3_backward_fake,
+    "bool taps_first=False",
 )
 
 
@@ -426,12 +434,15 @@ class _GatedAttend(torch.autograd.Function):
     """Outputs: the operator's, None for those not asked for, then the hypothesis and the tapped map, None likewise."""
 
     @staticmethod
-    def forward(z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, tap, implementation):
+    def forward(
+        z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, tap, implementation, taps_first
+    ):
         operators = _operators(implementation)
         alike = are_deterministic_algorithms_enabled()
         inputs = z, w, b, score_w, score_b, gated_heads
         if w.dim() == 4:
-            outputs = operators.gated_attend3x3.default(*inputs, wants_mean, alike)
+            order = (taps_first,) if implementation == "triton" else ()
+            outputs = operators.gated_attend3x3.default(*inputs, wants_mean, alike, *order)
         else:
             outputs = operators.gated_attend.default(*inputs, wants_logits, wants_mean, alike)
         pooled, lse, logits, scores, gates, features, mean = outputs
@@ -450,7 +461,7 @@ class _GatedAttend(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        z, w, b, score_w, score_b, output_w, ctx.gated_heads, _, ctx.wants_mean, _, ctx.implementation = inputs
+        z, w, b, score_w, score_b, output_w, ctx.gated_heads, _, ctx.wants_mean, _, *ctx.how = inputs
         pooled, lse, logits, scores, gates, features, *_ = output
         logits = logits if w.dim() == 4 else None
         ctx.channels_last = _is_channels_last(z)  # here: strides read in backward make Dynamo copy every gradient
@@ -476,11 +487,11 @@ class _GatedAttend(torch.autograd.Function):
                     grad_features = weighted if grad_features is None else grad_features + weighted
         grads = grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean
         if all(grad is None for grad in grads):  # nothing but the tap was used, or nothing but W_O is trained
-            return upstream, None, None, None, None, doutput_w, *[None] * 5
+            return upstream, None, None, None, None, doutput_w, *[None] * 6
         if needs_z or needs_w or needs_score:
             dz, dw, dscore_w, dscore_b = _apply(
                 _GatedAttendBackward, z, w, b, score_w, score_b, pooled, lse, logits, scores, gates, *grads, upstream,
-                ctx.gated_heads, ctx.wants_mean, needs_z, needs_w, needs_score, ctx.channels_last, ctx.implementation,
+                ctx.gated_heads, ctx.wants_mean, needs_z, needs_w, needs_score, ctx.channels_last, *ctx.how,
             )  # fmt: skip
         if needs_b:  # the bias cancels in the masks: only lse and the logits know it
             db = _mask_bias_gradient(lse, b, grad_lse, grad_logits)
@@ -491,7 +502,7 @@ class _GatedAttend(torch.autograd.Function):
             dscore_w if needs_score_w else None,
             dscore_b.to(score_b.dtype) if needs_score_b else None,
             doutput_w,
-            *[None] * 5,
+            *[None] * 6,
         )
 
     @staticmethod
@@ -504,7 +515,7 @@ class _GatedAttendBackward(torch.autograd.Function):
     def forward(
         z, w, b, score_w, score_b, pooled, lse, logits, scores, gates,
         grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean, upstream,
-        gated_heads, wants_mean, needs_z, needs_w, needs_score, channels_last, implementation,
+        gated_heads, wants_mean, needs_z, needs_w, needs_score, channels_last, implementation, taps_first,
     ):  # fmt: skip
         operators = _operators(implementation)
         rest = (
@@ -512,13 +523,14 @@ class _GatedAttendBackward(torch.autograd.Function):
             upstream, needs_z, needs_w, needs_score, channels_last,
         )  # fmt: skip
         if w.dim() == 4:
-            return operators.gated_attend3x3_backward.default(z, w, score_w, pooled, lse, logits, *rest)
+            order = (taps_first,) if implementation == "triton" else ()
+            return operators.gated_attend3x3_backward.default(z, w, score_w, pooled, lse, logits, *rest, *order)
         return operators.gated_attend_backward.default(z, w, b, score_w, pooled, lse, *rest)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:5], *inputs[10:18])
-        ctx.gated_heads, ctx.wants_mean = inputs[18:20]
+        ctx.gated_heads, ctx.wants_mean, ctx.taps_first = *inputs[18:20], inputs[25]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -528,10 +540,11 @@ class _GatedAttendBackward(torch.autograd.Function):
 
         def forward(z, w, b, score_w, score_b):
             *outputs, features, mean = eager.gated_attend(z, w, b, score_w, score_b, ctx.gated_heads, ctx.wants_mean)
+            features = features.mT if ctx.taps_first else features  # [N, K', C, 9]
             return (*outputs, features.flatten(1), mean, z)
 
         received = _double_backward(forward, inputs, (0, 1, 3, 4), (*grads, upstream), second)
-        return *received[:5], *[None] * 5, *received[5:], *[None] * 7
+        return *received[:5], *[None] * 5, *received[5:], *[None] * 8
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
@@ -550,14 +563,15 @@ def gated_attend(
     wants_mean: bool,
     tap: bool,
     implementation: str,
+    taps_first: bool = False,
 ) -> GatedAttended:
     """One fused pass: K heads w [K, C] attend to z, the first gated_heads of them are gated, and output_w [L, K'·C]
-    makes their hypothesis; 3×3 heads: [K, C, 3, 3], [L, K'·C·9]. implementation: "triton" or "native". Other arguments
-    as in eager.gated_attend; fields that were not asked for are None, but for the logits of 3×3 heads."""
+    makes their hypothesis; 3×3 heads: [K, C, 3, 3], [L, K'·C·9]. implementation: "triton" or "native". taps_first, for
+    "triton" and without output_w: the features of 3×3 heads are [N, K'·9·C], not [N, K'·C·9]. Other arguments as in eager.gated_attend; fields that were not asked for are None, but for the logits of 3×3 heads."""
     through = tap and z.requires_grad  # a frozen map stays frozen
     outputs = _apply(
         _GatedAttend, z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, through,
-        implementation,
+        implementation, taps_first,
     )  # fmt: skip
     return GatedAttended(*(outputs if through else (*outputs[:-1], z)))
 
@@ -566,15 +580,17 @@ def gated_attend(
 
 
 class _HeadHypotheses(torch.autograd.Function):
-    """(features [N, K, F], weight [K, L, F]) → [K, N, L]: a batched product whose gradients lie in memory as their
-    inputs do. Autograd's own would lie transposed, and the weight's would be copied when it is added to .grad.
+    """(features [N, K, F], weight [K, L, F], rows) → [K, N, L]: a batched product whose gradients lie in memory as their
+    inputs do. Autograd's own would lie transposed, and the weight's would be copied when it is added to .grad. rows:
+    the weight in the features' dtype, not differentiated, or None where that is its own; then its gradient is not
+    rounded to that dtype on a GPU, where products can be stored in float32.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(features, weight):
-        return torch.bmm(features.transpose(0, 1), weight.mT)
+    def forward(features, weight, rows):
+        return torch.bmm(features.transpose(0, 1), (weight if rows is None else rows).mT)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -582,13 +598,26 @@ class _HeadHypotheses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        features, weight = ctx.saved_tensors
-        needs_features, needs_weight = ctx.needs_input_grad
+        features, weight, rows = ctx.saved_tensors
+        needs_features, needs_weight, _ = ctx.needs_input_grad
+        dfeatures = dweight = None
         with autocast_off(grad):
-            return (
-                torch.bmm(grad, weight).transpose(0, 1) if needs_features else None,
-                torch.bmm(grad.mT, features.transpose(0, 1)) if needs_weight else None,
-            )
+            if needs_features:
+                again = torch.is_grad_enabled()  # differentiated once more: rows as a function of the weight
+                rows = weight.to(grad.dtype) if rows is None or again else rows
+                dfeatures = torch.bmm(grad, rows).transpose(0, 1)
+            if needs_weight:
+                factors = grad.mT, features.transpose(0, 1)
+                if weight.dtype == torch.float32 != grad.dtype and grad.is_cuda and not torch.is_grad_enabled():
+                    dweight = torch.bmm(*factors, out_dtype=torch.float32)
+                else:
+                    dweight = torch.bmm(*factors).to(weight.dtype)
+        return dfeatures, dweight, None
+
+
+def is_taps_first(output_weight: Tensor) -> bool:
+    """Whether an output weight of 3×3 heads, head by head [K, L, C, 3, 3], lies in memory with channels last."""
+    return output_weight.dim() == 5 and output_weight.stride(2) < output_weight.stride(4)
 
 
 def head_hypotheses(features: Tensor, output_weight: Tensor) -> Tensor:
@@ -596,12 +625,13 @@ def head_hypotheses(features: Tensor, output_weight: Tensor) -> Tensor:
     [K, L, C, 3, 3], rounded to their dtype → [N, K, L]. Where the weight has channels last in memory, it is the
     features, which are small, that are put in its order.
     """
-    weight = output_weight.to(features.dtype)
+    weight = output_weight
     if weight.dim() == 5:
-        if weight.stride(2) < weight.stride(4):
+        if is_taps_first(weight):
             weight, features = weight.permute(0, 1, 3, 4, 2), features.mT
         weight = weight.flatten(2)
-    return _apply(_HeadHypotheses, features.flatten(2), weight).transpose(0, 1)
+    rows = None if weight.dtype == features.dtype else weight.detach().to(features.dtype)
+    return _apply(_HeadHypotheses, features.flatten(2), weight, rows).transpose(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------- rectify

@@ -40,6 +40,22 @@ def _tap_rows(weights, rows, channels, C: tl.constexpr, ROWS: tl.constexpr):
     return tl.load(weights + rows[:, None] * C + channels[None, :], mask=real, other=0.0)
 
 
+@triton.jit(do_not_specialize=["w_k", "w_c", "w_h", "w_w", "score_k", "score_c", "score_h", "score_w"])
+def rows_kernel(
+    of_masks, of_scores, mask_rows, score_rows, w_k, w_c, w_h, w_w, score_k, score_c, score_h, score_w,
+    C: tl.constexpr, HEADS: tl.constexpr, C_TILE: tl.constexpr,
+):  # fmt: skip
+    """W_H and W_G [K, C, 3, 3] of any strides → rows [9, K, C] in the rows' dtypes. One program: some c of one row."""
+    row = tl.program_id(0)
+    tap, k = row // HEADS, row % HEADS
+    c = tl.program_id(1) * C_TILE + tl.arange(0, C_TILE)
+    weight = tl.load(of_masks + k * w_k + tap // 3 * w_h + tap % 3 * w_w + c * w_c, mask=c < C)
+    tl.store(mask_rows + row * C + c, weight.to(mask_rows.dtype.element_ty), mask=c < C)
+    if of_scores is not None:
+        at = of_scores + k * score_k + tap // 3 * score_h + tap % 3 * score_w + c * score_c
+        tl.store(score_rows + row * C + c, tl.load(at, mask=c < C), mask=c < C)
+
+
 @triton.jit
 def _framed(s, width):
     """Position s in a map with a frame of zeros, one wide."""
@@ -131,42 +147,70 @@ def tap_sums_kernel(
                 if b is not None:
                     total += tl.load(b + heads, mask=heads < HEADS, other=0.0).to(ACC)[:, None]
                 tl.store(logits + at, total, mask=real)
+        if OF_IMAGE:  # the band's share of the frame
+            frame = (height + 2) * (width + 2)
+            top = tl.where(line == 0, 0, (line + 1) * (width + 2))
+            bottom = tl.where(line + lines >= height, frame, (line + lines + 1) * (width + 2))
+            for start in range(top, bottom, S_TILE):
+                at = start + tl.arange(0, S_TILE)
+                y, x = at // (width + 2), at % (width + 2)
+                of_frame = ((y == 0) | (y == height + 1) | (x == 0) | (x == width + 1)) & (at < bottom)
+                at = maps + 2 * n * frame * HEADS + heads[:, None] + (at * HEADS)[None, :]
+                zeros = tl.zeros([K_TILE, S_TILE], maps.dtype.element_ty)
+                real = (heads < HEADS)[:, None] & of_frame[None, :]
+                tl.store(at, zeros, mask=real)
+                tl.store(at + frame * HEADS, zeros, mask=real)
         tl.debug_barrier()  # before the next item's rows take their place
 
 
 @triton.jit
-def masks_kernel(logits, lse, masks, height, width, HEADS: tl.constexpr, S_TILE: tl.constexpr, ACC: tl.constexpr):
-    """One program: one head of one image. lse, and the masks exp(ℓ - lse) in Z's dtype, framed: [N, H+2, W+2, K]."""
+def _load_logits(logits, n, heads, s, real, positions, HEADS: tl.constexpr):
+    """[S_tile, K_tile], -∞ outside."""
+    at = logits + (n * HEADS + heads)[None, :] * positions + s[:, None]
+    return tl.load(at, mask=real[:, None] & (heads < HEADS)[None, :], other=float("-inf"))
+
+
+@triton.jit
+def masks_kernel(
+    logits, lse, masks, height, width,
+    HEADS: tl.constexpr, K_TILE: tl.constexpr, S_TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One program: one image. lse, and the masks exp(ℓ - lse) in Z's dtype, framed by zeros: [N, H+2, W+2, K]."""
     positions = height * width
-    row = tl.program_id(0).to(tl.int64)
-    m = tl.full([S_TILE], float("-inf"), ACC)
+    n = tl.program_id(0).to(tl.int64)
+    heads = tl.arange(0, K_TILE)
+    m = tl.full([S_TILE, K_TILE], float("-inf"), ACC)
     for start in range(0, positions, S_TILE):
         s = start + tl.arange(0, S_TILE)
-        m = tl.maximum(m, tl.load(logits + row * positions + s, mask=s < positions, other=float("-inf")))
+        m = tl.maximum(m, _load_logits(logits, n, heads, s, s < positions, positions, HEADS))
     first = origin(tl.max(m, axis=0))
-    d = tl.zeros([S_TILE], ACC)
+    d = tl.zeros([S_TILE, K_TILE], ACC)
     for start in range(0, positions, S_TILE):
         s = start + tl.arange(0, S_TILE)
-        d += tl.exp(tl.load(logits + row * positions + s, mask=s < positions, other=float("-inf")) - first)
+        d += tl.exp(_load_logits(logits, n, heads, s, s < positions, positions, HEADS) - first[None, :])
     log_sum = first + tl.log(tl.sum(d, axis=0))
-    tl.store(lse + row, log_sum)
+    tl.store(lse + n * HEADS + heads, log_sum, mask=heads < HEADS)
     log_sum = tl.where(tl.abs(log_sum) == float("inf"), float("nan"), log_sum)  # then there is no softmax
-    for start in range(0, positions, S_TILE):
-        s = start + tl.arange(0, S_TILE)
-        a = tl.exp(tl.load(logits + row * positions + s, mask=s < positions, other=float("-inf")) - log_sum)
-        at = row // HEADS * HEADS * ((height + 2) * (width + 2)) + _framed(s, width) * HEADS + row % HEADS
-        tl.store(masks + at, a.to(masks.dtype.element_ty), mask=s < positions)
+    frame = (height + 2) * (width + 2)
+    for start in range(0, frame, S_TILE):
+        at = start + tl.arange(0, S_TILE)
+        y, x = at // (width + 2) - 1, at % (width + 2) - 1
+        real = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        a = tl.exp(_load_logits(logits, n, heads, y * width + x, real, positions, HEADS) - log_sum[None, :])
+        a = tl.where(real[:, None], a, 0.0)  # a NaN stays inside
+        target = masks + (n * frame + at)[:, None] * HEADS + heads[None, :]
+        tl.store(target, a.to(masks.dtype.element_ty), mask=(at < frame)[:, None] & (heads < HEADS)[None, :])
 
 
 @triton.jit(do_not_specialize=["splits", "split_length"])
 def pool_kernel(
-    z, masks, pooled, mean, splits, split_length, height, width, z_n, z_c, z_h, z_w,
+    z, masks, score_w, pooled, mean, parts, splits, split_length, height, width, z_n, z_c, z_h, z_w,
     C: tl.constexpr, HEADS: tl.constexpr, R_TILE: tl.constexpr, C_TILE: tl.constexpr, S_TILE: tl.constexpr,
-    UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    K_TILE: tl.constexpr, UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: some channels of one split of one image. P of all taps [splits, N, 9, K, C] and the mean's sums
-    [splits, N, C], whose row of ones is the last of the tile."""
+    """One program: some channels of one split of one image. P of all taps [splits, N, 9, K, C], the mean's sums
+    [splits, N, C], whose row of ones is the last of the tile, and its share of W_G[k]·P_k, parts [N, ..., K_tile]."""
     positions = height * width
     split, n = tl.program_id(0) % splits, (tl.program_id(0) // splits).to(tl.int64)
     images = tl.num_programs(0) // splits
@@ -185,6 +229,13 @@ def pool_kernel(
     row = split.to(tl.int64) * images + n
     real = (rows < 9 * HEADS)[:, None] & (c < C)[None, :]
     tl.store(pooled + (row * (9 * HEADS) + rows[:, None]) * C + c[None, :], sums, mask=real)
+    if parts is not None:
+        heads = tl.arange(0, K_TILE)
+        weights = _tap_rows(score_w, rows, c, C, 9 * HEADS).to(ACC)
+        of_rows = tl.sum(tl.where((rows < 9 * HEADS)[:, None], weights * sums, 0.0), axis=1)
+        t = tl.sum(tl.where((rows % HEADS)[:, None] == heads[None, :], of_rows[:, None], 0.0), axis=0)
+        part = (n * splits + split) * tl.num_programs(1) + tl.program_id(1)
+        tl.store(parts + part * K_TILE + heads, t)
     if mean is not None:
         average = tl.sum(tl.where((rows == R_TILE - 1)[:, None], sums, 0.0), axis=0) / positions
         tl.store(mean + row * C + c, average, mask=c < C)
@@ -199,11 +250,46 @@ def _of_head(rows, n, k, c, C: tl.constexpr, HEADS: tl.constexpr):
 
 
 @triton.jit
-def _feature_pointers(features, n, k, c, C: tl.constexpr, GATED: tl.constexpr):
-    """[N, K', C, 9]: image n, head k → pointers and mask [C_tile, 16 taps]."""
-    taps = tl.arange(0, 16)
-    pointers = features + ((n * GATED + k) * C + c[:, None]) * 9 + taps[None, :]
-    return pointers, (c < C)[:, None] & (taps < 9)[None, :]
+def _taps_last(first, C: tl.constexpr, C_TILE: tl.constexpr):
+    """Where the values of channels first + [0, C_tile) lie, taps last, from the first channel's on: offsets, those that
+    exist. In whole vectors: one of 64 channels is nine vectors of 64 values, but no power of two."""
+    flat = tl.arange(0, 16 * C_TILE)
+    UNIT: tl.constexpr = 8 if C % 8 == 0 else 1
+    return flat, flat < aligned(tl.minimum(C - first, C_TILE) * 9, UNIT)
+
+
+@triton.jit
+def _load_features(
+    features, n, k, first, C: tl.constexpr, GATED: tl.constexpr, C_TILE: tl.constexpr, TAPS_FIRST: tl.constexpr
+):
+    """[N, K', C, 9], or [N, K', 9, C]: image n, head k → [16 taps, C_tile], 0 outside and where k is no gated head."""
+    if TAPS_FIRST:
+        taps, c = tl.arange(0, 16), first + tl.arange(0, C_TILE)
+        real = ((taps < 9) & (k < GATED))[:, None] & (c < C)[None, :]
+        tile = tl.load(features + ((n * GATED + k) * 9 + taps[:, None]) * C + c[None, :], mask=real, other=0.0)
+    else:
+        flat, real = _taps_last(first, C, C_TILE)
+        values = tl.load(features + ((n * GATED + k) * C + first) * 9 + flat, mask=real & (k < GATED), other=0.0)
+        tap, c = flat // C_TILE, flat % C_TILE
+        values = tl.where(tap < 9, tl.gather(values, c * 9 + tl.minimum(tap, 8), 0), 0.0)
+        tile = tl.reshape(values, [16, C_TILE])
+    return tile
+
+
+@triton.jit
+def _store_features(
+    features, tile, n, k, first, C: tl.constexpr, GATED: tl.constexpr, C_TILE: tl.constexpr, TAPS_FIRST: tl.constexpr
+):
+    """The inverse of _load_features."""
+    tile = tile.to(features.dtype.element_ty)
+    if TAPS_FIRST:
+        taps, c = tl.arange(0, 16), first + tl.arange(0, C_TILE)
+        real = (taps < 9)[:, None] & (c < C)[None, :]
+        tl.store(features + ((n * GATED + k) * 9 + taps[:, None]) * C + c[None, :], tile, mask=real)
+    else:
+        flat, real = _taps_last(first, C, C_TILE)
+        values = tl.gather(tl.reshape(tile, [16 * C_TILE]), flat % 9 * C_TILE + tl.minimum(flat // 9, C_TILE - 1), 0)
+        tl.store(features + ((n * GATED + k) * C + first) * 9 + flat, values, mask=real)
 
 
 @triton.jit
@@ -217,104 +303,63 @@ def _most(tile):
 
 
 @triton.jit
-def _score_sums(pooled, score_w, n, c, C: tl.constexpr, HEADS: tl.constexpr, K_TILE: tl.constexpr, ACC: tl.constexpr):
-    """W_G[k]·P_k over the channels c: [K_tile]."""
-    heads = tl.arange(0, K_TILE)
-    t = tl.zeros([K_TILE], ACC)
-    for k in range(HEADS):
-        products = _of_head(pooled, n, k, c, C, HEADS) * _of_head(score_w, 0, k, c, C, HEADS).to(ACC)
-        t += tl.where(heads == k, _one_number(products), 0.0)
-    return t
-
-
-@triton.jit
-def score_sums_kernel(
-    pooled, score_w, parts,
-    C: tl.constexpr, HEADS: tl.constexpr, C_TILE: tl.constexpr, K_TILE: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """One program: some channels of one image; parts [N, chunks, K_tile] of the scores."""
-    n, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    c = chunk * C_TILE + tl.arange(0, C_TILE)
-    t = _score_sums(pooled, score_w, n, c, C, HEADS, K_TILE, ACC)
-    tl.store(parts + (n * tl.num_programs(1) + chunk) * K_TILE + tl.arange(0, K_TILE), t)
-
-
-@triton.jit
 def gate_kernel(
-    pooled, score_w, score_b, parts, scores, gates, features,
+    pooled, score_b, parts, scores, gates, features,
     C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, C_TILE: tl.constexpr, K_TILE: tl.constexpr,
-    CHUNK_TILE: tl.constexpr, ACC: tl.constexpr,
+    PARTS: tl.constexpr, PARTS_TILE: tl.constexpr, TAPS_FIRST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One program: some channels of one image (parts None: all of them). t_k = W_G[k]·P_k + b_G[k],
-    g = softmax(tanh(t)) and g ⊙ P, taps last."""
-    n, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """One program: some channels of one head of one image. t_k = W_G[k]·P_k + b_G[k] of its parts, g = softmax(tanh(t))
+    and g ⊙ P. What is of an image every program of it stores, the same."""
+    n, first, k = tl.program_id(0).to(tl.int64), tl.program_id(1) * C_TILE, tl.program_id(2)
     heads = tl.arange(0, K_TILE)
-    c = chunk * C_TILE + tl.arange(0, C_TILE)
     t = tl.zeros([K_TILE], ACC)
     if parts is not None:
-        chunks = tl.arange(0, CHUNK_TILE)
-        at = parts + (n * tl.num_programs(1) + chunks[:, None]) * K_TILE + heads[None, :]
-        t += tl.sum(tl.load(at, mask=(chunks < tl.num_programs(1))[:, None], other=0.0), axis=0)
-    elif score_w is not None:
-        t += _score_sums(pooled, score_w, n, c, C, HEADS, K_TILE, ACC)
-    g = store_gates(t, n, heads, score_w, score_b, scores, gates, HEADS, GATED)  # the same from every program
-    for k in range(GATED):
-        gate = tl.sum(tl.where(heads == k, g, 0.0), axis=0)
-        x = tl.trans(_of_head(pooled, n, k, c, C, HEADS) * gate)
-        pointers, real = _feature_pointers(features, n, k, c, C, GATED)
-        tl.store(pointers, x.to(features.dtype.element_ty), mask=real)
-
-
-@triton.jit
-def _gradient_sums(
-    pooled, score_w, grad_features, grad_pooled, n, c,
-    C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, K_TILE: tl.constexpr, MOST: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
-    """Over the channels c, of every head, [K_tile] each: dx·P, W_G·P, direct·P, and, if MOST, the largest |dx|, |W_G|,
-    |direct|."""
-    heads = tl.arange(0, K_TILE)
-    x_p = tl.zeros([K_TILE], ACC)
-    w_p = tl.zeros([K_TILE], ACC)
-    direct_p = tl.zeros([K_TILE], ACC)
-    x_most = tl.zeros([K_TILE], ACC)
-    w_most = tl.zeros([K_TILE], ACC)
-    direct_most = tl.zeros([K_TILE], ACC)
-    for k in range(HEADS):
-        here = heads == k
-        p = _of_head(pooled, n, k, c, C, HEADS)
-        if grad_features is not None:
-            pointers, real = _feature_pointers(grad_features, n, k, c, C, GATED)
-            dx = tl.trans(tl.load(pointers, mask=real & (k < GATED), other=0.0).to(ACC))
-            x_p += tl.where(here, _one_number(dx * p), 0.0)
-            if MOST:
-                x_most += tl.where(here, _most(dx), 0.0)
-        if score_w is not None:
-            weight = _of_head(score_w, 0, k, c, C, HEADS).to(ACC)
-            w_p += tl.where(here, _one_number(weight * p), 0.0)
-            if MOST:
-                w_most += tl.where(here, _most(weight), 0.0)
-        if grad_pooled is not None:
-            direct = _of_head(grad_pooled, n, k, c, C, HEADS).to(ACC)
-            direct_p += tl.where(here, _one_number(direct * p), 0.0)
-            if MOST:
-                direct_most += tl.where(here, _most(direct), 0.0)
-    return x_p, w_p, direct_p, x_most, w_most, direct_most
+        part = tl.arange(0, PARTS_TILE)[:, None]
+        at = parts + (n * PARTS + part) * K_TILE + heads[None, :]
+        t += tl.sum(tl.load(at, mask=part < PARTS, other=0.0), axis=0)
+    g = store_gates(t, n, heads, None, score_b, scores, gates, HEADS, GATED)
+    p = _of_head(pooled, n, k, first + tl.arange(0, C_TILE), C, HEADS)
+    x = p * tl.sum(tl.where(heads == k, g, 0.0), axis=0)
+    _store_features(features, x, n, k, first, C, GATED, C_TILE, TAPS_FIRST)
 
 
 @triton.jit
 def gradient_sums_kernel(
     pooled, score_w, grad_features, grad_pooled, parts,
-    C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, C_TILE: tl.constexpr, K_TILE: tl.constexpr,
+    C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, C_TILE: tl.constexpr, TAPS_FIRST: tl.constexpr,
     MOST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One program: some channels of one image; parts [N, chunks, 6, K_tile] of _gradient_sums."""
-    n, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    c = chunk * C_TILE + tl.arange(0, C_TILE)
-    found = _gradient_sums(pooled, score_w, grad_features, grad_pooled, n, c, C, HEADS, GATED, K_TILE, MOST, ACC)
-    at = parts + (n * tl.num_programs(1) + chunk) * (6 * K_TILE) + tl.arange(0, K_TILE)
-    for i in tl.static_range(6):
-        tl.store(at + i * K_TILE, found[i])
+    """One program: some channels of one head of one image. Of dx, W_G and the direct gradient, parts [N, 6, chunks, K]:
+    their sums with P and, if MOST, the largest of each."""
+    n, chunk, k = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    first = chunk * C_TILE
+    c = first + tl.arange(0, C_TILE)
+    chunks = tl.num_programs(1)
+    p = _of_head(pooled, n, k, c, C, HEADS)
+    at = parts + (n * (6 * chunks) + chunk) * HEADS + k
+    if grad_features is not None:
+        dx = _load_features(grad_features, n, k, first, C, GATED, C_TILE, TAPS_FIRST).to(ACC)
+        tl.store(at, _one_number(dx * p))
+        if MOST:
+            tl.store(at + 3 * chunks * HEADS, _most(dx))
+    if score_w is not None:
+        weight = _of_head(score_w, 0, k, c, C, HEADS).to(ACC)
+        tl.store(at + chunks * HEADS, _one_number(weight * p))
+        if MOST:
+            tl.store(at + 4 * chunks * HEADS, _most(weight))
+    if grad_pooled is not None:
+        direct = _of_head(grad_pooled, n, k, c, C, HEADS).to(ACC)
+        tl.store(at + 2 * chunks * HEADS, _one_number(direct * p))
+        if MOST:
+            tl.store(at + 5 * chunks * HEADS, _most(direct))
+
+
+@triton.jit
+def _of_chunks(parts, n, which, heads, HEADS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK_TILE: tl.constexpr):
+    """One of gradient_sums_kernel's six numbers: [chunk_tile, K_tile], 0 outside."""
+    chunks = tl.arange(0, CHUNK_TILE)[:, None]
+    real = (chunks < CHUNKS) & (heads < HEADS)[None, :]
+    return tl.load(parts + ((n * 6 + which) * CHUNKS + chunks) * HEADS + heads[None, :], mask=real, other=0.0)
 
 
 @triton.jit
@@ -322,65 +367,64 @@ def gate_gradient_kernel(
     pooled, score_w, scores, gates, grad_features, grad_gates, grad_scores, grad_pooled, parts, largest_direct,
     dp, delta, dt, scale, unscale,
     C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, C_TILE: tl.constexpr, K_TILE: tl.constexpr,
-    CHUNK_TILE: tl.constexpr, MOST: tl.constexpr, ACC: tl.constexpr,
+    CHUNKS: tl.constexpr, CHUNK_TILE: tl.constexpr, TAPS_FIRST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One program: some channels of one image (parts None: all of them). dt, dP_k = g_k dx_k + dt_k W_G[k] + direct,
-    δ_k = dP_k·P_k. scale: of a float16 image a power of two for dP and dℓ: gradients of a mean loss are below what
-    float16 holds; largest_direct [N]: the largest direct |dℓ| and |dlse|, which take it too. What is of an image every
-    program of it stores, the same."""
-    n, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """One program: some channels of one head of one image. dt, dP_k = g_k dx_k + dt_k W_G[k] + direct, δ_k = dP_k·P_k.
+    scale: of a float16 image a power of two for dP and dℓ: gradients of a mean loss are below what float16 holds;
+    largest_direct [N]: the largest direct |dℓ| and |dlse|, which take it too. What is of an image every program of it
+    stores, the same."""
+    n, first, k = tl.program_id(0).to(tl.int64), tl.program_id(1) * C_TILE, tl.program_id(2)
     heads = tl.arange(0, K_TILE)
-    c = chunk * C_TILE + tl.arange(0, C_TILE)
-    if parts is not None:
-        chunks = tl.arange(0, CHUNK_TILE)[:, None]
-        at = parts + (n * tl.num_programs(1) + chunks) * (6 * K_TILE) + heads[None, :]
-        present = chunks < tl.num_programs(1)
-        x_p = tl.sum(tl.load(at, mask=present, other=0.0), axis=0)
-        w_p = tl.sum(tl.load(at + K_TILE, mask=present, other=0.0), axis=0)
-        direct_p = tl.sum(tl.load(at + 2 * K_TILE, mask=present, other=0.0), axis=0)
-        x_most = tl.max(tl.load(at + 3 * K_TILE, mask=present, other=0.0), axis=0)
-        w_most = tl.max(tl.load(at + 4 * K_TILE, mask=present, other=0.0), axis=0)
-        direct_most = tl.max(tl.load(at + 5 * K_TILE, mask=present, other=0.0), axis=0)
-    else:
-        x_p, w_p, direct_p, x_most, w_most, direct_most = _gradient_sums(
-            pooled, score_w, grad_features, grad_pooled, n, c, C, HEADS, GATED, K_TILE, MOST, ACC
-        )
+    c = first + tl.arange(0, C_TILE)
+    of_features = tl.zeros([K_TILE], ACC)
     g = tl.zeros([K_TILE], ACC)
     d = tl.zeros([K_TILE], ACC)
+    if grad_features is not None:
+        of_features += tl.sum(_of_chunks(parts, n, 0, heads, HEADS, CHUNKS, CHUNK_TILE), axis=0)
     if grad_scores is not None:
         d += tl.load(grad_scores + n * HEADS + heads, mask=heads < HEADS, other=0.0).to(ACC)
     if gates is not None:
         g += tl.load(gates + n * GATED + heads, mask=heads < GATED, other=0.0)
-        dg = x_p
+        dg = of_features
         if grad_gates is not None:
             dg += tl.load(grad_gates + n * GATED + heads, mask=heads < GATED, other=0.0).to(ACC)
         hyperbolic = tanh(tl.load(scores + n * HEADS + heads, mask=heads < HEADS, other=0.0))
         d += g * (dg - tl.sum(g * dg, axis=0)) * (1.0 - hyperbolic * hyperbolic)
     if dt is not None:
         tl.store(dt + n * HEADS + heads, d, mask=heads < HEADS)
-    tl.store(delta + n * HEADS + heads, g * x_p + d * w_p + direct_p, mask=heads < HEADS)
+    shift = g * of_features
+    if score_w is not None:
+        shift += d * tl.sum(_of_chunks(parts, n, 1, heads, HEADS, CHUNKS, CHUNK_TILE), axis=0)
+    if grad_pooled is not None:
+        shift += tl.sum(_of_chunks(parts, n, 2, heads, HEADS, CHUNKS, CHUNK_TILE), axis=0)
+    tl.store(delta + n * HEADS + heads, shift, mask=heads < HEADS)
     factor = 1.0
     if scale is not None:
-        most = tl.max(tl.abs(g) * x_most + tl.abs(d) * w_most + direct_most, axis=0)
+        bound = tl.zeros([K_TILE], ACC)
+        if grad_features is not None:
+            bound += tl.abs(g) * tl.max(_of_chunks(parts, n, 3, heads, HEADS, CHUNKS, CHUNK_TILE), axis=0)
+        if score_w is not None:
+            bound += tl.abs(d) * tl.max(_of_chunks(parts, n, 4, heads, HEADS, CHUNKS, CHUNK_TILE), axis=0)
+        if grad_pooled is not None:
+            bound += tl.max(_of_chunks(parts, n, 5, heads, HEADS, CHUNKS, CHUNK_TILE), axis=0)
+        most = tl.max(bound, axis=0)
         if largest_direct is not None:
             most = tl.maximum(most, tl.load(largest_direct + n))
         exponent = tl.floor(tl.log2(tl.minimum(tl.maximum(most, 1e-30), 1e30)))
         factor = tl.exp2(-exponent)
         tl.store(scale + n, factor)
         tl.store(unscale + n, tl.exp2(exponent))
-    taps = tl.arange(0, 16)
-    for k in range(HEADS):
-        grad = tl.zeros([16, C_TILE], ACC)
-        if grad_features is not None:
-            pointers, real = _feature_pointers(grad_features, n, k, c, C, GATED)
-            dx = tl.load(pointers, mask=real & (k < GATED), other=0.0).to(ACC)
-            grad += tl.trans(dx) * tl.sum(tl.where(heads == k, g, 0.0), axis=0)
-        if score_w is not None:
-            grad += _of_head(score_w, 0, k, c, C, HEADS).to(ACC) * tl.sum(tl.where(heads == k, d, 0.0), axis=0)
-        if grad_pooled is not None:
-            grad += _of_head(grad_pooled, n, k, c, C, HEADS).to(ACC)
-        rows = dp + ((n * 9 + taps[:, None]) * HEADS + k) * C + c[None, :]
-        tl.store(rows, (grad * factor).to(dp.dtype.element_ty), mask=(taps < 9)[:, None] & (c < C)[None, :])
+    grad = tl.zeros([16, C_TILE], ACC)
+    if grad_features is not None:
+        dx = _load_features(grad_features, n, k, first, C, GATED, C_TILE, TAPS_FIRST).to(ACC)
+        grad += dx * tl.sum(tl.where(heads == k, g, 0.0), axis=0)
+    if score_w is not None:
+        grad += _of_head(score_w, 0, k, c, C, HEADS).to(ACC) * tl.sum(tl.where(heads == k, d, 0.0), axis=0)
+    if grad_pooled is not None:
+        grad += _of_head(grad_pooled, n, k, c, C, HEADS).to(ACC)
+    taps = tl.arange(0, 16)[:, None]
+    rows = dp + ((n * 9 + taps) * HEADS + k) * C + c[None, :]
+    tl.store(rows, (grad * factor).to(dp.dtype.element_ty), mask=(taps < 9) & (c < C)[None, :])
 
 
 @triton.jit(do_not_specialize=["items", "splits", "split_length"])
@@ -445,14 +489,32 @@ def map_gradient_kernel(
 # ---------------------------------------------------------------------------------------------- launching
 
 
-def tap_rows(weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """[..., K, C, 9] → [..., 9, K, C] in dtype, contiguous: what the products read row by row."""
-    return weights.movedim(-1, -3).to(dtype, memory_format=torch.contiguous_format).contiguous()
+def tap_rows(grad_pooled: Tensor) -> Tensor:
+    """[N, K, C, 9] → [N, 9, K, C], contiguous."""
+    return grad_pooled.movedim(-1, -3).contiguous()
+
+
+@functools.lru_cache(maxsize=1024)
+def _rows_plan(sizes: torch.Size, strides: tuple[int, ...], score_strides: tuple[int, ...] | None) -> Launch:
+    heads, channels = sizes[:2]
+    tile = min(256, next_power_of_2(channels))
+    return Launch(
+        rows_kernel, (TAPS * heads, -(-channels // tile)), (*strides, *(score_strides or (0,) * 4)),
+        C=channels, HEADS=heads, C_TILE=tile, num_warps=4,
+    )  # fmt: skip
+
+
+def weight_rows(w: Tensor, score_w: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """W_H in dtype and W_G in its own [9, K, C], contiguous, as kernels read them."""
+    rows = w.new_empty(TAPS, *w.shape[:2], dtype=dtype)
+    score_rows = None if score_w is None else score_w.new_empty(rows.shape)
+    _rows_plan(w.shape, w.stride(), None if score_w is None else score_w.stride())(w, score_w, rows, score_rows)
+    return rows, score_rows
 
 
 def framed_maps(z: Tensor, count: int, heads: int) -> Tensor:
-    """Zeros [N, count, H+2, W+2, heads] in z's dtype: a position's heads together, so that one load takes several."""
-    return z.new_zeros(z.shape[0], count, z.shape[2] + 2, z.shape[3] + 2, heads)
+    """[N, count, H+2, W+2, heads] in z's dtype: a position's heads together, so that one load takes several."""
+    return z.new_empty(z.shape[0], count, z.shape[2] + 2, z.shape[3] + 2, heads)
 
 
 class _Cut(NamedTuple):
@@ -552,27 +614,10 @@ def _tap_sums(cut: _Cut, images: int, heads: int, of_image: bool) -> _Sums:
     return _Sums(launch, (programs, TAPS * heads, pitch))
 
 
-class _Gates(NamedTuple):
-    """Two kernels over chunks of channels: sums over all of them, then what needs the sums."""
-
-    sums: Launch | None  # None: one chunk, the second kernel does it
-    gates: Launch
-    parts: tuple[int, ...]
-
-
-def _gates(sums: Any, kernel: Any, images: int, channels: int, heads: int, width: int, **constants: Any) -> _Gates:
-    """width: how many numbers of a head and a chunk `sums` stores."""
-    # One chunk where it can be. Of many small ones none waits for its threads to add up.
-    tile, warps = (max(16, next_power_of_2(channels)), 8) if channels <= 256 else (64, 1)
-    chunks = -(-channels // tile)
-    constants |= {"C": channels, "HEADS": heads, "C_TILE": tile, "K_TILE": next_power_of_2(heads), "num_warps": warps}
-    constants["maxnreg"] = MOST_REGISTERS
-    of_sums = {name: value for name, value in constants.items() if name in (*sums.arg_names, "num_warps", "maxnreg")}
-    return _Gates(
-        Launch(sums, (images, chunks), (), **of_sums) if chunks > 1 else None,
-        Launch(kernel, (images, chunks), (), CHUNK_TILE=next_power_of_2(chunks), **constants),
-        (images, chunks, width, constants["K_TILE"]),
-    )
+def _channel_chunks(channels: int) -> tuple[int, int]:
+    """Channels of a program among those of one head and image, and how many such programs there are."""
+    tile = min(256, max(16, next_power_of_2(channels)))
+    return tile, -(-channels // tile)
 
 
 class _Forward(NamedTuple):
@@ -580,7 +625,8 @@ class _Forward(NamedTuple):
     masks: Launch
     pool: Launch
     splits: int
-    gates: _Gates | None
+    parts: tuple[int, ...]  # of the scores
+    gates: Launch | None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -593,13 +639,15 @@ def _forward_plan(
     gated: int,
     precision: str,
     alike: bool,
+    taps_first: bool,
 ) -> _Forward:
     cut = _cut(sizes, strides, dtype, device, heads, precision)
     images, channels = sizes[:2]
     positions = math.prod(sizes[2:])
+    head_tile, acc = next_power_of_2(heads), accumulator(dtype)
     masks = Launch(
-        masks_kernel, (images * heads,), tuple(sizes[2:]), HEADS=heads, S_TILE=min(1024, next_power_of_2(positions)),
-        ACC=accumulator(dtype), num_warps=4,
+        masks_kernel, (images,), tuple(sizes[2:]), HEADS=heads, K_TILE=head_tile,
+        S_TILE=min(max(16, 4096 // head_tile), next_power_of_2(positions)), ACC=acc, num_warps=8,
     )  # fmt: skip
     channel_tile = cut.channel_tile(16384, 256)
     tile = 64 if cut.half and cut.row_tile <= 128 else 32
@@ -608,13 +656,18 @@ def _forward_plan(
     splits, length = (1, positions) if alike else cut.splits(images, chunks, tile)
     pool = Launch(
         pool_kernel, (images * splits, chunks), (splits, length, *cut.sizes), **cut.constants,
-        C_TILE=channel_tile, S_TILE=tile, num_warps=8, num_stages=cut.stages, maxnreg=cut.maxnreg,
+        C_TILE=channel_tile, S_TILE=tile, K_TILE=head_tile,
+        num_warps=8, num_stages=cut.stages, maxnreg=cut.maxnreg,
     )  # fmt: skip
-    gates = None
+    gates, parts = None, splits * chunks
     if gated:
-        acc = accumulator(dtype)
-        gates = _gates(score_sums_kernel, gate_kernel, images, channels, heads, 1, GATED=gated, ACC=acc)
-    return _Forward(_tap_sums(cut, images, heads, False), masks, pool, splits, gates)
+        channel_tile, chunks = _channel_chunks(channels)
+        gates = Launch(
+            gate_kernel, (images, chunks, gated), (), C=channels, HEADS=heads, GATED=gated, C_TILE=channel_tile,
+            K_TILE=head_tile, PARTS=parts, PARTS_TILE=next_power_of_2(parts), TAPS_FIRST=taps_first, ACC=acc,
+            num_warps=4, maxnreg=MOST_REGISTERS,
+        )  # fmt: skip
+    return _Forward(_tap_sums(cut, images, heads, False), masks, pool, splits, (images, parts, head_tile), gates)
 
 
 def attend3x3_forward(
@@ -631,39 +684,37 @@ def attend3x3_forward(
     gates: Tensor | None,
     features: Tensor | None,
     alike: bool,
+    taps_first: bool,
 ) -> None:
-    """Launches into outputs that ops.py allocated; pooled is [N, 9, K, C]; alike as there."""
+    """Launches into outputs that ops.py allocated; pooled is [N, 9, K, C]; alike, taps_first as there."""
     heads = w.shape[0]
     plan = _forward_plan(
         z.shape, z.stride(), z.dtype, z.get_device(), heads, 0 if gates is None else gates.shape[1],
-        float32_precision(z.dtype), alike,
+        float32_precision(z.dtype), alike, taps_first,
     )  # fmt: skip
     scratch = lse.new_empty(plan.sums.scratch)
-    rows = tap_rows(w.flatten(2), z.dtype)
+    rows, score_rows = weight_rows(w, None if plan.gates is None else score_w, z.dtype)
     plan.sums.launch(z, rows, b, logits, None, None, None, None, None, scratch, None)
     masks = framed_maps(z, 1, heads)
     plan.masks(logits, lse, masks)
+    parts = None if score_rows is None else lse.new_empty(plan.parts)
     if plan.splits == 1:
-        plan.pool(z, masks, pooled, mean)
+        plan.pool(z, masks, score_rows, pooled, mean, parts)
     else:
-        parts = pooled.new_empty(plan.splits, *pooled.shape)
+        sums = pooled.new_empty(plan.splits, *pooled.shape)
         means = None if mean is None else mean.new_empty(plan.splits, *mean.shape)
-        plan.pool(z, masks, parts, means)
-        torch.sum(parts, dim=0, out=pooled)
+        plan.pool(z, masks, score_rows, sums, means, parts)
+        torch.sum(sums, dim=0, out=pooled)
         if mean is not None:
             torch.sum(means, dim=0, out=mean)
     if plan.gates is not None:
-        score_rows = parts = None
-        if score_w is not None:
-            score_rows = tap_rows(score_w.flatten(2), score_w.dtype)
-            if plan.gates.sums is not None:
-                parts = lse.new_empty(plan.gates.parts)
-                plan.gates.sums(pooled, score_rows, parts)
-        plan.gates.gates(pooled, score_rows, score_b, parts, scores, gates, features)
+        plan.gates(pooled, score_b, parts, scores, gates, features)
 
 
 class _Backward(NamedTuple):
-    gates: _Gates
+    gate_sums: Launch
+    parts: tuple[int, ...]
+    gates: Launch
     sums: _Sums | None
     gradient: Launch | None
     programs: int  # of the last one, each with its share of dW_H
@@ -683,13 +734,21 @@ def _backward_plan(
     has_dw: bool,
     has_dt: bool,
     precision: str,
+    taps_first: bool,
 ) -> _Backward:
     cut = _cut(sizes, strides, dtype, device, heads, precision)
     images, channels = sizes[:2]
     acc = accumulator(dtype)
-    gates = _gates(
-        gradient_sums_kernel, gate_gradient_kernel, images, channels, heads, 6,
-        GATED=gated, MOST=dtype == torch.float16, ACC=acc,
+    tile, chunks = _channel_chunks(channels)
+    parts = images, 6, chunks, heads
+    constants = {"C": channels, "HEADS": heads, "GATED": gated, "C_TILE": tile, "TAPS_FIRST": taps_first, "ACC": acc}
+    constants |= {"num_warps": 4, "maxnreg": MOST_REGISTERS}
+    gate_sums = Launch(
+        gradient_sums_kernel, (images, chunks, heads), (), MOST=dtype == torch.float16, **constants
+    )
+    gates = Launch(
+        gate_gradient_kernel, (images, chunks, heads), (), K_TILE=next_power_of_2(heads), CHUNKS=chunks,
+        CHUNK_TILE=next_power_of_2(chunks), **constants,
     )  # fmt: skip
     sums = gradient = weights = None
     programs = 0
@@ -722,7 +781,7 @@ def _backward_plan(
             weight_sums_kernel, (TAPS * heads * (has_dw + has_dt), -(-channels // tile)), (programs, images),
             C=channels, HEADS=heads, TAPS=TAPS, C_TILE=tile, R_TILE=64, num_warps=4,
         )  # fmt: skip
-    return _Backward(gates, sums, gradient, programs, weights)
+    return _Backward(gate_sums, parts, gates, sums, gradient, programs, weights)
 
 
 def attend3x3_backward(
@@ -746,6 +805,7 @@ def attend3x3_backward(
     dw: Tensor | None,
     dscore_w: Tensor | None,
     dscore_b: Tensor | None,
+    taps_first: bool,
 ) -> Tensor | None:
     """Launches into dw and dscore_w [K, C, 3, 3] and dscore_b [K]; returns dz with the strides asked for, contiguous or
     channels_last. What is None is not computed, the two scores' go together. pooled is [N, 9, K, C], grad_pooled
@@ -754,7 +814,7 @@ def attend3x3_backward(
     plan = _backward_plan(
         z.shape, z.stride(), None if upstream is None else upstream.stride(), dz_strides,
         z.dtype, z.get_device(), heads, 0 if gates is None else gates.shape[1], dw is not None, dscore_w is not None,
-        float32_precision(z.dtype),
+        float32_precision(z.dtype), taps_first,
     )  # fmt: skip
     dp = z.new_empty(images, TAPS, heads, channels)
     delta = lse.new_empty(images, heads)
@@ -764,13 +824,11 @@ def attend3x3_backward(
         scale, unscale = lse.new_empty(images), lse.new_empty(images)
         found = [grad.abs().flatten(1).amax(dim=1) for grad in (grad_lse, grad_logits) if grad is not None]
         largest_direct = torch.stack(found).amax(dim=0) if found else None
-    score_rows = None if score_w is None else tap_rows(score_w.flatten(2), score_w.dtype)
-    direct = None if grad_pooled is None else tap_rows(grad_pooled, grad_pooled.dtype)
-    parts = None
-    if plan.gates.sums is not None:
-        parts = lse.new_empty(plan.gates.parts)
-        plan.gates.sums(pooled, score_rows, grad_features, direct, parts)
-    plan.gates.gates(
+    rows, score_rows = weight_rows(w, score_w, z.dtype)
+    direct = None if grad_pooled is None else tap_rows(grad_pooled)
+    parts = lse.new_empty(plan.parts)
+    plan.gate_sums(pooled, score_rows, grad_features, direct, parts)
+    plan.gates(
         pooled, score_rows, scores, gates, grad_features, grad_gates, grad_scores, direct, parts, largest_direct,
         dp, delta, dt, scale, unscale,
     )  # fmt: skip
@@ -782,7 +840,7 @@ def attend3x3_backward(
         del scratch  # dz may take its place
         dz = None if dz_strides is None else z.new_empty_strided(z.shape, dz_strides)
         shares = None if dw is None else lse.new_empty(plan.programs, TAPS, heads, channels)
-        plan.gradient(z, tap_rows(w.flatten(2), z.dtype), dp, maps, unscale, grad_mean, upstream, dz, shares)
+        plan.gradient(z, rows, dp, maps, unscale, grad_mean, upstream, dz, shares)
     if plan.weights is not None:
         plan.weights(shares, pooled, dt, dw, dscore_w, dscore_b)
     return dz
