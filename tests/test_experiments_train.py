@@ -141,7 +141,10 @@ def test_a_captured_run_takes_every_step_once(tmp_path, monkeypatch):
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(training, "CapturedStep", Noticed)
-    read = lambda step: (torch.full((2, 3), step, dtype=torch.uint8), torch.tensor([0, 1]))
+
+    def read(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.full((2, 3), step, dtype=torch.uint8), torch.tensor([0, 1])
+
     lines = {}
     for name, capture, inputs_of, batch_of in (
         ("plain", False, None, lambda step: (torch.ones(2, 3) * step, torch.tensor([0, 1]))),
