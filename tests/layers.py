@@ -126,3 +126,17 @@ def slice_of_cat(feature_map: torch.Tensor) -> torch.Tensor:
     wide = torch.cat([wide, wide], dim=3)
     c, w = feature_map.shape[1], feature_map.shape[3]
     return wide[:, c : 2 * c, :, w : 2 * w]
+
+
+LAYOUTS = {"contiguous": None, "channels_last": channels_last, "batch_last": batch_last, "slice": slice_of_cat}
+
+BUDGETS = [
+    ("contiguous", torch.float32),
+    ("channels_last", torch.float32),
+    ("channels_last", torch.float16),
+    ("slice", torch.float16),
+    ("contiguous", torch.bfloat16),
+    ("batch_last", torch.bfloat16),
+]
+"""Layouts and dtypes whose errors are measured: each layout, each dtype, and vectors of either length along positions
+and along channels. What else they may do together, the random cases of test_properties.py meet."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from layers import Layer, assert_within_budget, batch_last, channels_last, slice_of_cat
+from layers import BUDGETS, LAYOUTS, Layer, assert_within_budget, channels_last
 
 import ar_kernels
 from ar_kernels import ops
@@ -25,7 +25,6 @@ SHAPES = {
     "ungated, no biases": {"n": 2, "c": 12, "h": 4, "w": 4, "gated": False, "bias": False},
     "ungated beside global heads": {"n": 2, "c": 12, "h": 4, "w": 4, "gated": False, "globals": 2},
 }
-LAYOUTS = {"contiguous": None, "channels_last": channels_last, "batch_last": batch_last, "slice": slice_of_cat}
 
 
 @pytest.mark.usefixtures("guarded_memory")
@@ -38,8 +37,7 @@ def test_float64_equals_the_reference(shape, implementation, device):
         assert (got[name] - truth).abs().max().item() <= 1e-12 * max(1.0, truth.abs().max().item()), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "dtype"), BUDGETS, ids=str)
 @pytest.mark.parametrize("shape", ["global heads", "split over positions", "channels in chunks"])
 def test_error_budget(shape, layout, dtype, fused, device):
     draws = []

@@ -7,7 +7,7 @@ memory is what the allocator hands out, where other tests find NaN in it.
 
 import pytest
 import torch
-from layers import batch_last, channels_last, slice_of_cat
+from layers import LAYOUTS
 
 from ar_kernels import ops
 
@@ -30,7 +30,6 @@ SPATIAL = {
     "channels in chunks": {"n": 2, "c": 200, "h": 4, "w": 8},
     "sums over channels by several programs": {"n": 2, "c": 264, "h": 2, "w": 3},
 }
-LAYOUTS = {"contiguous": None, "channels_last": channels_last, "batch_last": batch_last, "slice": slice_of_cat}
 
 
 class Values:
