@@ -125,7 +125,7 @@ def test_compile_fullgraph_with_a_dynamic_batch(fused, device):
         return graph
 
     compiled = torch.compile(step, fullgraph=True, backend=aot_autograd(fw_compiler=counting))
-    for n in (5, 7):
+    for n in (2, 3):
         z = torch.randn(n, 6, 3, 4, dtype=torch.float64, device=device, requires_grad=True)
         torch._dynamo.mark_dynamic(z, 0)
         got = torch.autograd.grad(compiled(z, *weights), [z, *weights], allow_unused=True)
@@ -136,7 +136,8 @@ def test_compile_fullgraph_with_a_dynamic_batch(fused, device):
 
 
 def test_double_backward(fused, device):
-    layer = Layer(n=2, c=3, h=2, w=3, k=2, labels=2, kernel_size=3, device=device)
+    bias = fused == "native"  # each input more costs the interpreter seconds
+    layer = Layer(n=1, c=2, h=2, w=2, k=2, labels=2, bias=bias, kernel_size=3, device=device)
     names = list(layer.tensors)
 
     def function(*values):
@@ -170,7 +171,10 @@ def test_no_images(fused, device):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_the_same_bits_again(layout, fused, device):
-    layer = Layer(n=3, c=24, h=9, w=8, k=4, kernel_size=3, dtype=torch.bfloat16, device=device)
+    sizes = {"n": 3, "c": 24, "h": 9, "w": 8, "k": 4}
+    if fused == "triton" and device.type == "cpu":  # the interpreter has one order of programs
+        sizes = {"n": 1, "c": 8, "h": 3, "w": 4, "k": 2}
+    layer = Layer(**sizes, kernel_size=3, dtype=torch.bfloat16, device=device)
     runs = [layer.run(fused, layout=LAYOUTS[layout]) for _ in range(2)]
     for name, value in runs[0].items():
         assert torch.equal(value, runs[1][name]), name
