@@ -271,6 +271,17 @@ def test_forward_allocates_no_copy_of_the_map(layout, fused, device):
     assert allocated - outputs < 0.02 * z.nbytes
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_eager_makes_no_copy_of_the_map(layout, device):
+    if device.type != "cpu":
+        pytest.skip("the profiler of a CPU's memory is asked")
+    z = torch.randn(4, 64, 16, 16)
+    z = z if LAYOUTS[layout] is None else LAYOUTS[layout](z)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        ar_kernels.attend(z, torch.randn(2, 64, requires_grad=True), implementation="eager")
+    assert 0 < max(event.self_cpu_memory_usage for event in profile.events()) < z.nbytes / 2
+
+
 def test_frozen_map_gets_no_gradient_write(device, monkeypatch):
     """Only the gradients asked for are computed."""
     from ar_kernels.kernels import attend_backward
