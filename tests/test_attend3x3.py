@@ -19,7 +19,7 @@ SHAPES = {
     "bands": {"n": 2, "c": 16, "h": 30, "w": 20, "k": 2},
     "a band of each line": {"n": 1, "c": 4, "h": 3, "w": 260, "k": 1},
     "more images than programs": {"n": 10, "c": 8, "h": 3, "w": 3},
-    "channels in chunks": {"n": 2, "c": 200, "h": 4, "w": 8, "k": 4},
+    "channels in chunks": {"n": 2, "c": 200, "h": 3, "w": 5, "k": 4},
     "sums over channels by several programs": {"n": 2, "c": 264, "h": 2, "w": 3, "k": 2},
     "many heads": {"n": 2, "c": 24, "h": 4, "w": 5, "k": 28},
     "ungated, no biases": {"n": 2, "c": 12, "h": 4, "w": 4, "gated": False, "bias": False},
