@@ -116,7 +116,7 @@ def test_a_captured_run_takes_every_step_once(tmp_path, monkeypatch):
     class Recording:
         """What the block computes is taken back: a real graph records it without computing."""
 
-        def __init__(self, graph: Graph, stream: object) -> None:
+        def __init__(self, graph: Graph, stream: object, capture_error_mode: str) -> None:
             (self.model, self.optimizer), self.graph = recorded, graph
 
         def __enter__(self) -> None:
@@ -129,12 +129,12 @@ def test_a_captured_run_takes_every_step_once(tmp_path, monkeypatch):
             self.optimizer.param_groups[0]["lr"] = rate
 
     class Noticed(training.CapturedStep):
-        def __init__(self, inputs_of, take, optimizer, device) -> None:
-            super().__init__(inputs_of, take, optimizer, device)
+        def __init__(self, inputs_of, take, optimizer, *others) -> None:
+            super().__init__(inputs_of, take, optimizer, *others)
             made[:] = [self]
             recorded.append(optimizer)
 
-    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    stream = types.SimpleNamespace(wait_stream=lambda other: None, device=torch.device("cpu"))
     for name, fake in {
         "Stream": lambda device: stream, "current_stream": lambda: stream, "CUDAGraph": Graph, "graph": Recording,
         "stream": lambda stream: contextlib.nullcontext(),
@@ -291,7 +291,7 @@ def test_the_command_trains_and_resumes_to_the_same_numbers(tmp_path, monkeypatc
         (["--epochs", "0"], "epochs, test_every and log_every must be at least 1"),
         (["--batch-size", "40"], "batch_size must be at most the 24 training images and divisible by 1 processes"),
         (["--pretrained"], "only torchvision's and timm's backbones come pretrained, got warn-10-1"),
-        (["--capture"], "--capture needs a GPU and one process, got 1 on cpu"),
+        (["--capture"], "--capture needs a GPU, got cpu"),
         (["--download"], "only sets known by name can be downloaded, got '"),
     ],
 )
@@ -321,7 +321,7 @@ with processes("cpu") as group:
     batch_of = lambda step: source.train_batch(0, step, 8, group.rank, group.world)
     with Run(out + "/run", {}, writes=group.is_first) as run:
         train(model, batch_of, Recipe(steps=5, batch_size=8, learning_rate=0.001), run,
-              forward=group.wrapped(model), processes=group)
+              processes=group)
     share = accuracy(model, source.test_batches(2, group.rank, group.world), processes=group)
     torch.save([model.state_dict(), share], f"{out}/rank{group.rank}.pt")
     group.wait()

@@ -47,11 +47,15 @@ class Processes:
                 dist.broadcast(buffer, 0)
 
     def wrapped(self, model: nn.Module) -> nn.Module:
-        """The model whose gradients are means over all processes."""
+        """The model whose gradients are means over all processes. Running statistics stay each process's own
+        (take_buffers), and gradients live where they are added up.
+        """
         if self.world == 1:
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+        return nn.parallel.DistributedDataParallel(
+            model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
 
 @contextmanager

@@ -40,8 +40,8 @@ def _run(options: argparse.Namespace, group: Processes) -> None:
     mixed, channels_last, compiled = (
         on_gpu if choice is None else choice for choice in (options.bf16, options.channels_last, options.compile)
     )
-    if options.capture and (not on_gpu or group.world > 1):
-        raise ValueError(f"--capture needs a GPU and one process, got {group.world} on {group.device.type}")
+    if options.capture and not on_gpu:
+        raise ValueError(f"--capture needs a GPU, got {group.device.type}")
     if options.download and group.is_first:
         images.load(options.data, torch.device("cpu"), download=True, root=options.data_root, size=options.image_size)
     group.wait()
@@ -125,8 +125,8 @@ def _run(options: argparse.Namespace, group: Processes) -> None:
                 model, batch_of, recipe, progress, inputs_of=inputs_of,
                 loss=loss_of(net.mix, regulariser) if net.is_attentive else cross_entropy,
                 checkpoint_every=epoch, log_every=options.log_every, on_step=on_step, evaluate=evaluate,
-                evaluate_every=epoch * options.test_every, forward=group.wrapped(called), processes=group,
-                mixed=mixed, capture=options.capture,
+                evaluate_every=epoch * options.test_every, forward=called, processes=group, mixed=mixed,
+                capture=options.capture,
             )  # fmt: skip
     if group.is_first:
         if clock.rates:
