@@ -45,6 +45,9 @@ def test_the_attentive_loss_is_the_mixs_plus_the_regulariser(mix):
     penalty = 1e6 * sum(ar_kernels.mask_regulariser(masks) for masks in details.masks) / 3
     assert penalty > 0.1  # else the sum would hardly tell
     torch.testing.assert_close(loss_of(mix, 1e6)(net, images, labels), expected + penalty)
+    alone = torch.stack([F.cross_entropy(details.hypotheses[:, layer], labels) for layer in range(3)]).mean()
+    torch.testing.assert_close(loss_of(mix, 0, 0.5)(net, images, labels), expected + 0.5 * alone)
+    torch.testing.assert_close(loss_of(mix, 1e6, 0.5)(net, images, labels), expected + penalty + 0.5 * alone)
 
 
 def test_the_log_tells_means_and_does_not_depend_on_interruptions(tmp_path):
@@ -141,7 +144,10 @@ def test_a_captured_run_takes_every_step_once(tmp_path, monkeypatch):
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(training, "CapturedStep", Noticed)
-    read = lambda step: (torch.full((2, 3), step, dtype=torch.uint8), torch.tensor([0, 1]))
+
+    def read(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.full((2, 3), step, dtype=torch.uint8), torch.tensor([0, 1])
+
     lines = {}
     for name, capture, inputs_of, batch_of in (
         ("plain", False, None, lambda step: (torch.ones(2, 3) * step, torch.tensor([0, 1]))),

@@ -255,20 +255,31 @@ def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(model(images).float(), labels)
 
 
-def attentive_loss(model: nn.Module, images: Tensor, labels: Tensor, *, mix: str, regulariser: float) -> Tensor:
-    """Of an attentive model: the loss that goes with its mix, plus the masks' regulariser, the mean over its layers."""
+def attentive_loss(
+    model: nn.Module, images: Tensor, labels: Tensor, *, mix: str, regulariser: float, layer_loss: float
+) -> Tensor:
+    """Of an attentive model: the loss that goes with its mix, plus, by weight, the masks' regulariser and the
+    cross-entropy of each attended layer's hypothesis alone, means over its layers.
+    """
     compare = F.cross_entropy if mix == "logit" else F.nll_loss
-    if regulariser == 0:
+    if regulariser == 0 and layer_loss == 0:
         return compare(model(images).float(), labels)
     details = model(images, return_details=True)
-    penalties = [mask_regulariser(masks) for masks in details.masks if masks.shape[1] > 1]
     loss = compare(details.output.float(), labels)
-    return loss + regulariser * torch.stack(penalties).mean() if penalties else loss
+    penalties = [mask_regulariser(masks) for masks in details.masks if masks.shape[1] > 1]
+    if penalties and regulariser != 0:
+        loss = loss + regulariser * torch.stack(penalties).mean()
+    if layer_loss != 0:
+        attended = details.hypotheses[:, :-1].float()  # [N, D, L]
+        loss = loss + layer_loss * F.cross_entropy(
+            attended.flatten(0, 1), labels.unsqueeze(1).expand(attended.shape[:2]).flatten()
+        )
+    return loss
 
 
-def loss_of(mix: str, regulariser: float = 0.0) -> Loss:
+def loss_of(mix: str, regulariser: float = 0.0, layer_loss: float = 0.0) -> Loss:
     """attentive_loss with its settings."""
-    return partial(attentive_loss, mix=mix, regulariser=regulariser)
+    return partial(attentive_loss, mix=mix, regulariser=regulariser, layer_loss=layer_loss)
 
 
 def train_step(
