@@ -129,6 +129,11 @@ def _train(commands: argparse._SubParsersAction) -> None:
     add("--bf16", action=_ON_OFF, default=None, help="bfloat16 autocast, on a GPU alone; unset: on")
     add("--channels-last", action=_ON_OFF, default=None, help="memory layout; unset: on on a GPU")
     add("--compile", action=_ON_OFF, default=None, help="torch.compile; unset: on on a GPU")
+    add(
+        "--bucket", type=float, default=25.0, metavar="MB",
+        help="of several processes: gradients added up at once; large: few and late sums, which do not slow what runs "
+        "beside them",
+    )  # fmt: skip
     add("--capture", action="store_true", help="take whole steps as one CUDA graph, for hosts that do not keep up")
     _add_device(add)
 

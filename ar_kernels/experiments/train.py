@@ -22,7 +22,9 @@ MILESTONES, FACTOR = (0.3, 0.6, 0.8), 0.2
 
 def run(options: argparse.Namespace) -> None:
     """Runs or resumes the training that __main__ parsed. Raises ValueError, OSError and FloatingPointError."""
-    with processes(options.device) as group:
+    if not options.bucket > 0:
+        raise ValueError(f"bucket must be above 0, got {options.bucket}")
+    with processes(options.device, bucket_mb=options.bucket) as group:
         _run(options, group)
 
 
@@ -85,7 +87,7 @@ def _run(options: argparse.Namespace, group: Processes) -> None:
         "data": source.name, "held_out": source.held_out,
         "data_crc32": source.fingerprint, "pretrained": options.pretrained, "weights": options.weights,
         "device": group.device.type, "processes": group.world, "bf16": mixed and on_gpu, "compiled": compiled,
-        "captured": options.capture,
+        "captured": options.capture, "bucket": options.bucket if group.world > 1 else 0.0,
         "classes": source.classes, "mean": tuple(source.mean.flatten().tolist()),
         "std": tuple(source.std.flatten().tolist()),
     }  # fmt: skip
