@@ -298,6 +298,8 @@ def test_the_command_trains_and_resumes_to_the_same_numbers(tmp_path, monkeypatc
         (["--batch-size", "40"], "batch_size must be at most the 24 training images and divisible by 1 processes"),
         (["--pretrained"], "only torchvision's and timm's backbones come pretrained, got warn-10-1"),
         (["--capture"], "--capture needs a GPU, got cpu"),
+        (["--bucket", "0"], "bucket must be above 0, got 0.0"),
+        (["--held-out", "24"], "held_out must be at least 0 and below the 24 training images, got 24"),
         (["--download"], "only sets known by name can be downloaded, got '"),
     ],
 )
