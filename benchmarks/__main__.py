@@ -51,6 +51,20 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--device", choices=("cuda", "cpu"), default=None, help="default: cuda where there is one")
     run.add_argument("--file", type=Path, default=None, help="the JSON file (default: results/suite-<device>.json)")
     run.add_argument("--fresh", action="store_true", help="begin the file anew instead of adding to it")
+    run.add_argument(
+        "--part",
+        type=_part,
+        default=(0, 1),
+        metavar="I/COUNT",
+        help="every COUNT-th shard from the I-th on: 0/2 on one GPU while 1/2 runs on another, into the same file",
+    )
+    run.add_argument(
+        "--prepare",
+        type=int,
+        default=0,
+        metavar="PROCESSES",
+        help="first compile the kernels of all that is to be measured, in so many processes at once",
+    )
     run.add_argument("--list", action="store_true", help="only print the names of the shards that would be measured")
 
     compare = commands.add_parser(
@@ -86,6 +100,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _part(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"must be I/COUNT with I from 0 to COUNT - 1, got {text!r}")
+    return int(index), int(count)
+
+
 def _print_row(row: dict) -> None:
     where = "{N}x{C}x{side}-L{L}-K{K} {dtype} {layout}".format(**row)
     what = f"{row['operation']} {row['implementation']} {row['direction']}"
@@ -110,6 +131,8 @@ def _run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    index, count = arguments.part
+    selected = selected[index::count]
     if arguments.list:
         print(*selected, sep="\n")
         return 0
@@ -124,6 +147,9 @@ def _run(arguments: argparse.Namespace) -> int:
         return 2
     started = time.monotonic()
     budget = suite.Budget(arguments.budget)
+    if arguments.prepare and device == "cuda":
+        suite.prepare([shard for shard in selected if not suite.has_ours(shard, results)], arguments.prepare)
+        print(f"kernels compiled, {time.monotonic() - started:.0f} s", flush=True)
     plan = suite.Plan(arguments.rivals, tuple(arguments.rival), arguments.compiled_forward)
     left = suite.run(selected, results, plan, budget, device, report=_print_row)
     seconds = time.monotonic() - started

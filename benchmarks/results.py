@@ -1,9 +1,12 @@
 """Result files: JSON with the device, the versions and the commit that the figures belong to."""
 
+import fcntl
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 
@@ -79,7 +82,7 @@ class Results:
     """The rows of one file, written whole after each row: a run that is killed keeps what it has, and can go on.
 
     All rows of a file belong to one device, commit and pair of versions. A row replaces an older one of the same
-    shard, operation, direction and implementation.
+    shard, operation, direction and implementation. Several processes may add to one file, one for each GPU say.
     """
 
     KEY = ("N", "C", "side", "L", "K", "dtype", "layout", "operation", "direction", "implementation")
@@ -90,15 +93,30 @@ class Results:
         self.path = path
         self.where = environment()
         self._rows: dict[tuple, dict] = {}
-        if path is not None and path.exists() and not fresh:
-            content = load(path)
-            for name in self.SAME:
-                if content.get(name) != self.where[name]:
-                    raise OtherResults(
-                        f"{path} is of {name} {content.get(name)}, this is {self.where[name]}: "
-                        "take another --file, or --fresh to begin it anew"
-                    )
-            self._rows = {self.key(row): row for row in content["rows"]}
+        if path is not None and fresh:
+            path.unlink(missing_ok=True)
+        self._read()
+
+    def _read(self) -> None:
+        """Takes over what the file has by now."""
+        if self.path is None or not self.path.exists():
+            return
+        content = load(self.path)
+        for name in self.SAME:
+            if content.get(name) != self.where[name]:
+                raise OtherResults(
+                    f"{self.path} is of {name} {content.get(name)}, this is {self.where[name]}: "
+                    "take another --file, or --fresh to begin it anew"
+                )
+        self._rows |= {self.key(row): row for row in content["rows"]}
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process writes the file meanwhile."""
+        assert self.path is not None
+        with open(self.path.with_name(f".{self.path.name}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     @classmethod
     def key(cls, row: dict) -> tuple:
@@ -115,8 +133,12 @@ class Results:
         return row is not None and "skipped" not in row
 
     def add(self, row: dict) -> None:
-        self._rows[self.key(row)] = row
-        if self.path is not None:
+        if self.path is None:
+            self._rows[self.key(row)] = row
+            return
+        with self._alone():
+            self._read()
+            self._rows[self.key(row)] = row
             head = json.dumps(self.where, indent=1)[:-2]  # a line for each row: files of thousands stay readable
             lines = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in self.rows)
             text = f'{head},\n "rows": [\n{lines}\n ]\n}}\n'

@@ -13,8 +13,10 @@ correct         or, instead of times: out_of_memory, failed (why), skipped (why;
 error           the largest of error / allowed over the result and the gradients
 """
 
+import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -402,6 +404,22 @@ def measure_shard(shard: Shard, results: Results, plan: Plan, budget: Budget, de
         del contender
         free()
         budget.learn(kind, time.monotonic() - begun)
+
+
+def prepare(selected: Sequence[Shard], processes: int) -> None:
+    """Compiles the kernels of all shards into Triton's cache, in several processes at once: nothing is measured."""
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_prepare, selected))
+
+
+def _prepare(shard: Shard) -> None:
+    problem = Problem(shard, "cuda", maps=1)
+    for contender in our_contenders(problem):
+        if contender.name != "eager":
+            contender.forward(problem.maps[0])
+            contender.forward_backward(problem.maps[0])
+    del problem, contender
+    free()
 
 
 def has_ours(shard: Shard, results: Results) -> bool:

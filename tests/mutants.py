@@ -153,6 +153,7 @@ OF_3X3 = [
 ]
 OF_OPS = [
     ["tests/test_ops.py", "-k", "not triton and not compile and not inductor"],
+    ["tests/test_attend3x3.py", "-k", "allocates"],
     ["tests/test_attend.py", "-k", "not triton"],
     ["tests/test_ops.py", "-k", "not rectify and not gradgrad"],
     ["tests/test_modules.py", "tests/test_official.py"],

@@ -178,6 +178,18 @@ def test_the_same_bits_again(layout, fused, device):
         assert torch.equal(value, runs[1][name]), name
 
 
+def test_the_backward_allocates_one_gradient_of_the_map(fused, device):
+    """And no other memory of that size: where maps are large, it is all that the backward needs."""
+    if device.type != "cpu":
+        pytest.skip("test_peak_memory measures a GPU's")
+    z = torch.randn(2, 16, 8, 8, device=device, requires_grad=True)
+    attended = ar_kernels.attend(z, torch.randn(1, 16, 3, 3), implementation=fused)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        torch.autograd.grad(attended.pooled.sum(), z)
+    sizes = [event.self_cpu_memory_usage for event in profiled.events()]
+    assert sizes.count(z.nbytes) == 1, sizes
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("n, c, side, labels", [(128, 160, 32, 100), (256, 256, 56, 1000), (256, 2048, 7, 1000)])
 def test_peak_memory(n, c, side, labels, device):

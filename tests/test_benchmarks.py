@@ -164,6 +164,27 @@ def test_results_of_another_commit_are_not_added_to(tmp_path, monkeypatch):
     assert Results(path, fresh=True).rows == []
 
 
+def test_two_processes_add_to_one_file(tmp_path):
+    """As far as files go: neither knows the other's rows when it adds its own."""
+    path = tmp_path / "suite.json"
+    both = [Results(path), Results(path)]
+    rows = rows_of(LARGE, 11, 34, [("matmul", 110.0)])
+    for index, row in enumerate(rows):
+        both[index % 2].add(row)
+    assert Results(path).rows == rows
+
+
+def test_parts_are_all_shards_once(capsys):
+    shards = []
+    for part in ("0/3", "1/3", "2/3"):
+        assert main.main(["run", "--device", "cpu", "--list", "--part", part]) == 0
+        shards += capsys.readouterr().out.split()
+    assert sorted(shards) == sorted(map(str, cases.shards("cpu")))
+    with pytest.raises(SystemExit):
+        main.main(["run", "--list", "--part", "2/2"])
+    assert "must be I/COUNT with I from 0 to COUNT - 1, got '2/2'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "wrong", [lambda o: 1.01 * o, lambda o: o * float("nan"), lambda o: o.flip(0)], ids=["scaled", "nan", "swapped"]
 )

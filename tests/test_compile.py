@@ -1,5 +1,7 @@
 """torch.compile of whole models: one graph, any batch and resolution without recompiling, Inductor, CUDA graphs."""
 
+import re
+
 import pytest
 import torch
 from backbones import OwnNet, timm, vision
@@ -198,3 +200,37 @@ def test_reduce_overhead(name, device):
         got = [value.clone() for value in measured(compiled, model, images)]
         assert_same(got, measured(model, model, images), 1e-8)
     assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+@pytest.mark.gpu
+def test_a_compiled_nchw_resnet50_copies_no_feature_map(device):
+    """The attention reads the very buffers that the next convolutions read, forward and backward, whatever layout
+    Inductor gives them. A copy would be read by the attention alone.
+    """
+    from torch._inductor.utils import run_and_get_code
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    backbone = vision.resnet50(num_classes=LABELS).to(device)
+    model = AttendRectify(backbone, ["layer2", "layer3"], LABELS)
+    compiled = torch.compile(model)
+    images = torch.randn(8, 3, 96, 96, device=device)  # NCHW
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = nn.functional.cross_entropy(compiled(images), torch.arange(8, device=device) % LABELS)
+        loss.backward()
+
+    _, codes = run_and_get_code(step)
+    forward, backward = codes
+    calls = r"gated_attend{}\.default\((\w+),"
+    attended = re.findall(calls.format(""), forward)
+    assert len(attended) == 2
+    for name in attended:
+        assert f"extern_kernels.convolution({name}," in forward, forward
+    read_again = re.findall(calls.format("_backward"), backward)
+    assert len(read_again) == 2
+    for name in read_again:
+        assert f"torch.ops.aten.convolution_backward.default({name}," in backward or re.search(
+            rf"convolution_backward\.default\(\w+, {name},", backward
+        ), backward

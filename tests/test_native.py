@@ -392,15 +392,22 @@ def test_a_build_that_must_be_fails(unpacked, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="the runtime is preloaded as Linux does it")
 def test_cpu_code_under_sanitizers(unpacked, tmp_path):
     """Every kernel of every target under AddressSanitizer and UndefinedBehaviorSanitizer, odd sizes and all strides."""
-    runtime = subprocess.run([COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if not os.path.isabs(runtime):
-        pytest.skip(f"{COMPILER} has no libasan.so to preload")
+    preloaded = []
+    for name in ("libasan.so", "libstdc++.so.6"):  # without the latter, the former aborts at the first exception
+        command = [COMPILER, f"-print-file-name={name}"]
+        preloaded.append(subprocess.run(command, capture_output=True, text=True).stdout.strip())
+        if not os.path.isabs(preloaded[-1]):
+            pytest.skip(f"{COMPILER} has no {name} to preload")
     variables = {"AR_KERNELS_BUILD": "1", "AR_KERNELS_SANITIZE": "address,undefined", "AR_KERNELS_CUDA_ARCHS": ""}
     run = _build(["build", "--build-base", str(tmp_path)], unpacked, **variables)
     assert run.returncode == 0, run.stderr
     (package,) = tmp_path.glob("lib*")
     path = os.pathsep.join([str(package), str(ROOT / "tests")])
-    options = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    options = {
+        "LD_PRELOAD": " ".join(preloaded),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
     for target in ("portable", "avx2", "avx512") if X86 else ("portable",):
         run = _python(UNDER_SANITIZERS, str(package), PYTHONPATH=path, AR_KERNELS_TARGET=target, **options)
         if "must name instructions that this CPU has" not in run.stderr:
@@ -414,6 +421,11 @@ import ar_kernels
 from ar_kernels import native
 assert ar_kernels.__file__.startswith(sys.argv[1]) and native.why_not("cpu") is None
 from layers import Layer, batch_last, channels_last, slice_of_cat
+try:
+    torch.ops.ar_kernels_native.gated_attend(torch.ones(1, 5, 4), torch.ones(2, 4), None, None, None, 0, False, False)
+    raise AssertionError("w of another width was taken")
+except RuntimeError as error:
+    assert "w must be" in str(error)
 for sizes in (
     {"n": 2, "c": 37, "h": 5, "w": 7, "k": 7},
     {"n": 1, "c": 3, "h": 37, "w": 41, "k": 1, "globals": 2},
