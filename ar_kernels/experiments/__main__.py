@@ -131,8 +131,7 @@ def _train(commands: argparse._SubParsersAction) -> None:
     add("--compile", action=_ON_OFF, default=None, help="torch.compile; unset: on on a GPU")
     add(
         "--bucket", type=float, default=25.0, metavar="MB",
-        help="of several processes: gradients added up at once; large: few and late sums, which do not slow what runs "
-        "beside them",
+        help="of several processes: gradients added up at once; more: fewer and later sums",
     )  # fmt: skip
     add("--capture", action="store_true", help="take whole steps as one CUDA graph, for hosts that do not keep up")
     _add_device(add)
