@@ -153,6 +153,7 @@ OF_3X3 = [
 ]
 OF_OPS = [
     ["tests/test_ops.py", "-k", "not triton and not compile and not inductor"],
+    ["tests/test_attend3x3.py", "-k", "allocates"],
     ["tests/test_attend.py", "-k", "not triton"],
     ["tests/test_ops.py", "-k", "not rectify and not gradgrad"],
     ["tests/test_modules.py", "tests/test_official.py"],
@@ -167,7 +168,7 @@ TESTS = {
     f"{KERNELS}tiles.py": [["tests/test_heuristics.py"], *OF_1X1[:2], *OF_3X3[:1], ["tests/test_ops.py", "-k", "beyond"], *OF_1X1[2:], *OF_3X3[1:]],
     f"{KERNELS}rectify.py": [["tests/test_ops.py", "-k", "rectify and triton"], ["tests/test_extremes.py", "-k", "rectify"]],
     f"{PACKAGE}ops.py": OF_OPS,
-    f"{PACKAGE}eager.py": [["tests/test_attend.py", "-k", "float64_equals and eager"], *OF_OPS],
+    f"{PACKAGE}eager.py": [["tests/test_attend.py", "-k", "eager and (float64_equals or no_copy)"], *OF_OPS],
     f"{PACKAGE}functional.py": [
         ["tests/test_errors.py", "-k", "eager"], ["tests/test_attend.py", "-k", "eager or named or explain"],
         ["tests/test_properties.py", "-k", "cases and 0"], *OF_OPS,

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from layers import Layer, assert_within_budget, batch_last, channels_last, slice_of_cat
+from layers import BUDGETS, LAYOUTS, Layer, assert_within_budget, slice_of_cat
 
 import ar_kernels
 from ar_kernels import eager, native, ops
@@ -27,7 +27,6 @@ SHAPES = {
     "ungated beside global heads": {"n": 2, "c": 12, "h": 4, "w": 4, "gated": False, "globals": 2},
 }
 SHAPES_OF_BUDGET = ["global heads", "aligned rows", "split over positions", "channels in parts", "channels in chunks"]
-LAYOUTS = {"contiguous": None, "channels_last": channels_last, "batch_last": batch_last, "slice": slice_of_cat}
 
 
 @pytest.mark.usefixtures("guarded_memory")
@@ -41,8 +40,7 @@ def test_float64_equals_the_reference(shape, implementation, device):
         assert (got[name] - truth).abs().max().item() <= scale, name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "dtype"), BUDGETS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES_OF_BUDGET)
 def test_error_budget(shape, layout, dtype, fused, device):
     draws = []
@@ -229,7 +227,8 @@ def test_large_common_offset_does_not_leak_into_the_mask_gradient(fused, device)
 def test_same_bits_on_every_run(fused, device):
     layer = Layer(n=10, c=40, h=9, w=9, k=4, globals=2, dtype=torch.float32, device=device)
     first = layer.run(fused)
-    for _ in range(4):
+    one_order = fused == "triton" and device.type == "cpu"  # the interpreter has no other
+    for _ in range(1 if one_order else 4):
         again = layer.run(fused)
         assert all(torch.equal(first[name], again[name]) for name in first)
 
@@ -270,6 +269,17 @@ def test_forward_allocates_no_copy_of_the_map(layout, fused, device):
         assert allocated > 0
     outputs = out.pooled.nbytes + out.lse.nbytes
     assert allocated - outputs < 0.02 * z.nbytes
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_eager_makes_no_copy_of_the_map(layout, device):
+    if device.type != "cpu":
+        pytest.skip("the profiler of a CPU's memory is asked")
+    z = torch.randn(4, 64, 16, 16)
+    z = z if LAYOUTS[layout] is None else LAYOUTS[layout](z)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        ar_kernels.attend(z, torch.randn(2, 64, requires_grad=True), implementation="eager")
+    assert 0 < max(event.self_cpu_memory_usage for event in profile.events()) < z.nbytes / 2
 
 
 def test_frozen_map_gets_no_gradient_write(device, monkeypatch):

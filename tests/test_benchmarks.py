@@ -3,6 +3,8 @@
 import json
 import shutil
 import subprocess
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from benchmarks import (
     suite,
     taps,
     timing,
+    training,
 )
 from benchmarks.cases import Case, Shard
 from benchmarks.parity import _moved
@@ -480,6 +483,34 @@ def test_what_experiments_found_is_filed_with_its_environment(tmp_path, monkeypa
     files = [str(tmp_path / "figure4.json"), str(tmp_path / "speed.json")]
     filed = results.load(experiments.main(["found", *files, "--folder", str(tmp_path / "results")]))
     assert (filed["commit"], filed["figure4"], filed["speed"]) == ("abc", {"value": 1}, {"value": 2})
+
+
+def test_how_fast_train_trains(tmp_path, monkeypatch):
+    """Runs take turns; the first epoch is apart; ratios are over the first model, scaling over one process."""
+    rates, asked = {("wrn", 1): 100.0, ("wrn", 2): 150.0, ("warn", 1): 90.0, ("warn", 2): 171.0}, []
+
+    def run(words, **_):
+        model, out = (words[words.index(name) + 1] for name in ("--model", "--out"))
+        count = int(words[words.index("--nproc-per-node") + 1]) if "--nproc-per-node" in words else 1
+        assert words[words.index("--batch-size") + 1] == str(8 * count) and words[-2:] == ["--regulariser", "0"]
+        asked.append((model, count))
+        rate = rates[model, count]
+        (Path(out) / "speed.json").write_text(json.dumps({"stretches": [1.0, rate, rate + 2, rate + 1]}))
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(training, "subprocess", SimpleNamespace(run=run))
+    words = ["--models", "wrn", "warn", "--processes", "1", "2", "--batches", "8", "--rounds", "2"]
+    path = training.main([*words, "--folder", str(tmp_path), "--", "--regulariser", "0"])
+    rows = json.loads(path.read_text())["rows"]
+    assert asked == [("wrn", 1), ("wrn", 2), ("warn", 1), ("warn", 2)] * 2
+    assert [row["images_per_second"] for row in rows] == [101, 151, 91, 172]
+    assert rows[2]["ratio"] == round(91 / 101, 4) and rows[3]["ratio"] == round(172 / 151, 4)
+    assert rows[3]["scaling"] == round(172 / 91, 4) and "scaling" not in rows[2] and "ratio" not in rows[0]
+    assert rows[0]["first_epochs"] == [1, 1] and len(rows[0]["epochs"]) == 6
+    failed = subprocess.CompletedProcess([], 1, "out", "no GPU")
+    monkeypatch.setattr(training, "subprocess", SimpleNamespace(run=lambda *_, **__: failed))
+    with pytest.raises(RuntimeError, match="wrn, captured, 1 processes: out\nno GPU"):
+        training.main([*words, "--folder", str(tmp_path)])
 
 
 def test_counters_are_read_in_their_units():

@@ -104,6 +104,7 @@ def _in_a_process(rank: int, worker: Callable, folder: str, backend: str, *argum
         importlib.import_module("interpreter_fixes")  # as conftest.py does in its own process
     if backend == "nccl":
         torch.cuda.set_device(rank)
+        torch.backends.cudnn.deterministic = True
     dist.init_process_group(backend, f"file://{folder}/meeting", rank=rank, world_size=PROCESSES)
     torch.save(worker(rank, backend, *arguments), f"{folder}/{rank}.results")
     dist.barrier()
@@ -143,9 +144,11 @@ def test_distributed_data_parallel_equals_one_process_with_the_doubled_batch(tmp
 
 
 @pytest.fixture
-def two_gpus(device):
+def two_gpus(device, monkeypatch):
+    """cuDNN's convolutions give the same bits again: what differs is what is tested."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     return [torch.device("cuda", index) for index in range(2)]
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ar_kernels import AttendRectify, rectify
 from ar_kernels.experiments import __main__ as command_line
-from ar_kernels.experiments.early_exit import best, costs, early_exit, mean_gates
+from ar_kernels.experiments.early_exit import Opinions, best, costs, early_exit, mean_gates, opinions, thresholds_for
 from ar_kernels.experiments.nets import Net
 from ar_kernels.models import DigitNet, WideAttentiveResNet
 
@@ -87,6 +87,37 @@ def test_all_may_leave_or_none(case):
     assert (answers.exits == 3).all() and seen == [12]
 
 
+def test_each_exit_has_a_threshold_of_its_own(case):
+    """What opinions says beforehand is what then happens, at any pair of thresholds."""
+    model, images, _ = case
+    gates, truth = mean_gates(model, [images]), torch.arange(12) % 5
+    found = opinions(model, [(images[:7], truth[:7]), (images[7:], truth[7:])], gates)
+    assert torch.equal(found.truth, truth)
+    for shares, ours in zip(so_far(model, images, gates)[:2], found.shares.T):
+        torch.testing.assert_close(ours, shares.amax(dim=1))
+    first, second = found.shares.sort(dim=0).values[8].tolist()
+    leaves = found.shares >= torch.tensor([first, second])
+    expected = torch.where(leaves[:, 0], 1, torch.where(leaves[:, 1], 2, 3))
+    answers = early_exit(model, images, gates, [first, second])
+    assert torch.equal(answers.exits, expected) and (expected == 1).sum() == 4
+    assert torch.equal(answers.labels, found.labels.gather(1, expected.unsqueeze(1) - 1).squeeze(1))
+    with pytest.raises(ValueError, match="threshold must be one number or 2, one for each exit, got 3"):
+        early_exit(model, images, gates, [0.5, 0.5, 0.5])
+
+
+def test_thresholds_lose_no_more_than_they_may():
+    truth = torch.zeros(10, dtype=torch.int64)
+    whole = torch.tensor([0, 0, 1, 0, 0, 0, 0, 0, 0, 0])
+    first = torch.tensor([0, 0, 1, 1, 0, 0, 1, 1, 0, 0])  # image 2 is lost on the whole network too: no loss
+    shares = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.5, 0.5, 0.4, 0.3, 0.2])
+    found = Opinions(shares.unsqueeze(1), torch.stack([first, whole], dim=1), truth)
+    taken = [thresholds_for(found, lost / 10)[0] for lost in (0, 1, 1.9, 2, 3, 10)]
+    assert taken == pytest.approx([0.7, 0.6, 0.6, 0.5, 0.2, 0.2])  # those of 0.5 leave together
+    both = Opinions(shares.unsqueeze(1).expand(10, 2), torch.stack([first, first, whole], dim=1), truth)
+    assert thresholds_for(both, 0.2) == pytest.approx([0.6, 0.6])  # one loss each
+    assert min(thresholds_for(Opinions(shares[3:4].unsqueeze(1), both.labels[3:4, 1:], truth[:1]), 0)) > 1
+
+
 def test_costs_count_what_runs(case):
     model, images, _ = case
     cost = costs(model, images[:1], mean_gates(model, [images]))
@@ -108,12 +139,12 @@ def test_what_cannot_leave_early_is_refused():
 
 def test_the_best_threshold_keeps_the_accuracy_and_saves_most():
     def row(threshold: float, accuracy: float, saved: float) -> dict:
-        return {"threshold": threshold, "accuracy": accuracy, "compute_saved": saved, "time_saved": saved / 2}
+        return {"thresholds": [threshold], "accuracy": accuracy, "compute_saved": saved, "time_saved": saved / 2}
 
     rows = [row(0.5, 0.9, 0.6), row(0.8, 0.9495, 0.2), row(0.9, 0.95, 0.1), row(0.99, 0.95, 0.0), row(2.0, 0.95, 0.0)]
-    found = best({"thresholds": rows, "device": "cpu"})
+    found = best({"rows": rows, "device": "cpu"})
     assert "threshold 0.8 " in found and "20.0 % of the operations and 10.0 % of the time" in found
-    assert best({"thresholds": [rows[0], *rows[3:]], "device": "cpu"}).startswith("No threshold saves anything")
+    assert best({"rows": [rows[0], *rows[3:]], "device": "cpu"}).startswith("No threshold saves anything")
 
 
 def test_the_command(tmp_path, capsys):
@@ -124,7 +155,7 @@ def test_the_command(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "Within 0.1 points" in printed or "No threshold" in printed
     summary = json.loads((tmp_path / "out" / "early-exit.json").read_text())
-    first, _, never = summary["thresholds"]
+    first, _, never = summary["rows"]
     cost = summary["operations"]
     assert first["left_after"] == [1, 0, 0] and first["compute_saved"] == pytest.approx(1 - cost[0] / cost[2])
     assert never["left_after"] == [0, 0, 1] and never["compute_saved"] == never["time_saved"] == 0
@@ -132,3 +163,21 @@ def test_the_command(tmp_path, capsys):
     save_run(tmp_path / "run", Net("digitnet", attention_depth=1), data=str(tmp_path / "data"), seed=0)
     assert command_line.main(["early-exit", *options, "--device", "cpu"]) == 1
     assert "must be a run with two attended layers or more" in capsys.readouterr().err
+
+
+def test_the_command_sets_thresholds_on_images_held_out(tmp_path, capsys):
+    write_folder(tmp_path / "data", train=30, test=10, size=14)
+    train = ["--data", str(tmp_path / "data"), "--model", "warn-10-1", "--epochs", "1", "--batch-size", "8"]
+    train += ["--out", str(tmp_path / "run"), "--held-out", "12", "--layer-loss", "0.5", "--device", "cpu"]
+    assert command_line.main(["train", *train]) == 0
+    assert "18 images to train on, 10 to test on, 12 held out" in capsys.readouterr().out
+    options = ["--run", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--batch-size", "5", "--repeats", "1"]
+    assert command_line.main(["early-exit", *options, "--allow", "0", "0.1", "100", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "Thresholds that lose 0.1 % of the answers on 12 images held out: of the test set" in printed
+    summary = json.loads((tmp_path / "out" / "early-exit.json").read_text())
+    strict, near, loose, never = summary["rows"]
+    assert summary["held_out"] == 12 and strict["thresholds"] == near["thresholds"]
+    assert loose["left_after"] == pytest.approx([1, 0, 0], abs=0.5) and never["left_after"] == [0, 0, 1]
+    for row in summary["rows"]:
+        assert row["accuracy"] - never["accuracy"] == pytest.approx((row["won"] - row["lost"]) / 10)

@@ -85,7 +85,7 @@ def test_a_step_is_a_function_of_seed_and_step_in_any_number_of_shares(device):
 
 
 def test_an_epoch_sees_every_image_once_and_the_next_in_another_order():
-    order = images.Order(20, torch.device("cpu"))
+    order = images.Order(torch.arange(20))
     epochs = [torch.cat([order.of(0, step, 5, 0, 1) for step in range(start, start + 4)]) for start in (1, 5)]
     assert all(sorted(epoch.tolist()) == list(range(20)) for epoch in epochs)
     assert not torch.equal(*epochs)
@@ -96,6 +96,25 @@ def test_test_images_are_seen_once_in_any_number_of_shares():
     whole = torch.cat([batch for batch, _ in pictures.test_batches(3)])
     shares = [torch.cat([batch for batch, _ in pictures.test_batches(3, rank, 2)]) for rank in range(2)]
     assert torch.equal(whole[0::2], shares[0]) and torch.equal(whole[1::2], shares[1])
+
+
+def test_images_held_out_are_never_trained_on():
+    cpu = torch.device("cpu")
+    kept, held_out = images.parted(20, 5, cpu)
+    assert len(held_out) == 5 and sorted([*kept.tolist(), *held_out.tolist()]) == list(range(20))
+    assert held_out.tolist() != list(range(5)) and held_out.tolist() != list(range(15, 20))
+    order = images.Order(kept)
+    for epoch in range(3):
+        seen = torch.cat([order.of(0, 3 * epoch + step, 5, 0, 1) for step in (1, 2, 3)])
+        assert sorted(seen.tolist()) == kept.tolist()
+    whole, pictures = small_set(cpu), images.random_set(20, 7, cpu, num_classes=3, held_out=5)
+    assert pictures.train_count == 15 and pictures.fingerprint == whole.fingerprint
+    assert not torch.equal(pictures.mean, whole.mean)
+    shown = torch.cat([batch for batch, _ in pictures.held_out_batches(2)])
+    torch.testing.assert_close(shown * pictures.std + pictures.mean, whole.train[0][held_out].float())
+    assert torch.equal(torch.cat([labels for _, labels in pictures.held_out_batches(2)]), whole.train[1][held_out])
+    with pytest.raises(ValueError, match="held_out must be at least 0 and below the 20 training images, got 20"):
+        images.random_set(20, 7, cpu, held_out=20)
 
 
 # ---------------------------------------------------------------------------------------------- where they come from
@@ -150,6 +169,11 @@ def test_folders_of_pictures(tmp_path, torchvision):
     assert sum(labels.sum() for _, labels in steps[:3]) == 6  # an epoch has all of them
     assert steps[0][0].shape == (4, 3, 16, 16) and [len(labels) for _, labels in pictures.test_batches(3)] == [3, 1]
     assert again.fingerprint == pictures.fingerprint
+    parted = images.load(str(tmp_path), cpu, size=16, workers=0, held_out=5)
+    shown = [image for batch, _ in parted.held_out_batches(2) for image in batch]
+    every = [image for batch, _ in pictures._shown("train", torch.arange(12), 4) for image in batch]
+    assert parted.train_count == 7 and len(shown) == 5
+    assert all(sum(torch.equal(image, other) for other in every) == 1 for image in shown)
     with pytest.raises(FileNotFoundError, match=r"test is missing: a folder of pictures holds train/CLASS/\*"):
         (tmp_path / "val").rename(tmp_path / "other")
         images.load(str(tmp_path), cpu)

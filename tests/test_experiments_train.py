@@ -45,6 +45,9 @@ def test_the_attentive_loss_is_the_mixs_plus_the_regulariser(mix):
     penalty = 1e6 * sum(ar_kernels.mask_regulariser(masks) for masks in details.masks) / 3
     assert penalty > 0.1  # else the sum would hardly tell
     torch.testing.assert_close(loss_of(mix, 1e6)(net, images, labels), expected + penalty)
+    alone = torch.stack([F.cross_entropy(details.hypotheses[:, layer], labels) for layer in range(3)]).mean()
+    torch.testing.assert_close(loss_of(mix, 0, 0.5)(net, images, labels), expected + 0.5 * alone)
+    torch.testing.assert_close(loss_of(mix, 1e6, 0.5)(net, images, labels), expected + penalty + 0.5 * alone)
 
 
 def test_the_log_tells_means_and_does_not_depend_on_interruptions(tmp_path):
@@ -116,7 +119,7 @@ def test_a_captured_run_takes_every_step_once(tmp_path, monkeypatch):
     class Recording:
         """What the block computes is taken back: a real graph records it without computing."""
 
-        def __init__(self, graph: Graph, stream: object) -> None:
+        def __init__(self, graph: Graph, stream: object, capture_error_mode: str) -> None:
             (self.model, self.optimizer), self.graph = recorded, graph
 
         def __enter__(self) -> None:
@@ -129,12 +132,12 @@ def test_a_captured_run_takes_every_step_once(tmp_path, monkeypatch):
             self.optimizer.param_groups[0]["lr"] = rate
 
     class Noticed(training.CapturedStep):
-        def __init__(self, inputs_of, take, optimizer, device) -> None:
-            super().__init__(inputs_of, take, optimizer, device)
+        def __init__(self, inputs_of, take, optimizer, *others) -> None:
+            super().__init__(inputs_of, take, optimizer, *others)
             made[:] = [self]
             recorded.append(optimizer)
 
-    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    stream = types.SimpleNamespace(wait_stream=lambda other: None, device=torch.device("cpu"))
     for name, fake in {
         "Stream": lambda device: stream, "current_stream": lambda: stream, "CUDAGraph": Graph, "graph": Recording,
         "stream": lambda stream: contextlib.nullcontext(),
@@ -142,7 +145,7 @@ def test_a_captured_run_takes_every_step_once(tmp_path, monkeypatch):
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(training, "CapturedStep", Noticed)
 
-    def read(step):
+    def read(step: int) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.full((2, 3), step, dtype=torch.uint8), torch.tensor([0, 1])
 
     lines = {}
@@ -294,7 +297,9 @@ def test_the_command_trains_and_resumes_to_the_same_numbers(tmp_path, monkeypatc
         (["--epochs", "0"], "epochs, test_every and log_every must be at least 1"),
         (["--batch-size", "40"], "batch_size must be at most the 24 training images and divisible by 1 processes"),
         (["--pretrained"], "only torchvision's and timm's backbones come pretrained, got warn-10-1"),
-        (["--capture"], "--capture needs a GPU and one process, got 1 on cpu"),
+        (["--capture"], "--capture needs a GPU, got cpu"),
+        (["--bucket", "0"], "bucket must be above 0, got 0.0"),
+        (["--held-out", "24"], "held_out must be at least 0 and below the 24 training images, got 24"),
         (["--download"], "only sets known by name can be downloaded, got '"),
     ],
 )
@@ -324,7 +329,7 @@ with processes("cpu") as group:
     batch_of = lambda step: source.train_batch(0, step, 8, group.rank, group.world)
     with Run(out + "/run", {}, writes=group.is_first) as run:
         train(model, batch_of, Recipe(steps=5, batch_size=8, learning_rate=0.001), run,
-              forward=group.wrapped(model), processes=group)
+              processes=group)
     share = accuracy(model, source.test_batches(2, group.rank, group.world), processes=group)
     torch.save([model.state_dict(), share], f"{out}/rank{group.rank}.pt")
     group.wait()

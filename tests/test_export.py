@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -97,14 +98,12 @@ with torch.no_grad():
 def test_in_a_process_without_triton(how, device, tmp_path):
     """Eager needs not even the package; native the package; the Triton operators say what they miss."""
     pytest.importorskip("triton")
-    if how == "AOTInductor":
-        skip_unless_aotinductor_runs(device)
     natives = ["native"] if native.why_not(device.type) is None else []
     for name in ("eager", *natives, *(["triton"] if how == "export" else [])):
         program, images, expected = exported("module", name, device)
         torch.save((images, expected), tmp_path / f"{name}.tensors")
         if how == "AOTInductor":
-            torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / f"{name}.pt2"))
+            package(program, tmp_path / f"{name}.pt2", device)
         else:
             torch.export.save(program, tmp_path / f"{name}.pt2")
     (tmp_path / "triton").mkdir()
@@ -132,28 +131,39 @@ with torch.no_grad():
 
 
 @functools.cache
-def _bare_aotinductor(device: str) -> str | None:
+def _bare_aotinductor(device: str, compiler: str) -> str | None:
     """Why AOTInductor does not run a linear layer of torch's own, in a process that may crash; None if it does."""
     with tempfile.TemporaryDirectory() as folder:
-        run = subprocess.run([sys.executable, "-c", BARE, device, folder], capture_output=True, text=True)
+        environment = os.environ | {"CXX": compiler, "TORCHINDUCTOR_CACHE_DIR": folder}
+        command = [sys.executable, "-c", BARE, device, folder]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True)
     if run.returncode == 0:
         return None
     return f"signal {-run.returncode}" if run.returncode < 0 else run.stderr.strip().splitlines()[-1]
 
 
-def skip_unless_aotinductor_runs(device: torch.device) -> None:
-    """On a GPU torch 2.11's was seen to crash as it loads a package. Not asked on a CPU: it costs half a minute."""
-    reason = _bare_aotinductor(device.type) if device.type == "cuda" else None
-    if reason is not None:
-        version = f"AOTInductor of torch {torch.__version__}"
-        pytest.skip(f"{version} cannot run a linear layer on {device.type} here: {reason}")
+def package(program: torch.export.ExportedProgram, path: Path, device: torch.device) -> str:
+    """What AOTInductor makes of a program. A compiler that links libstdc++ statically makes packages that end or crash
+    the process as they are loaded, a linear layer's too: on a GPU the next one in line is taken then, and the test
+    skipped if there is none. Not asked on a CPU: it costs half a minute."""
+    compiler, reasons = os.environ.get("CXX", "g++"), {}
+    if device.type == "cuda":
+        for name in dict.fromkeys((compiler, "g++", "clang++")):
+            reasons[name] = _bare_aotinductor(device.type, name) if shutil.which(name) else "not there"
+            if reasons[name] is None:
+                compiler = name
+                break
+        else:
+            version = f"AOTInductor of torch {torch.__version__}"
+            pytest.skip(f"{version} cannot run a linear layer on {device.type} here: {reasons}")
+    with torch._inductor.config.patch({"cpp.cxx": (compiler,)}):
+        return torch._inductor.aoti_compile_and_package(program, package_path=str(path))
 
 
 @pytest.mark.gpu
 def test_aotinductor_of_the_triton_operators(device, tmp_path):
     """They stay whole in the package, which then runs them where Python, the package and Triton are."""
     pytest.importorskip("triton")
-    skip_unless_aotinductor_runs(device)
     program, images, expected = exported("module", "triton", device)
-    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "module.pt2"))
-    torch.testing.assert_close(torch._inductor.aoti_load_package(package)(images), expected, rtol=1e-4, atol=1e-4)
+    path = package(program, tmp_path / "module.pt2", device)
+    torch.testing.assert_close(torch._inductor.aoti_load_package(path)(images), expected, rtol=1e-4, atol=1e-4)

@@ -120,6 +120,10 @@ PLANTED = {
 }
 
 
+IN_BFLOAT16 = {"NaN", "∞", "a row of -∞", "an image of ∞", "logits of a head -∞", "logits of 1e4", "masks on one pixel"}
+"""What the interpreter runs of 3×3 heads in bfloat16, which has float32's range and float16's path."""
+
+
 def skip_what_is_not_there(implementation: str, taps: int) -> None:
     if taps == 9 and implementation == "native":
         why = ar_kernels.explain(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 3, 3)).reasons["native"]
@@ -131,10 +135,13 @@ def skip_what_is_not_there(implementation: str, taps: int) -> None:
 @pytest.mark.parametrize("taps", [1, 9])
 def test_classes_of_results(taps, dtype, implementation, device):
     skip_what_is_not_there(implementation, taps)
+    slow = implementation == "triton" and taps == 9 and device.type == "cpu"
     for name, planted in PLANTED.items():
         if taps == 9 and name == "a mask weight ∞":
             continue  # times the padding's zeros: NaN or not, as the convolution's algorithm has it
-        tensors = inputs(taps)
+        if slow and dtype == torch.bfloat16 and name not in IN_BFLOAT16:
+            continue
+        tensors = inputs(taps, shape=(2, 8, 4, 4))
         planted(tensors)
         tensors = {key: value.to(dtype).double() for key, value in tensors.items()}
         exact = run(tensors, "reference", torch.float64, device)

@@ -149,3 +149,14 @@ def test_sums_over_channels_are_of_all_of_them_and_launch_whole_warps(channels):
 )
 def test_rows_load_in_vectors_as_wide_as_they_are_aligned(sizes, strides, itemsize, vector):
     assert map_strides(sizes, strides, itemsize).vector == vector
+
+
+@pytest.mark.parametrize(
+    "layout, expected",
+    [("channels_last", (80, 1, 0, 2, "c", 8)), ("contiguous", (80, 5, 0, 1, "s", 8))],
+)
+def test_strides_count_vectors_but_for_the_unit_stride(layout, expected):
+    """Kernels are compiled for a unit stride of 1, however wide a row's vectors are."""
+    sizes = (2, 16, 5, 8)
+    strides = (640, 1, 128, 16) if layout == "channels_last" else (640, 40, 8, 1)
+    assert map_strides(sizes, strides, 2)[:6] == expected

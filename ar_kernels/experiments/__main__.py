@@ -9,8 +9,6 @@ import ar_kernels
 
 _ON_OFF = argparse.BooleanOptionalAction
 
-_THRESHOLDS = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9999]
-
 _VARIANTS = (
     "baseline", "ad1-aw1", "ad2-aw1", "ad3-aw1", "ad4-aw1", "ad4-aw2", "ad4-aw4", "sigmoid", "no-gates",
     "no-regulariser",
@@ -98,6 +96,10 @@ def _train(commands: argparse._SubParsersAction) -> None:
     add("--head-gates", action=_ON_OFF, default=True, help="gates over the heads of a layer")
     add("--kernel-size", type=int, choices=(1, 3), default=1, help="of the attention heads; the official code has 3")
     add("--regulariser", type=float, default=0.001, metavar="W", help="weight of the masks' regulariser")
+    add(
+        "--layer-loss", type=float, default=0.0, metavar="W",
+        help="weight of a cross-entropy of each attended layer alone, so that it can answer alone (early-exit)",
+    )  # fmt: skip
     add("--dropout", type=float, default=0.0, help="of wrn and warn, between the convolutions of a block")
     add("--pretrained", action="store_true", help="start a backbone from its ImageNet weights")
     add("--weights", metavar="FILE", help="start from a state_dict or a run's checkpoint, where names and shapes fit")
@@ -108,6 +110,10 @@ def _train(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     add("--download", action="store_true", help="let torchvision download a set known by name into --data-root")
     add("--data-root", default="data", metavar="DIR", help="where torchvision keeps its data sets")
+    add(
+        "--held-out", type=int, default=0, metavar="N",
+        help="training images, picked at random, that are not trained on: early-exit sets its thresholds by them",
+    )  # fmt: skip
     add("--image-size", type=int, default=224, help="of a folder's pictures, in pixels")
     add("--workers", type=int, default=8, help="processes that read a folder's pictures")
     add("--out", default="runs/train", metavar="DIR", help="where the results go; an earlier run's are replaced")
@@ -123,7 +129,11 @@ def _train(commands: argparse._SubParsersAction) -> None:
     add("--bf16", action=_ON_OFF, default=None, help="bfloat16 autocast, on a GPU alone; unset: on")
     add("--channels-last", action=_ON_OFF, default=None, help="memory layout; unset: on on a GPU")
     add("--compile", action=_ON_OFF, default=None, help="torch.compile; unset: on on a GPU")
-    add("--capture", action="store_true", help="take whole steps as a CUDA graph: on one GPU whose host is slow")
+    add(
+        "--bucket", type=float, default=25.0, metavar="MB",
+        help="of several processes: gradients added up at once; more: fewer and later sums",
+    )  # fmt: skip
+    add("--capture", action="store_true", help="take whole steps as one CUDA graph, for hosts that do not keep up")
     _add_device(add)
 
 
@@ -204,12 +214,18 @@ def _early_exit(commands: argparse._SubParsersAction) -> None:
         "early-exit",
         "answer from an attended layer where it is sure, and skip the rest of the network",
         "Tests a run's network so that images leave it at the first attended layer whose hypothesis, mixed with those "
-        "before it by the gates' means over training images, is surer than a threshold; only the others go on. For "
-        "each threshold: accuracy, where images left, operations saved, and time. Writes early-exit.json and "
-        "early-exit.png. A threshold picked by such a table is picked on the test set.",
+        "before it by the gates' means over training images, is surer than a threshold; only the others go on. Of a "
+        "run that was trained with --held-out, thresholds are set on the images held out, such that no more than "
+        "--allow of the answers are lost there; of others, and with --thresholds, a curve of thresholds is shown, and "
+        "one picked by it is picked on the test set. For each: accuracy, where images left, operations saved, and "
+        "time. Writes early-exit.json and early-exit.png.",
     )
     add("--run", required=True, metavar="DIR", help="the folder of a run of an attentive network")
-    add("--thresholds", type=float, nargs="+", default=_THRESHOLDS, metavar="P", help="probabilities; above 1: never")
+    add(
+        "--allow", type=float, nargs="+", default=[0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0], metavar="PERCENT",
+        help="of the images held out, whose right answers may be lost",
+    )  # fmt: skip
+    add("--thresholds", type=float, nargs="+", metavar="P", help="probabilities, instead; above 1: never")
     add("--batch-size", type=int, default=256, help="images that enter together")
     add("--repeats", type=int, default=3, help="how often each threshold is timed; the median counts")
     add("--data-root", default="data", metavar="DIR", help="where torchvision keeps its data sets")

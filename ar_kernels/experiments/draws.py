@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-TRAIN, TEST, ORDER = range(3)
-"""Streams that never meet: training images, the test set's clutter, the order of an epoch."""
+TRAIN, TEST, ORDER, HELD_OUT = range(4)
+"""Streams that never meet: training images, the test set's clutter, the order of an epoch, what is held out."""
 
 _BITS = 31
 

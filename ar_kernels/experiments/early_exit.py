@@ -2,15 +2,19 @@
 
 The global gates look at the last map, which an image that leaves early never reaches. So the layers heard so far are
 mixed by the gates' means over training images: y_i = Σ_{j ≤ i} γ̄_j h_j / Σ_{j ≤ i} γ̄_j in the model's own mix. An image
-leaves where the largest probability of y_i passes the threshold; the batch that goes on is the smaller for it. The last
-attended layer is no exit: nothing but a classifier comes after it.
+leaves where the largest probability of y_i passes the exit's threshold; the batch that goes on is the smaller for it.
+The last attended layer is no exit: nothing but a classifier comes after it.
+
+Thresholds come from training images that were held out: each exit's is the least at which it would have cost no more
+than its share of the answers that may be lost, an answer lost being one that the whole network has right and the exit
+wrong. Nothing is picked on the test set.
 """
 
 import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +38,9 @@ from .training import mixed_precision
 _GATE_BATCHES = 8  # of training images, to take the gates' means over
 _NEVER = 2.0
 
+_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9999)
+"""Where nothing was held out, a curve of them."""
+
 
 class Answers(NamedTuple):
     """What early_exit returns for N images."""
@@ -48,27 +55,80 @@ def early_exit(
     model: nn.Module,
     images: Tensor,
     gates: Tensor,
-    threshold: float,
+    threshold: float | Sequence[float],
     on_exit: Callable[[int], None] = lambda images: None,
 ) -> Answers:
     """Answers images [N, ...] by an AttendRectify, WideAttentiveResNet or DigitNet in eval mode, without gradients.
 
-    gates: γ̄ [D+1], as mean_gates returns them. threshold: the probability from which an image leaves; above 1, none
-    does and the answers are the model's own. on_exit: called at each exit with how many images arrived.
+    gates: γ̄ [D+1], as mean_gates returns them. threshold: the probability from which an image leaves, or one for each
+    of the D-1 exits in order of running; above 1, none does and the answers are the model's own. on_exit: called at
+    each exit with how many images arrived.
     A backbone's later layers must see earlier ones only through the attended map (ResNets' stages do, a block inside
-    one does not). Raises TypeError for another model, ValueError where the backbone's rest does not fit the smaller
-    batch.
+    one does not). Raises TypeError for another model, ValueError for another number of thresholds and where the
+    backbone's rest does not fit the smaller batch.
     """
+    batch = _through(model, images, gates, threshold, on_exit)
+    return Answers(batch.labels, batch.exits)
+
+
+class Opinions(NamedTuple):
+    """What exits and network say of N images, and what they are."""
+
+    shares: Tensor
+    """The largest probability at each of E exits: [N, E]."""
+    labels: Tensor
+    """The class that each exit and, last, the network would answer: [N, E+1], int64."""
+    truth: Tensor
+    """[N], int64."""
+
+
+def opinions(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], gates: Tensor, mixed: bool = True) -> Opinions:
+    """Asks every exit of every image. Raises what early_exit raises."""
+    shares, labels, truth = [], [], []
+    for images, wanted in batches:
+        with mixed_precision(images.device, mixed):
+            batch = _through(model, images, gates, _NEVER)
+        shares.append(torch.stack([share for share, _ in batch.said], dim=1))
+        labels.append(torch.stack([*(label for _, label in batch.said), batch.labels], dim=1))
+        truth.append(wanted)
+    return Opinions(*(torch.cat(found) for found in (shares, labels, truth)))
+
+
+def thresholds_for(found: Opinions, lost: float) -> list[float]:
+    """A threshold for each exit, at which all together lose at most this share of the answers in `found`."""
+    whole_is_right, thresholds = found.labels[:, -1] == found.truth, []
+    for shares, labels in zip(found.shares.T, found.labels.T):
+        order = shares.argsort(descending=True)
+        losses = (whole_is_right & (labels != found.truth))[order].cumsum(0)
+        sorted_shares = shares[order]
+        ends = torch.ones_like(whole_is_right)  # equal shares leave together
+        ends[:-1] = sorted_shares[:-1] > sorted_shares[1:]
+        fits = (ends & (losses <= lost * len(shares) / found.shares.shape[1])).nonzero()
+        thresholds.append(sorted_shares[fits[-1]].item() if len(fits) else _NEVER)
+    return thresholds
+
+
+def _through(
+    model: nn.Module,
+    images: Tensor,
+    gates: Tensor,
+    threshold: float | Sequence[float],
+    on_exit: Callable[[int], None] = lambda images: None,
+) -> "_Batch":
     forward = next((each for kind, each in _FORWARDS.items() if isinstance(model, kind)), None)
     if forward is None:
         raise TypeError(f"model must be one of {', '.join(k.__name__ for k in _FORWARDS)}, got {type(model).__name__}")
-    batch = _Batch(len(images), gates.to(images.device), model.mix, threshold, on_exit)
+    exits = len(model.attention) - 1
+    thresholds = [threshold] * exits if isinstance(threshold, int | float) else list(threshold)
+    if len(thresholds) != exits:
+        raise ValueError(f"threshold must be one number or {exits}, one for each exit, got {len(thresholds)}")
+    batch = _Batch(len(images), gates.to(images.device), model.mix, thresholds, on_exit)
     with torch.no_grad():
         try:
             batch.answer(forward(model, images, batch))
         except _AllLeft:
             pass
-    return Answers(batch.labels, batch.exits)
+    return batch
 
 
 @torch.no_grad()
@@ -88,12 +148,16 @@ class _AllLeft(Exception):
 class _Batch:
     """The images of one call: which of them are still in the network, and what was said of them."""
 
-    def __init__(self, count: int, gates: Tensor, mix: str, threshold: float, on_exit: Callable[[int], None]) -> None:
+    def __init__(
+        self, count: int, gates: Tensor, mix: str, thresholds: list[float], on_exit: Callable[[int], None]
+    ) -> None:
         self.labels = torch.zeros(count, dtype=torch.int64, device=gates.device)
         self.exits = torch.zeros_like(self.labels)
         self._inside = torch.arange(count, device=gates.device)
-        self._gates, self._mix, self._threshold, self._on_exit = gates.float(), mix, threshold, on_exit
+        self._gates, self._mix, self._thresholds, self._on_exit = gates.float(), mix, thresholds, on_exit
         self.hypotheses: dict[int, Tensor] = {}
+        self.said: list[tuple[Tensor, Tensor]] = []
+        """At each exit, of the images inside: how sure, and of which class."""
 
     def heard(self, layer: int, hypothesis: Tensor) -> Tensor:
         """Takes what a layer says of the images inside; returns which of them go on. Raises _AllLeft if none does."""
@@ -103,7 +167,8 @@ class _Batch:
         scores = self._gates[order].clamp(min=1e-20).log().expand(len(hypothesis), -1).contiguous()
         mixed = rectify([self.hypotheses[i] for i in order], scores, mix=self._mix, gating="softmax")
         share, label = mixed.float().softmax(dim=1).max(dim=1)
-        leaves = share >= self._threshold
+        self.said.append((share, label))
+        leaves = share >= self._thresholds[len(order) - 1]
         gone, stay = self._inside[leaves], (~leaves).nonzero().flatten()
         self.labels[gone], self.exits[gone] = label[leaves], len(order)
         self._inside = self._inside[stay]
@@ -207,18 +272,24 @@ def run(options: argparse.Namespace) -> None:
     examples = examples_of(net, identity, device, options.data_root, options.batch_size)
     mixed = bool(identity.get("bf16"))
     gates = mean_gates(model, (examples.train(step)[0] for step in range(1, _GATE_BATCHES + 1)), mixed)
-    tests = list(examples.test())
+    tests, held_out = list(examples.test()), list(examples.held_out())
     cost = costs(model, tests[0][0][:1], gates)
     console = Console(highlight=False)
-    thresholds = [*sorted({value for value in options.thresholds if value <= 1}), _NEVER]
-    calls = {threshold: _call(model, gates, threshold, mixed) for threshold in thresholds}
-    rows = []
-    for threshold, call in calls.items():
-        rows.append({"threshold": threshold} | _found([call(images) for images, _ in tests], tests, cost))
-        console.print(f"threshold {_name(threshold)}: {100 * rows[-1]['accuracy']:.2f} %", markup=False)
+    rows: list[dict] = []
+    if options.thresholds is None and held_out:
+        found = opinions(model, held_out, gates, mixed)
+        rows += [{"allowed": lost, "thresholds": thresholds_for(found, lost / 100)} for lost in sorted(options.allow)]
+    else:
+        uniform = sorted({value for value in options.thresholds or _THRESHOLDS if value <= 1})
+        rows += [{"thresholds": [value] * (len(cost) - 1)} for value in uniform]
+    rows.append({"thresholds": [_NEVER] * (len(cost) - 1)})
+    calls = [_call(model, gates, row["thresholds"], mixed) for row in rows]
+    answers = [[call(images) for images, _ in tests] for call in calls]
+    for row, given in zip(rows, answers):
+        row |= _found(given, answers[-1], tests, cost)
+        console.print(f"{_name(row)}: {100 * row['accuracy']:.2f} %", markup=False)
     with torch.no_grad(), mixed_precision(device, mixed):  # the yardstick of time is the model as it is
-        calls[_NEVER] = model
-        seconds = _times(list(calls.values()), tests, options.repeats)
+        seconds = _times([*calls[:-1], model], tests, options.repeats)
     for row, value in zip(rows, seconds):
         row |= {"seconds": value, "time_saved": 1 - value / seconds[-1]}
     summary = {
@@ -227,38 +298,46 @@ def run(options: argparse.Namespace) -> None:
         "data": identity["data"],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "batch_size": options.batch_size,
+        "held_out": sum(len(labels) for _, labels in held_out),
         "mean_gates": gates.tolist(),
         "operations": cost,
-        "thresholds": rows,
+        "rows": rows,
     }
     out = Path(options.out)
     text = json.dumps(summary, indent=1).encode() + b"\n"
     write_atomically(out / "early-exit.json", lambda file: file.write(text))
     draw_exits(
-        out / "early-exit.png", [100 * row["compute_saved"] for row in rows], [100 * row["accuracy"] for row in rows],
-        [_name(row["threshold"]) for row in rows], caption(summary),
-    )  # fmt: skip
+        out / "early-exit.png",
+        {what: [100 * row[f"{what}_saved"] for row in rows] for what in ("compute", "time")},
+        [100 * row["accuracy"] for row in rows],
+        [_name(row) for row in rows],
+        caption(summary),
+    )
     for table in tables(summary):
         console.print(on_terminal(*table))
     console.print(best(summary), markup=False, soft_wrap=True)
     console.print(f"  {out / 'early-exit.json'}\n  {out / 'early-exit.png'}", markup=False, soft_wrap=True)
 
 
-def _call(model: nn.Module, gates: Tensor, threshold: float, mixed: bool) -> Callable[[Tensor], Answers]:
+def _call(model: nn.Module, gates: Tensor, thresholds: list[float], mixed: bool) -> Callable[[Tensor], Answers]:
     def call(images: Tensor) -> Answers:
         with mixed_precision(images.device, mixed):
-            return early_exit(model, images, gates, threshold)
+            return early_exit(model, images, gates, thresholds)
 
     return call
 
 
-def _found(answers: list[Answers], tests: list[tuple[Tensor, Tensor]], cost: list[int]) -> dict:
-    right = sum(int((each.labels == labels).sum()) for each, (_, labels) in zip(answers, tests))
+def _found(answers: list[Answers], whole: list[Answers], tests: list[tuple[Tensor, Tensor]], cost: list[int]) -> dict:
+    """lost: answers that the whole network has right and these have wrong; won: the other way round."""
+    truth = torch.cat([labels for _, labels in tests])
+    right, without = (torch.cat([each.labels for each in given]) == truth for given in (answers, whole))
     exits = torch.cat([each.exits for each in answers])
     counts = exits.bincount(minlength=len(cost) + 1)[1:].tolist()
     spent = sum(count * operations for count, operations in zip(counts, cost))
     return {
-        "accuracy": right / len(exits),
+        "accuracy": right.double().mean().item(),
+        "lost": int((without & ~right).sum()),
+        "won": int((right & ~without).sum()),
         "left_after": [count / len(exits) for count in counts],
         "compute_saved": 1 - spent / (len(exits) * cost[-1]),
     }
@@ -283,27 +362,40 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _name(threshold: float) -> str:
-    return "never" if threshold > 1 else f"{threshold:g}"
+def _name(row: dict) -> str:
+    if "allowed" in row:
+        return f"{row['allowed']:g}"
+    return "never" if min(row["thresholds"]) > 1 else f"{row['thresholds'][0]:g}"
 
 
 def caption(summary: dict) -> str:
+    calibrated = "allowed" in summary["rows"][0]
+    points = "the % of answers that may be lost on images held out" if calibrated else "thresholds"
     return (
-        f"{summary['model']} on {summary['data']}; numbers at the points are thresholds. Compute: operations of "
-        "convolutions and matrix products, counted."
+        f"{summary['model']} on {summary['data']}; numbers at the points are {points}. Compute: operations of "
+        f"convolutions and matrix products, counted. Time: batches of {summary['batch_size']} on {summary['device']}."
     )
 
 
 def best(summary: dict) -> str:
-    """The most that was saved for no more than 0.1 points of accuracy."""
-    *rows, whole = summary["thresholds"]
-    kept = [row for row in rows if row["accuracy"] >= whole["accuracy"] - 0.001]
-    fitting = [row for row in kept if row["compute_saved"] > 0]
+    """What was saved for about 0.1 points of accuracy."""
+    *rows, whole = summary["rows"]
+    calibrated = [row for row in rows if row.get("allowed", 1) <= 0.1]
+    if calibrated:
+        row = max(calibrated, key=lambda row: row["allowed"])
+        return (
+            f"Thresholds that lose {row['allowed']:g} % of the answers on {summary['held_out']} images held out: "
+            f"of the test set {100 * row['accuracy']:.2f} % are right, of the whole network's answers "
+            f"{100 * whole['accuracy']:.2f} % ({row['lost']} lost, {row['won']} won), with "
+            f"{100 * row['compute_saved']:.1f} % fewer operations and {100 * row['time_saved']:.1f} % less time, in "
+            f"batches of {summary['batch_size']} on {summary['device']}."
+        )
+    fitting = [row for row in rows if row["accuracy"] >= whole["accuracy"] - 0.001 and row["compute_saved"] > 0]
     if not fitting:
         return "No threshold saves anything and keeps the accuracy to within 0.1 points."
     row = max(fitting, key=lambda row: row["compute_saved"])
     return (
-        f"Within 0.1 points of the whole network's accuracy, threshold {_name(row['threshold'])} (picked on the test "
+        f"Within 0.1 points of the whole network's accuracy, threshold {_name(row)} (picked on the test "
         f"set) saves {100 * row['compute_saved']:.1f} % of the operations and {100 * row['time_saved']:.1f} % of the "
         f"time, on {summary['device']}."
     )
@@ -312,15 +404,19 @@ def best(summary: dict) -> str:
 def tables(summary: dict) -> list[Rows]:
     """The summary in words, for a terminal or a page."""
     exits = [f"exit {number}, %" for number in range(1, len(summary["operations"]))]
-    header = ["surer than", "right, %", *exits, "through, %", "work saved, %", "time saved, %"]
+    given = any("allowed" in row for row in summary["rows"])
+    header = ["may be lost, %" if given else "surer than", "right, %", "lost", "won", *exits]
+    header += ["through, %", "work saved, %", "time saved, %"]
     rows = [
         [
-            _name(row["threshold"]),
+            _name(row),
             f"{100 * row['accuracy']:.2f}",
+            str(row["lost"]),
+            str(row["won"]),
             *(f"{100 * share:.1f}" for share in row["left_after"]),
             f"{100 * row['compute_saved']:.1f}",
             f"{100 * row['time_saved']:.1f}",
         ]
-        for row in summary["thresholds"]
+        for row in summary["rows"]
     ]
     return [(f"Early exits of {summary['model']} on {summary['data']}", header, rows)]

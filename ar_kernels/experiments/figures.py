@@ -201,16 +201,24 @@ def curves_png(curves: dict[str, tuple[np.ndarray, np.ndarray]], x_label: str, y
 
 
 def draw_exits(
-    path: str | Path, saved: Sequence[float], accuracies: Sequence[float], names: Sequence[str], caption: str
+    path: str | Path,
+    saved: dict[str, Sequence[float]],
+    accuracies: Sequence[float],
+    names: Sequence[str],
+    caption: str,
 ) -> None:
-    """Writes a PNG: accuracy in % against compute saved in %, a point for each threshold, with its name."""
+    """Writes a PNG: accuracy in % against what is saved in %, a curve for each kind of saving by name, a point for each
+    threshold; the first curve's points have the thresholds' names.
+    """
     figure, canvas = _figure(7, 4.6)
     axes = figure.add_subplot(1, 1, 1)
-    axes.plot(saved, accuracies, marker="o", markersize=4, linewidth=1.6)
-    for x, y, name in zip(saved, accuracies, names):
+    for index, (what, shares) in enumerate(saved.items()):
+        axes.plot(shares, accuracies, marker="o", markersize=4, linewidth=1.6, label=what, alpha=0.5 if index else 1)
+    for x, y, name in zip(next(iter(saved.values())), accuracies, names):
         axes.annotate(name, (x, y), textcoords="offset points", xytext=(4, 5), fontsize=7)
-    axes.set_xlabel("compute saved, %", fontsize=9)
+    axes.set_xlabel("saved, %", fontsize=9)
     axes.set_ylabel("test accuracy, %", fontsize=9)
+    axes.legend(fontsize=8, loc="lower left")
     axes.grid(alpha=0.25)
     axes.tick_params(labelsize=8)
     _finish(path, figure, canvas, caption)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import data
-from .draws import ORDER, TRAIN, below, draw
+from .draws import HELD_OUT, ORDER, TRAIN, below, draw
 
 NAMES = ("cifar10", "cifar100", *data.NAMES, "random")
 """Sets known by name. digits, mnist and fashion-mnist are padded to 32×32 and repeated in three channels."""
@@ -31,6 +31,8 @@ _SPLITS = {"train": ("train",), "test": ("test", "val")}
 class ImageSet:
     """What training needs of a set. rank and world: which of how many equal shares of each batch.
 
+    held_out: how many training images are never trained on, the same ones in every run; train_count are the others.
+
     mean, std: [3, 1, 1], of pixels from 0 to 255, by which images are normalised.
     """
 
@@ -42,6 +44,7 @@ class ImageSet:
     size: int
     train_count: int
     test_count: int
+    held_out: int
     fingerprint: int
 
     def read_batch(
@@ -54,6 +57,10 @@ class ImageSet:
 
     def test_batches(self, batch_size: int = 256, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Every test image once, in order, each in one of the `world` shares."""
+        raise NotImplementedError
+
+    def held_out_batches(self, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every image held out once, as test images are shown."""
         raise NotImplementedError
 
     def augmented(self, images: Tensor, seed: int, numbers: Tensor) -> Tensor:
@@ -80,20 +87,31 @@ def check_batch_size(batch_size: int, count: int, world: int) -> None:
         )
 
 
+def parted(count: int, held_out: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The images to train on and those held out, of `count`, both in order. Raises ValueError if none is left."""
+    if not 0 <= held_out < count:
+        raise ValueError(f"held_out must be at least 0 and below the {count} training images, got {held_out}")
+    numbers = torch.arange(count, device=device)
+    order = draw(0, HELD_OUT, numbers, 1).squeeze(1).argsort(stable=True)
+    return order[held_out:].sort().values, order[:held_out].sort().values
+
+
 class Order:
     """Which images a step sees: every epoch all of them in an order of its own, but for a last incomplete batch."""
 
-    def __init__(self, count: int, device: torch.device) -> None:
-        self.numbers, self._last = torch.arange(count, device=device), None
+    def __init__(self, images: Tensor) -> None:
+        """images: the numbers of those to train on."""
+        self._images, self._numbers = images, torch.arange(len(images), device=images.device)
+        self._last: tuple[tuple[int, int], Tensor] | None = None
 
     def of(self, seed: int, step: int, batch_size: int, rank: int, world: int) -> Tensor:
         """The indices of a rank's share of a batch. Raises ValueError for a batch that cannot be cut so."""
-        count = len(self.numbers)
+        count = len(self._numbers)
         check_batch_size(batch_size, count, world)
         epoch, index = divmod(step - 1, count // batch_size)
         if self._last is None or self._last[0] != (seed, epoch):
-            draws = draw(seed, ORDER, self.numbers + epoch * count, 1)
-            self._last = (seed, epoch), draws.squeeze(1).argsort(stable=True)
+            draws = draw(seed, ORDER, self._numbers + epoch * count, 1)
+            self._last = (seed, epoch), self._images[draws.squeeze(1).argsort(stable=True)]
         share = batch_size // world
         start = index * batch_size + rank * share
         return self._last[1][start : start + share]
@@ -137,13 +155,16 @@ class Pictures(ImageSet):
     classes: tuple[str, ...]
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
+    held_out: int = 0
 
     def __post_init__(self) -> None:
         images, self.num_classes = self.train[0], len(self.classes)
-        self.size, self.train_count, self.test_count = images.shape[2], len(images), len(self.test[0])
-        self._order = Order(self.train_count, images.device)
+        kept, self._held_out = parted(len(images), self.held_out, images.device)
+        self.size, self.train_count, self.test_count = images.shape[2], len(kept), len(self.test[0])
+        self._order = Order(kept)
         levels = torch.arange(256, dtype=torch.float64)
-        counts = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256).cpu() for c in range(3)])
+        seen = images[kept] if self.held_out else images
+        counts = torch.stack([torch.bincount(seen[:, c].flatten(), minlength=256).cpu() for c in range(3)])
         share = counts / counts.sum(dim=1, keepdim=True)
         mean = (share * levels).sum(dim=1)
         std = ((share * levels**2).sum(dim=1) - mean**2).clamp(min=1).sqrt()
@@ -168,6 +189,11 @@ class Pictures(ImageSet):
         for pictures, wanted in zip(images.split(batch_size), labels.split(batch_size)):
             yield self._normalised(pictures), wanted
 
+    def held_out_batches(self, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+        images, labels = self.train
+        for index in self._held_out.split(batch_size):
+            yield self._normalised(images[index]), labels[index]
+
 
 class Folders(ImageSet):
     """Pictures in folders by class, as torchvision's ImageFolder reads them: root/train/CLASS/*, root/test (or val).
@@ -175,7 +201,7 @@ class Folders(ImageSet):
     size: pictures are resized to this shorter side and cut out in the middle. workers: processes that read.
     """
 
-    def __init__(self, root: Path, size: int, device: torch.device, workers: int = 8) -> None:
+    def __init__(self, root: Path, size: int, device: torch.device, workers: int = 8, held_out: int = 0) -> None:
         datasets, transforms = imported("torchvision.datasets"), imported("torchvision.transforms")
         self.name, self.size, self._device, self._workers = str(root), size, device, workers
         steps = [transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()]
@@ -191,8 +217,9 @@ class Folders(ImageSet):
         if tuple(self._splits["test"].classes) != self.classes:
             raise ValueError(f"{root} must have the same classes to train on and to test on")
         self.num_classes = len(self.classes)
-        self.train_count, self.test_count = (len(self._splits[split]) for split in _SPLITS)
-        self._order = Order(self.train_count, torch.device("cpu"))
+        kept, self._held_out = parted(len(self._splits["train"]), held_out, torch.device("cpu"))
+        self.train_count, self.test_count, self.held_out = len(kept), len(self._splits["test"]), held_out
+        self._order = Order(kept)
         self.mean, self.std = (255 * torch.tensor(value, device=device).view(3, 1, 1) for value in _IMAGENET)
         self._reading = None
 
@@ -220,8 +247,13 @@ class Folders(ImageSet):
         return images, labels, _numbers_of(step, batch_size, rank, len(images), images.device)
 
     def test_batches(self, batch_size: int = 256, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        mine = torch.arange(rank, self.test_count, world)
-        for images, labels in self._loader("test", [chunk.tolist() for chunk in mine.split(batch_size)]):
+        return self._shown("test", torch.arange(rank, self.test_count, world), batch_size)
+
+    def held_out_batches(self, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._shown("train", self._held_out, batch_size)
+
+    def _shown(self, split: str, numbers: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in self._loader(split, [chunk.tolist() for chunk in numbers.split(batch_size)]):
             images, labels = self._on_device(images, labels)
             yield self._normalised(images), labels
 
@@ -261,10 +293,12 @@ def load(
     root: str | Path = "data",
     size: int = 224,
     workers: int = 8,
+    held_out: int = 0,
 ) -> ImageSet:
     """The set that --data names: one of NAMES, a folder of idx files, or a folder with train/CLASS/* and test/CLASS/*.
 
-    download: lets torchvision download it into `root` first. size, workers: of a folder of pictures.
+    download: lets torchvision download it into `root` first. size, workers: of a folder of pictures. held_out: as
+        ImageSet has it.
     "random" has CIFAR-100's shape, noise for images and chance for labels: to measure speed with, and nothing else.
     Raises FileNotFoundError saying how to get what is missing, ValueError for a download that is none, and what
     data.load raises.
@@ -272,11 +306,11 @@ def load(
     if download and (name == "random" or name not in NAMES):
         raise ValueError(f"only sets known by name can be downloaded, got {name!r}")
     if name == "random":
-        return random_set(50_000, 10_000, device)
+        return random_set(50_000, 10_000, device, held_out=held_out)
     if name in _CIFAR:
-        return _cifar(name, device, Path(root), download)
+        return _cifar(name, device, Path(root), download, held_out)
     if name not in data.NAMES and any((Path(name) / split).is_dir() for split in ("train", "test", "val")):
-        return Folders(Path(name), size, device, workers)
+        return Folders(Path(name), size, device, workers, held_out)
     if name not in data.NAMES and not Path(name).is_dir():
         raise FileNotFoundError(
             f"{name} is neither a folder nor one of {', '.join(NAMES)}: a folder holds train/CLASS/* and test/CLASS/*, "
@@ -286,7 +320,7 @@ def load(
     train, test = (
         (_in_colour(split.images).to(device), split.labels.to(device)) for split in (source.train, source.test)
     )
-    return Pictures(source.name, _numbers(source.num_classes), train, test)
+    return Pictures(source.name, _numbers(source.num_classes), train, test, held_out)
 
 
 def imported(module: str) -> ModuleType:
@@ -299,7 +333,7 @@ def imported(module: str) -> ModuleType:
         ) from None
 
 
-def random_set(train: int, test: int, device: torch.device, num_classes: int = 100) -> Pictures:
+def random_set(train: int, test: int, device: torch.device, num_classes: int = 100, held_out: int = 0) -> Pictures:
     """Noise of CIFAR's shape, the same at every call."""
     generator = torch.Generator().manual_seed(0)
 
@@ -307,10 +341,10 @@ def random_set(train: int, test: int, device: torch.device, num_classes: int = 1
         images = torch.randint(256, (count, 3, _SIDE, _SIDE), dtype=torch.uint8, generator=generator)
         return images.to(device), torch.randint(num_classes, (count,), generator=generator).to(device)
 
-    return Pictures("random", _numbers(num_classes), split(train), split(test))
+    return Pictures("random", _numbers(num_classes), split(train), split(test), held_out)
 
 
-def _cifar(name: str, device: torch.device, root: Path, download: bool) -> Pictures:
+def _cifar(name: str, device: torch.device, root: Path, download: bool, held_out: int) -> Pictures:
     datasets = imported("torchvision.datasets")
     kind, folder = _CIFAR[name]
     splits = []
@@ -324,7 +358,7 @@ def _cifar(name: str, device: torch.device, root: Path, download: bool) -> Pictu
         raise FileNotFoundError(
             f"{root / folder} is missing or damaged: {how}; or unpack {kind}'s archive there"
         ) from None
-    return Pictures(name, tuple(found.classes), *splits)
+    return Pictures(name, tuple(found.classes), *splits, held_out)
 
 
 def _in_colour(images: Tensor) -> Tensor:

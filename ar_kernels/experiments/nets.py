@@ -102,6 +102,8 @@ class Examples(NamedTuple):
     train: Callable[[int], tuple[Tensor, Tensor]]
     """The batch of a step, which counts from 1."""
     test: Callable[[], Iterator[tuple[Tensor, Tensor]]]
+    held_out: Callable[[], Iterator[tuple[Tensor, Tensor]]]
+    """Training images that the run was not trained on; none where it held none out."""
 
 
 def examples_of(net: Net, identity: Identity, device: torch.device, root: str | Path, batch_size: int) -> Examples:
@@ -110,12 +112,17 @@ def examples_of(net: Net, identity: Identity, device: torch.device, root: str | 
     if net.model == "digitnet":
         source = data.load(name, root=root)
         train, test = (data.Clutter(digits.to(device)) for digits in (source.train, source.test))
-        return Examples(lambda step: train.train_batch(seed, step, batch_size), lambda: test.test_batches(batch_size))
-    pictures = images.load(name, device, root=root, size=net.image_size)
+        return Examples(
+            lambda step: train.train_batch(seed, step, batch_size), lambda: test.test_batches(batch_size),
+            lambda: iter(()),
+        )  # fmt: skip
+    held_out = int(identity.get("held_out", 0))
+    pictures = images.load(name, device, root=root, size=net.image_size, held_out=held_out)
     batch_size = min(batch_size, pictures.train_count)
     return Examples(
-        lambda step: pictures.train_batch(seed, step, batch_size), lambda: pictures.test_batches(batch_size)
-    )
+        lambda step: pictures.train_batch(seed, step, batch_size), lambda: pictures.test_batches(batch_size),
+        lambda: pictures.held_out_batches(batch_size),
+    )  # fmt: skip
 
 
 def load_weights(model: nn.Module, path: str | Path) -> list[str]:

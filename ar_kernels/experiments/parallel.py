@@ -18,6 +18,8 @@ class Processes:
     rank: int
     world: int
     device: torch.device
+    bucket_mb: float = 25.0
+    """Gradients that are added up at once."""
 
     @property
     def is_first(self) -> bool:
@@ -47,18 +49,27 @@ class Processes:
                 dist.broadcast(buffer, 0)
 
     def wrapped(self, model: nn.Module) -> nn.Module:
-        """The model whose gradients are means over all processes."""
+        """The model whose gradients are means over all processes. Running statistics stay each process's own
+        (take_buffers), and gradients live where they are added up.
+        """
         if self.world == 1:
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+        return nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=devices,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            bucket_cap_mb=self.bucket_mb,
+        )
 
 
 @contextmanager
-def processes(device: str | None, patience: timedelta | None = None) -> Iterator[Processes]:
+def processes(device: str | None, patience: timedelta | None = None, bucket_mb: float = 25.0) -> Iterator[Processes]:
     """What torchrun started (in a group of the caller's, where one is initialised), or this process alone.
 
     device: "cpu", "cuda", or None for a GPU where there is one. patience: how long processes wait for each other.
+    bucket_mb: as Processes has it.
 
     Raises ValueError where a GPU is asked for and missing, or torchrun started more processes here than there are GPUs.
     """
@@ -79,7 +90,7 @@ def processes(device: str | None, patience: timedelta | None = None) -> Iterator
     if is_ours:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=patience)
     try:
-        yield Processes(rank, world, place)
+        yield Processes(rank, world, place, bucket_mb)
     finally:
         if is_ours:
             dist.destroy_process_group()

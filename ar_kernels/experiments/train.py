@@ -22,7 +22,9 @@ MILESTONES, FACTOR = (0.3, 0.6, 0.8), 0.2
 
 def run(options: argparse.Namespace) -> None:
     """Runs or resumes the training that __main__ parsed. Raises ValueError, OSError and FloatingPointError."""
-    with processes(options.device) as group:
+    if not options.bucket > 0:
+        raise ValueError(f"bucket must be above 0, got {options.bucket}")
+    with processes(options.device, bucket_mb=options.bucket) as group:
         _run(options, group)
 
 
@@ -40,14 +42,15 @@ def _run(options: argparse.Namespace, group: Processes) -> None:
     mixed, channels_last, compiled = (
         on_gpu if choice is None else choice for choice in (options.bf16, options.channels_last, options.compile)
     )
-    if options.capture and (not on_gpu or group.world > 1):
-        raise ValueError(f"--capture needs a GPU and one process, got {group.world} on {group.device.type}")
+    if options.capture and not on_gpu:
+        raise ValueError(f"--capture needs a GPU, got {group.device.type}")
     if options.download and group.is_first:
         images.load(options.data, torch.device("cpu"), download=True, root=options.data_root, size=options.image_size)
     group.wait()
     source = images.load(
-        options.data, group.device, root=options.data_root, size=options.image_size, workers=options.workers
-    )
+        options.data, group.device, root=options.data_root, size=options.image_size, workers=options.workers,
+        held_out=options.held_out,
+    )  # fmt: skip
     images.check_batch_size(options.batch_size, source.train_count, group.world)
     epoch = source.train_count // options.batch_size
     recipe = Recipe(
@@ -78,12 +81,13 @@ def _run(options: argparse.Namespace, group: Processes) -> None:
         model = net.build(options.pretrained)
     kept = load_weights(model, options.weights) if options.weights else []
     model = model.to(group.device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
-    regulariser = options.regulariser if net.is_attentive else 0.0
+    regulariser, layer_loss = (options.regulariser, options.layer_loss) if net.is_attentive else (0.0, 0.0)
     identity = {
-        **asdict(recipe), **net.settings(), "regulariser": regulariser, "data": source.name,
+        **asdict(recipe), **net.settings(), "regulariser": regulariser, "layer_loss": layer_loss,
+        "data": source.name, "held_out": source.held_out,
         "data_crc32": source.fingerprint, "pretrained": options.pretrained, "weights": options.weights,
         "device": group.device.type, "processes": group.world, "bf16": mixed and on_gpu, "compiled": compiled,
-        "captured": options.capture,
+        "captured": options.capture, "bucket": options.bucket if group.world > 1 else 0.0,
         "classes": source.classes, "mean": tuple(source.mean.flatten().tolist()),
         "std": tuple(source.std.flatten().tolist()),
     }  # fmt: skip
@@ -110,7 +114,10 @@ def _run(options: argparse.Namespace, group: Processes) -> None:
         return {"epoch": step // epoch, "test_accuracy": share}
 
     with Run(options.out, identity, resume=options.resume, writes=group.is_first) as progress:
-        say(f"Data: {source.name}, {source.train_count:,} images to train on, {source.test_count:,} to test on.")
+        say(
+            f"Data: {source.name}, {source.train_count:,} images to train on, {source.test_count:,} to test on, "
+            f"{source.held_out:,} held out."
+        )
         if source.name == "random":
             say("This is noise: it measures speed, and its accuracy means nothing.")
         weights = sum(parameter.numel() for parameter in model.parameters())
@@ -123,10 +130,10 @@ def _run(options: argparse.Namespace, group: Processes) -> None:
         with progress_bar(console, recipe.steps, progress.step) as on_step:
             train(
                 model, batch_of, recipe, progress, inputs_of=inputs_of,
-                loss=loss_of(net.mix, regulariser) if net.is_attentive else cross_entropy,
+                loss=loss_of(net.mix, regulariser, layer_loss) if net.is_attentive else cross_entropy,
                 checkpoint_every=epoch, log_every=options.log_every, on_step=on_step, evaluate=evaluate,
-                evaluate_every=epoch * options.test_every, forward=group.wrapped(called), processes=group,
-                mixed=mixed, capture=options.capture,
+                evaluate_every=epoch * options.test_every, forward=called, processes=group, mixed=mixed,
+                capture=options.capture,
             )  # fmt: skip
     if group.is_first:
         if clock.rates:

@@ -255,20 +255,31 @@ def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(model(images).float(), labels)
 
 
-def attentive_loss(model: nn.Module, images: Tensor, labels: Tensor, *, mix: str, regulariser: float) -> Tensor:
-    """Of an attentive model: the loss that goes with its mix, plus the masks' regulariser, the mean over its layers."""
+def attentive_loss(
+    model: nn.Module, images: Tensor, labels: Tensor, *, mix: str, regulariser: float, layer_loss: float
+) -> Tensor:
+    """Of an attentive model: the loss that goes with its mix, plus, by weight, the masks' regulariser and the
+    cross-entropy of each attended layer's hypothesis alone, means over its layers.
+    """
     compare = F.cross_entropy if mix == "logit" else F.nll_loss
-    if regulariser == 0:
+    if regulariser == 0 and layer_loss == 0:
         return compare(model(images).float(), labels)
     details = model(images, return_details=True)
-    penalties = [mask_regulariser(masks) for masks in details.masks if masks.shape[1] > 1]
     loss = compare(details.output.float(), labels)
-    return loss + regulariser * torch.stack(penalties).mean() if penalties else loss
+    penalties = [mask_regulariser(masks) for masks in details.masks if masks.shape[1] > 1]
+    if penalties and regulariser != 0:
+        loss = loss + regulariser * torch.stack(penalties).mean()
+    if layer_loss != 0:
+        attended = details.hypotheses[:, :-1].float()  # [N, D, L]
+        loss = loss + layer_loss * F.cross_entropy(
+            attended.flatten(0, 1), labels.unsqueeze(1).expand(attended.shape[:2]).flatten()
+        )
+    return loss
 
 
-def loss_of(mix: str, regulariser: float = 0.0) -> Loss:
+def loss_of(mix: str, regulariser: float = 0.0, layer_loss: float = 0.0) -> Loss:
     """attentive_loss with its settings."""
-    return partial(attentive_loss, mix=mix, regulariser=regulariser)
+    return partial(attentive_loss, mix=mix, regulariser=regulariser, layer_loss=layer_loss)
 
 
 def train_step(
@@ -301,27 +312,28 @@ class CapturedStep:
     """Whole training steps as one CUDA graph, from what a step is given to the update. A replay costs Python a few
     small launches, so that the GPU sets the pace.
 
-    All of it runs on a stream of its own, so that several runs' steps run side by side. The first three steps are taken
-    as usual: they make what the graph may not (cuDNN's plans, compiled kernels, momentum). The optimizer must be fused:
-    others read the rate back.
+    All of it runs on a stream of its own, so that several runs' steps run side by side. The first steps are taken as
+    usual: they make what the graph may not (cuDNN's plans, compiled kernels, momentum; of several processes, the
+    buckets that DistributedDataParallel sorts gradients into and what it times of its first ten steps). The optimizer
+    must be fused: others read the rate back.
     """
 
-    WARM_UP = 3
+    WARM_UP, WARM_UP_OF_SEVERAL = 3, 11
 
     def __init__(
         self,
         inputs_of: Callable[[int], tuple[Tensor, ...]],
         take: Callable[..., Tensor],
         optimizer: torch.optim.Optimizer,
-        device: torch.device,
+        stream: torch.cuda.Stream,
+        warm_up: int = WARM_UP,
     ) -> None:
         """inputs_of(step): what a step is given, tensors of the same shapes at every step; not captured.
-        take(*inputs): one whole step; the loss.
+        take(*inputs): one whole step; the loss. warm_up: how many steps come before the graph.
         """
-        self._inputs_of, self._take, self._graph, self._taken = inputs_of, take, None, 0
+        self._inputs_of, self._take, self._graph, self._left = inputs_of, take, None, warm_up
         self._inputs: tuple[Tensor, ...] = ()  # where replays find theirs
-        self._rate = torch.zeros((), device=device)
-        self._stream = torch.cuda.Stream(device)
+        self._rate, self._stream = torch.zeros((), device=stream.device), stream
         for group in optimizer.param_groups:
             group["lr"] = self._rate
 
@@ -331,12 +343,13 @@ class CapturedStep:
         with torch.cuda.stream(self._stream):
             inputs = self._inputs_of(step)
             self._rate.fill_(rate)
-            if self._taken < self.WARM_UP:
-                self._taken += 1
+            if self._left > 0:
+                self._left -= 1
                 return self._take(*inputs)
             if self._graph is None:
                 self._graph, self._inputs = torch.cuda.CUDAGraph(), tuple(value.clone() for value in inputs)
-                with torch.cuda.graph(self._graph, stream=self._stream):  # records, runs nothing
+                # Records, runs nothing. Threads that read images or watch NCCL are none of its business.
+                with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
                     self._loss = self._take(*self._inputs)
             for mine, value in zip(self._inputs, inputs):
                 mine.copy_(value)
@@ -392,8 +405,8 @@ def training_steps(
 
     batch_of: images and labels of a step, a function of its number alone or, with inputs_of, of what that makes of the
     number. on_step: called with the step and the loss of every line of the log. evaluate: what to log with every
-    `evaluate_every` steps and the last one, by step. forward: the model as it is called, compiled or wrapped for
-    several `processes`. mixed: bfloat16 on a GPU.
+    `evaluate_every` steps and the last one, by step. forward: the model as it is called, if it is compiled. processes:
+    which share each batch. mixed: bfloat16 on a GPU.
     capture: take whole steps as a CUDA graph, batch_of among them: without inputs_of it must take the number as a
     tensor, and nothing in it may wait for the device.
     Metrics: step (from 1), loss (its mean over the steps since the last line, and over processes), learning_rate; a
@@ -406,9 +419,18 @@ def training_steps(
     if inputs_of is None:
         inputs_of = (lambda step: (torch.full((), step, device=device),)) if capture else (lambda step: (step,))
     if capture:
+        stream, warm_up = torch.cuda.Stream(device), CapturedStep.WARM_UP
+        if processes is not None and processes.world > 1:
+            warm_up = CapturedStep.WARM_UP_OF_SEVERAL
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # gradients are added up on the stream where the wrapper was made
+                forward = processes.wrapped(forward)
         captured = CapturedStep(
-            inputs_of, lambda *inputs: _descend(forward, optimizer, batch_of(*inputs), loss, mixed), optimizer, device
-        )
+            inputs_of, lambda *inputs: _descend(forward, optimizer, batch_of(*inputs), loss, mixed), optimizer, stream,
+            warm_up,
+        )  # fmt: skip
+    elif processes is not None:
+        forward = processes.wrapped(forward)
     model.train()
     for step in range(run.step + 1, recipe.steps + 1):
         rate = recipe.rate(step)

@@ -1,0 +1,95 @@
+"""The operators on values that were copied to the GPU, and next to nothing of PyTorch's: for initcheck (sanitizer.py).
+
+It knows what copies and the kernels that it looks at have written, and takes everything else for uninitialised: in
+another test the results of PyTorch's own kernels, which are too many and too large to be looked at as well. Here, too,
+memory is what the allocator hands out, where other tests find NaN in it.
+"""
+
+import pytest
+import torch
+from layers import LAYOUTS
+
+from ar_kernels import ops
+
+pytestmark = pytest.mark.gpu
+
+POINTWISE = {
+    "small": {},
+    "split over positions": {"n": 1, "c": 40, "h": 17, "w": 19},
+    "more images than programs": {"n": 300, "c": 8},
+    "aligned rows": {"c": 32, "h": 8, "w": 16},
+    "channels in parts": {"c": 160, "h": 4, "w": 8},
+    "channels in chunks": {"n": 2, "c": 530, "h": 4, "w": 9},
+    "many heads": {"c": 70, "k": 60},
+}
+SPATIAL = {
+    "small": {},
+    "split over positions": {"n": 1, "c": 40, "h": 17, "w": 19},
+    "bands": {"n": 2, "c": 16, "h": 30, "w": 20},
+    "a band of each line": {"n": 1, "c": 4, "h": 3, "w": 260},
+    "channels in chunks": {"n": 2, "c": 200, "h": 4, "w": 8},
+    "sums over channels by several programs": {"n": 2, "c": 264, "h": 2, "w": 3},
+}
+
+
+class Values:
+    """Random ones, drawn and laid out on the CPU; a copy keeps the strides of what has no gaps."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.generator = device, torch.Generator().manual_seed(0)
+
+    def __call__(self, *shape: int, dtype: torch.dtype, layout=None, scale: float = 1.0) -> torch.Tensor:
+        value = (torch.randn(shape, generator=self.generator) * scale).to(dtype)
+        if layout is None:
+            return value.to(self.device)
+        placed = layout(value)
+        storage = torch.empty(0, dtype=dtype).set_(placed.untyped_storage()).to(self.device)
+        return storage.as_strided(placed.shape, placed.stride(), placed.storage_offset())
+
+    def like(self, value: torch.Tensor) -> torch.Tensor:
+        return self(*value.shape, dtype=value.dtype)
+
+
+def assert_finite(results: tuple[torch.Tensor, ...]) -> None:
+    assert all(value.cpu().isfinite().all() for value in results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("taps", "shape"), [*((1, shape) for shape in POINTWISE), *((9, shape) for shape in SPATIAL)], ids=str
+)
+def test_attend(taps, shape, layout, dtype, fused, device):
+    if layout in ("batch_last", "slice") and (shape != "small" or dtype != torch.bfloat16):
+        pytest.skip("addresses alone differ")
+    sizes = {"n": 3, "c": 5, "h": 3, "w": 4, "k": 3} | (POINTWISE if taps == 1 else SPATIAL)[shape]
+    n, c, h, w, k = sizes.values()
+    values, operators, kernel = Values(device), ops._operators(fused), () if taps == 1 else (3, 3)
+    z = values(n, c, h, w, dtype=dtype, layout=LAYOUTS[layout])
+    weight, score_weight = (values(k + 2, c, *kernel, dtype=dtype, scale=0.125) for _ in range(2))
+    biases = [values(k + 2, dtype=dtype) for _ in range(2)]
+    last = layout == "channels_last"
+    if taps == 1:
+        saved = operators.gated_attend(z, weight, biases[0], score_weight, biases[1], k, True, True)
+    else:
+        saved = operators.gated_attend3x3(z, weight, biases[0], score_weight, biases[1], k, True)
+    assert_finite(saved)
+    pooled, lse, logits, scores, gates, _, _ = saved
+    kept = (pooled, lse, scores, gates) if taps == 1 else (pooled, lse, logits, scores, gates)
+    grads = [values.like(value) for value in (*saved, z)]
+    for wanted in ((*grads, True, True, True, last), (grads[0], *[None] * 7, True, True, True, last)):
+        if taps == 1:
+            assert_finite(operators.gated_attend_backward(z, weight, biases[0], score_weight, *kept, *wanted))
+        else:
+            assert_finite(operators.gated_attend3x3_backward(z, weight, score_weight, *kept, *wanted))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mix", ["logit", "log", "prob"])
+def test_rectify(mix, dtype, fused, device):
+    values, operators = Values(device), ops._operators(fused)
+    hypotheses, scores = values(3, 4, 37, dtype=dtype), values(3, 4, dtype=torch.float32)
+    output, lse = operators.rectify(hypotheses, scores, mix, "softmax")
+    grad = values.like(output)
+    gradients = operators.rectify_backward(grad, hypotheses, scores, output, lse, mix, "softmax")
+    assert_finite((output, *gradients))
