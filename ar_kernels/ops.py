@@ -530,7 +530,7 @@ class _GatedAttendBackward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:5], *inputs[10:18])
-        ctx.gated_heads, ctx.wants_mean, ctx.taps_first = *inputs[18:20], inputs[25]
+        (ctx.gated_heads, ctx.wants_mean), ctx.taps_first = inputs[18:20], inputs[25]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -567,7 +567,8 @@ def gated_attend(
 ) -> GatedAttended:
     """One fused pass: K heads w [K, C] attend to z, the first gated_heads of them are gated, and output_w [L, K'·C]
     makes their hypothesis; 3×3 heads: [K, C, 3, 3], [L, K'·C·9]. implementation: "triton" or "native". taps_first, for
-    "triton" and without output_w: the features of 3×3 heads are [N, K'·9·C], not [N, K'·C·9]. Other arguments as in eager.gated_attend; fields that were not asked for are None, but for the logits of 3×3 heads."""
+    "triton" and without output_w: the features of 3×3 heads are [N, K'·9·C], not [N, K'·C·9]. Other arguments as in
+    eager.gated_attend; fields that were not asked for are None, but for the logits of 3×3 heads."""
     through = tap and z.requires_grad  # a frozen map stays frozen
     outputs = _apply(
         _GatedAttend, z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, through,
@@ -580,7 +581,7 @@ def gated_attend(
 
 
 class _HeadHypotheses(torch.autograd.Function):
-    """(features [N, K, F], weight [K, L, F], rows) → [K, N, L]: a batched product whose gradients lie in memory as their
+    """(features [N, K, F], weight [K, L, F], rows) → [K, N, L]: a batched product whose gradients lie in memory as the
     inputs do. Autograd's own would lie transposed, and the weight's would be copied when it is added to .grad. rows:
     the weight in the features' dtype, not differentiated, or None where that is its own; then its gradient is not
     rounded to that dtype on a GPU, where products can be stored in float32.

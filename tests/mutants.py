@@ -96,7 +96,7 @@ HAND_MADE = [
     # operators and their derivatives
     ("the bias's gradient of lse alone", f"{PACKAGE}ops.py", "        db = db + grad_logits.sum(dim=(0, 2))\n", "        pass\n"),
     ("gradients in the map's layout, never its own", f"{PACKAGE}ops.py", "return z.stride(1) < z.stride(-1)", "return False"),
-    ("an upstream gradient lost where nothing else is used", f"{PACKAGE}ops.py", "return upstream, None, None, None, None, doutput_w, *[None] * 5", "return None, None, None, None, None, doutput_w, *[None] * 5"),
+    ("an upstream gradient lost where nothing else is used", f"{PACKAGE}ops.py", "return upstream, None, None, None, None, doutput_w, *[None] * 6", "return None, None, None, None, None, doutput_w, *[None] * 6"),
     ("no gradients of no images", f"{PACKAGE}ops.py", "    dz, dw, dscore_w, dscore_b = gradients\n    if z.shape[0] == 0:\n        for gradient in gradients:\n            gradient.zero_()\n", "    dz, dw, dscore_w, dscore_b = gradients\n    if z.shape[0] == 0:\n"),
     ("double backward of the wrong inputs", f"{PACKAGE}ops.py", "_double_backward(forward, inputs, (0, 1, 3, 4),", "_double_backward(forward, inputs, (1, 0, 3, 4),"),
     ("double backward in autocast", f"{PACKAGE}ops.py", "    with autocast_off(values[0]):\n        results", "    with nullcontext():\n        results"),

@@ -7,7 +7,7 @@ them from there. The same kernel makes dA of the pooled features' gradients. Poo
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -743,9 +743,7 @@ def _backward_plan(
     parts = images, 6, chunks, heads
     constants = {"C": channels, "HEADS": heads, "GATED": gated, "C_TILE": tile, "TAPS_FIRST": taps_first, "ACC": acc}
     constants |= {"num_warps": 4, "maxnreg": MOST_REGISTERS}
-    gate_sums = Launch(
-        gradient_sums_kernel, (images, chunks, heads), (), MOST=dtype == torch.float16, **constants
-    )
+    gate_sums = Launch(gradient_sums_kernel, (images, chunks, heads), (), MOST=dtype == torch.float16, **constants)
     gates = Launch(
         gate_gradient_kernel, (images, chunks, heads), (), K_TILE=next_power_of_2(heads), CHUNKS=chunks,
         CHUNK_TILE=next_power_of_2(chunks), **constants,
