@@ -359,3 +359,20 @@ def test_random_cases_in_the_interpreter(shard, request, device):
         pytest.skip("on a GPU every case runs the Triton kernels")
     count = number_of_cases(request, device) // 40 // 2
     run_cases(cases(small=True), count, 100 + shard, ["triton"], device)
+
+
+# ---------------------------------------------------------------------------------------------- failures it found
+
+
+@pytest.mark.parametrize("taps", [1, 9])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_masks_of_one_position_have_no_gradient(dtype, taps, fused, device):
+    """δ once was made of dP unrounded, dA of dP as it was rounded for a product: their difference is not 0."""
+    case = Case(
+        "module", dtype, torch.float32, channels=8, heads=1, taps=taps, globals=2, gated=False,
+        biases=(True, False, False), by_head=False, asked=(False, False, False, True),
+        frozen="weights", order=(0, 1, 2, 3), gap=0, expanded=(False,) * 4, gradients="contiguous",
+        mix="log", gating="softmax", listed=True,
+        images=1, height=1, width=1, labels=1,
+    )  # fmt: skip
+    check(case, [fused], device)

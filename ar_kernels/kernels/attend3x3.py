@@ -77,13 +77,13 @@ def tap_sums_kernel(
     z, weights, b, logits, lse, delta, grad_lse, grad_logits, scale, scratch, maps,
     items, bands, lines, pitch, height, width, z_n, z_c, z_h, z_w,
     C: tl.constexpr, HEADS: tl.constexpr, OF_IMAGE: tl.constexpr,
-    R_TILE: tl.constexpr, C_TILE: tl.constexpr, S_TILE: tl.constexpr, K_TILE: tl.constexpr,
+    R_TILE: tl.constexpr, C_TILE: tl.constexpr, S_TILE: tl.constexpr, K_TILE: tl.constexpr, PARTS: tl.constexpr,
     UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Σ_τ rows[tap τ] · Z_{s+τ} for the `lines` lines of a band. Forward: rows W_H, the sum is the logits. Backward
     (OF_IMAGE): rows dP of each image, the sum is dA; writes a and dℓ = a ⊙ (dA - δ + dlse) + direct, times scale, into
-    maps [N, 2, H+2, W+2, K]."""
+    maps [N, 2, H+2, W+2, K]. dP and δ, whose parts lie in delta [N, PARTS, K], come scaled."""
     positions = height * width
     rows = tl.arange(0, R_TILE)
     heads = tl.arange(0, K_TILE)
@@ -130,13 +130,15 @@ def tap_sums_kernel(
                 of_head = heads < HEADS
                 log_sum = tl.load(lse + row, mask=of_head, other=0.0)
                 a = tl.exp(tl.load(logits + at, mask=real, other=float("-inf")) - log_sum[:, None])
-                shift = tl.load(delta + row, mask=of_head, other=0.0)
-                if grad_lse is not None:
-                    shift -= tl.load(grad_lse + row, mask=of_head, other=0.0).to(ACC)
                 factor = 1.0
-                if scale is not None:  # dP comes scaled, δ and the direct gradients do not
+                if scale is not None:
                     factor = tl.load(scale + n)
-                dl = a * (total - shift[:, None] * factor)
+                shift = tl.zeros([K_TILE], ACC)
+                for part in range(PARTS):
+                    shift += tl.load(delta + (n * PARTS + part) * HEADS + heads, mask=of_head, other=0.0)
+                if grad_lse is not None:
+                    shift -= tl.load(grad_lse + row, mask=of_head, other=0.0).to(ACC) * factor
+                dl = a * (total - shift[:, None])
                 if grad_logits is not None:
                     dl += tl.load(grad_logits + at, mask=real, other=0.0).to(ACC) * factor
                 frame = (height + 2) * (width + 2) * HEADS
@@ -329,37 +331,30 @@ def gradient_sums_kernel(
     C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, C_TILE: tl.constexpr, TAPS_FIRST: tl.constexpr,
     MOST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One program: some channels of one head of one image. Of dx, W_G and the direct gradient, parts [N, 6, chunks, K]:
-    their sums with P and, if MOST, the largest of each."""
+    """One program: some channels of one head of one image. parts [N, 4, chunks, K]: dx·P and, if MOST, the largest of
+    dx, W_G and the direct gradient."""
     n, chunk, k = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     first = chunk * C_TILE
     c = first + tl.arange(0, C_TILE)
     chunks = tl.num_programs(1)
-    p = _of_head(pooled, n, k, c, C, HEADS)
-    at = parts + (n * (6 * chunks) + chunk) * HEADS + k
+    at = parts + (n * (4 * chunks) + chunk) * HEADS + k
     if grad_features is not None:
         dx = _load_features(grad_features, n, k, first, C, GATED, C_TILE, TAPS_FIRST).to(ACC)
-        tl.store(at, _one_number(dx * p))
+        tl.store(at, _one_number(dx * _of_head(pooled, n, k, c, C, HEADS)))
         if MOST:
-            tl.store(at + 3 * chunks * HEADS, _most(dx))
-    if score_w is not None:
-        weight = _of_head(score_w, 0, k, c, C, HEADS).to(ACC)
-        tl.store(at + chunks * HEADS, _one_number(weight * p))
-        if MOST:
-            tl.store(at + 4 * chunks * HEADS, _most(weight))
-    if grad_pooled is not None:
-        direct = _of_head(grad_pooled, n, k, c, C, HEADS).to(ACC)
-        tl.store(at + 2 * chunks * HEADS, _one_number(direct * p))
-        if MOST:
-            tl.store(at + 5 * chunks * HEADS, _most(direct))
+            tl.store(at + chunks * HEADS, _most(dx))
+    if MOST and score_w is not None:
+        tl.store(at + 2 * chunks * HEADS, _most(_of_head(score_w, 0, k, c, C, HEADS).to(ACC)))
+    if MOST and grad_pooled is not None:
+        tl.store(at + 3 * chunks * HEADS, _most(_of_head(grad_pooled, n, k, c, C, HEADS).to(ACC)))
 
 
 @triton.jit
 def _of_chunks(parts, n, which, heads, HEADS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK_TILE: tl.constexpr):
-    """One of gradient_sums_kernel's six numbers: [chunk_tile, K_tile], 0 outside."""
+    """One of gradient_sums_kernel's four numbers: [chunk_tile, K_tile], 0 outside."""
     chunks = tl.arange(0, CHUNK_TILE)[:, None]
     real = (chunks < CHUNKS) & (heads < HEADS)[None, :]
-    return tl.load(parts + ((n * 6 + which) * CHUNKS + chunks) * HEADS + heads[None, :], mask=real, other=0.0)
+    return tl.load(parts + ((n * 4 + which) * CHUNKS + chunks) * HEADS + heads[None, :], mask=real, other=0.0)
 
 
 @triton.jit
@@ -369,10 +364,10 @@ def gate_gradient_kernel(
     C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, C_TILE: tl.constexpr, K_TILE: tl.constexpr,
     CHUNKS: tl.constexpr, CHUNK_TILE: tl.constexpr, TAPS_FIRST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One program: some channels of one head of one image. dt, dP_k = g_k dx_k + dt_k W_G[k] + direct, δ_k = dP_k·P_k.
-    scale: of a float16 image a power of two for dP and dℓ: gradients of a mean loss are below what float16 holds;
-    largest_direct [N]: the largest direct |dℓ| and |dlse|, which take it too. What is of an image every program of it
-    stores, the same."""
+    """One program: some channels of one head of one image. dt, dP_k = g_k dx_k + dt_k W_G[k] + direct, and a part of
+    δ_k = dP_k·P_k, delta [N, chunks, K]. scale: of a float16 image a power of two for dP, δ and dℓ: gradients of a mean
+    loss are below what float16 holds; largest_direct [N]: the largest direct |dℓ| and |dlse|, which take it too. What
+    is of an image every program of it stores, the same."""
     n, first, k = tl.program_id(0).to(tl.int64), tl.program_id(1) * C_TILE, tl.program_id(2)
     heads = tl.arange(0, K_TILE)
     c = first + tl.arange(0, C_TILE)
@@ -392,21 +387,15 @@ def gate_gradient_kernel(
         d += g * (dg - tl.sum(g * dg, axis=0)) * (1.0 - hyperbolic * hyperbolic)
     if dt is not None:
         tl.store(dt + n * HEADS + heads, d, mask=heads < HEADS)
-    shift = g * of_features
-    if score_w is not None:
-        shift += d * tl.sum(_of_chunks(parts, n, 1, heads, HEADS, CHUNKS, CHUNK_TILE), axis=0)
-    if grad_pooled is not None:
-        shift += tl.sum(_of_chunks(parts, n, 2, heads, HEADS, CHUNKS, CHUNK_TILE), axis=0)
-    tl.store(delta + n * HEADS + heads, shift, mask=heads < HEADS)
     factor = 1.0
     if scale is not None:
         bound = tl.zeros([K_TILE], ACC)
         if grad_features is not None:
-            bound += tl.abs(g) * tl.max(_of_chunks(parts, n, 3, heads, HEADS, CHUNKS, CHUNK_TILE), axis=0)
+            bound += tl.abs(g) * tl.max(_of_chunks(parts, n, 1, heads, HEADS, CHUNKS, CHUNK_TILE), axis=0)
         if score_w is not None:
-            bound += tl.abs(d) * tl.max(_of_chunks(parts, n, 4, heads, HEADS, CHUNKS, CHUNK_TILE), axis=0)
+            bound += tl.abs(d) * tl.max(_of_chunks(parts, n, 2, heads, HEADS, CHUNKS, CHUNK_TILE), axis=0)
         if grad_pooled is not None:
-            bound += tl.max(_of_chunks(parts, n, 5, heads, HEADS, CHUNKS, CHUNK_TILE), axis=0)
+            bound += tl.max(_of_chunks(parts, n, 3, heads, HEADS, CHUNKS, CHUNK_TILE), axis=0)
         most = tl.max(bound, axis=0)
         if largest_direct is not None:
             most = tl.maximum(most, tl.load(largest_direct + n))
@@ -424,7 +413,11 @@ def gate_gradient_kernel(
         grad += _of_head(grad_pooled, n, k, c, C, HEADS).to(ACC)
     taps = tl.arange(0, 16)[:, None]
     rows = dp + ((n * 9 + taps) * HEADS + k) * C + c[None, :]
-    tl.store(rows, (grad * factor).to(dp.dtype.element_ty), mask=(taps < 9) & (c < C)[None, :])
+    rounded = (grad * factor).to(dp.dtype.element_ty)
+    tl.store(rows, rounded, mask=(taps < 9) & (c < C)[None, :])
+    # δ is made of dP as it was rounded, so that Σ_s dℓ stays 0 however much of dA all positions share.
+    part = _one_number(rounded.to(ACC) * _of_head(pooled, n, k, c, C, HEADS))
+    tl.store(delta + (n * CHUNKS + tl.program_id(1)) * HEADS + k, part)
 
 
 @triton.jit(do_not_specialize=["items", "splits", "split_length"])
@@ -576,7 +569,7 @@ class _Sums(NamedTuple):
     scratch: tuple[int, int, int]
 
 
-def _tap_sums(cut: _Cut, images: int, heads: int, of_image: bool) -> _Sums:
+def _tap_sums(cut: _Cut, images: int, heads: int, of_image: bool, parts: int = 1) -> _Sums:
     height, width = cut.sizes[:2]
     most = 128 if cut.hopper else 64
     tile = min(max(32, 8192 // cut.row_tile), most, max(32, next_power_of_2(height * width))) if cut.half else 32
@@ -608,7 +601,7 @@ def _tap_sums(cut: _Cut, images: int, heads: int, of_image: bool) -> _Sums:
     bands = -(-height // lines)
     launch = Launch(
         tap_sums_kernel, (programs,), (images * bands, bands, lines, pitch, *cut.sizes), **cut.constants,
-        OF_IMAGE=of_image, C_TILE=channel_tile, S_TILE=tile, K_TILE=next_power_of_2(heads),
+        OF_IMAGE=of_image, C_TILE=channel_tile, S_TILE=tile, K_TILE=next_power_of_2(heads), PARTS=parts,
         num_warps=4 if cut.half and cut.row_tile <= 64 else 8, num_stages=cut.stages, maxnreg=cut.maxnreg,
     )  # fmt: skip
     return _Sums(launch, (programs, TAPS * heads, pitch))
@@ -714,6 +707,7 @@ def attend3x3_forward(
 class _Backward(NamedTuple):
     gate_sums: Launch
     parts: tuple[int, ...]
+    deltas: tuple[int, ...]
     gates: Launch
     sums: _Sums | None
     gradient: Launch | None
@@ -740,7 +734,7 @@ def _backward_plan(
     images, channels = sizes[:2]
     acc = accumulator(dtype)
     tile, chunks = _channel_chunks(channels)
-    parts = images, 6, chunks, heads
+    parts, deltas = (images, 4, chunks, heads), (images, chunks, heads)
     constants = {"C": channels, "HEADS": heads, "GATED": gated, "C_TILE": tile, "TAPS_FIRST": taps_first, "ACC": acc}
     constants |= {"num_warps": 4, "maxnreg": MOST_REGISTERS}
     gate_sums = Launch(gradient_sums_kernel, (images, chunks, heads), (), MOST=dtype == torch.float16, **constants)
@@ -772,14 +766,14 @@ def _backward_plan(
             DZ_UNIT=dz.unit, DZ_VECTOR=dz.vector, num_stages=2 if cut.half else 1,
             num_warps=4 if cut.hopper and cut.half and cut.row_tile <= 64 else 8, maxnreg=cut.maxnreg,
         )  # fmt: skip
-        sums = _tap_sums(cut, images, heads, True)
+        sums = _tap_sums(cut, images, heads, True, deltas[1])
     if has_dw or has_dt:
         tile = min(64, next_power_of_2(channels))
         weights = Launch(
             weight_sums_kernel, (TAPS * heads * (has_dw + has_dt), -(-channels // tile)), (programs, images),
             C=channels, HEADS=heads, TAPS=TAPS, C_TILE=tile, R_TILE=64, num_warps=4,
         )  # fmt: skip
-    return _Backward(gate_sums, parts, gates, sums, gradient, programs, weights)
+    return _Backward(gate_sums, parts, deltas, gates, sums, gradient, programs, weights)
 
 
 def attend3x3_backward(
@@ -815,7 +809,7 @@ def attend3x3_backward(
         float32_precision(z.dtype), taps_first,
     )  # fmt: skip
     dp = z.new_empty(images, TAPS, heads, channels)
-    delta = lse.new_empty(images, heads)
+    delta = lse.new_empty(plan.deltas)
     dt = None if dscore_w is None else lse.new_empty(images, heads)
     scale = unscale = largest_direct = None
     if z.dtype == torch.float16:
