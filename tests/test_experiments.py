@@ -1,5 +1,7 @@
 """Runs that are killed and resumed, their files, the pictures, and the demo's command line."""
 
+import copy
+import errno
 import io
 import json
 import os
@@ -8,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,7 +25,7 @@ import ar_kernels
 from ar_kernels import native
 from ar_kernels.attend_rectify import Rectified
 from ar_kernels.experiments import __main__ as command_line
-from ar_kernels.experiments import demo, figures
+from ar_kernels.experiments import demo, figures, training
 from ar_kernels.experiments.files import write_atomically
 from ar_kernels.experiments.progress import progress_bar
 from ar_kernels.experiments.training import Recipe, Run, accuracy, read_checkpoint, train
@@ -99,6 +102,63 @@ def test_a_finished_run_resumes_to_itself(tmp_path):
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     small_run(tmp_path / "two", resume=True)
     assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
+def test_a_checkpoint_is_of_its_step_however_late_it_is_written(tmp_path, monkeypatch, device):
+    """Training goes on meanwhile, in the same tensors."""
+    go_on = threading.Event()
+
+    def late(path: Path, write) -> None:
+        assert go_on.wait(30)
+        write_atomically(path, write)
+
+    monkeypatch.setattr(training, "write_atomically", late)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)).to(device, memory_format=torch.channels_last)
+    optimizer = RECIPE.optimizer(model)
+    with Run(tmp_path, IDENTITY) as run:
+        for step in (1, 2):
+            model(torch.randn(4, 3, 8, 8, device=device)).square().sum().backward()
+            optimizer.step()
+            if step == 1:
+                run.save(step, model, optimizer)
+                saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        assert not run.checkpoint.exists()
+        go_on.set()
+    state = read_checkpoint(run.checkpoint)
+    assert state["step"] == 1
+    for mine, kept in zip(saved, (state["model"], state["optimizer"])):
+        assert_identical(on_cpu(mine), on_cpu(kept))
+
+
+def on_cpu(value: object) -> object:
+    """Plain dicts, tensors on the CPU."""
+    if isinstance(value, dict):
+        return {key: on_cpu(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [on_cpu(entry) for entry in value]
+    return value.cpu() if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_full_disk_stops_the_run_and_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, last):
+    """What a write raises, the next save raises, or the end of the run."""
+    writes = []
+
+    def full(path: Path, write) -> None:
+        writes.append(path)
+        if len(writes) > 1 + last:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_atomically(path, write)
+
+    monkeypatch.setattr(training, "write_atomically", full)
+    with pytest.raises(OSError, match="No space left"):
+        small_run(tmp_path)
+    assert read_checkpoint(tmp_path / "checkpoint.pt")["step"] == (10 if last else 5)
+    monkeypatch.undo()
+    small_run(tmp_path, resume=True)
+    small_run(tmp_path / "unbroken")
+    assert_same_run(tmp_path, tmp_path / "unbroken")
 
 
 def test_without_resume_a_run_starts_anew(tmp_path):

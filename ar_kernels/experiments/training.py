@@ -11,6 +11,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -95,6 +96,8 @@ class Run:
     def __init__(self, folder: str | Path, identity: Identity, resume: bool = False, writes: bool = True) -> None:
         self.folder, self.identity, self.step = Path(folder), identity, 0
         self._checkpoint, self._log = None, None
+        self._writer = ThreadPoolExecutor(1)
+        self._written: tuple[Future, dict] | None = None
         if resume and self.checkpoint.exists():
             self._checkpoint = read_checkpoint(self.checkpoint)
             _check_identity(self.checkpoint, self._checkpoint["identity"], identity)
@@ -138,31 +141,59 @@ class Run:
         self._log.flush()
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Writes the checkpoint that follows `step`."""
+        """Writes the checkpoint that follows `step`, while training goes on: it is on disk once the next save() or
+        close() returns, which raise what writing it raised.
+        """
         if self._log is None:
             return
-        os.fsync(self._log.fileno())  # the metrics that the checkpoint counts on reach the disk before it does
+        self._finish()
         state = {
             "identity": self.identity,
             "step": step,
             "metrics_bytes": self._log.tell(),
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "model": _copied(model.state_dict()),
+            "optimizer": _copied(optimizer.state_dict()),
         }
-        write_atomically(self.checkpoint, lambda file: torch.save(state, file))
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # the copies have arrived
+        # The state is kept until the next save, so that no other thread frees memory that CUDA copied to.
+        self._written = self._writer.submit(self._write, state), state
         self.step = step
 
+    def _write(self, state: dict) -> None:
+        os.fsync(self._log.fileno())  # the metrics that the checkpoint counts on reach the disk before it does
+        write_atomically(self.checkpoint, lambda file: torch.save(state, file))
+
+    def _finish(self) -> None:
+        if self._written is not None:
+            (done, _), self._written = self._written, None
+            done.result()
+
     def close(self) -> None:
-        """Closes metrics.jsonl, safe on disk."""
-        if self._log is not None:
-            os.fsync(self._log.fileno())
-            self._log.close()
+        """Closes metrics.jsonl, safe on disk, once the last checkpoint is."""
+        try:
+            self._finish()
+        finally:
+            self._writer.shutdown()
+            if self._log is not None:
+                os.fsync(self._log.fileno())
+                self._log.close()
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _copied(value: Any) -> Any:
+    """A state_dict whose tensors are copies on the CPU; a GPU's may arrive later."""
+    if isinstance(value, Tensor):
+        copy = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)  # pinned: several times as fast
+        return copy.copy_(value.detach(), non_blocking=True)
+    if isinstance(value, dict):
+        return {key: _copied(entry) for key, entry in value.items()}
+    return [_copied(entry) for entry in value] if isinstance(value, list) else value
 
 
 def read_metrics(folder: str | Path) -> list[dict]:
