@@ -1,4 +1,4 @@
-"""A GPU that is not the current one (not run so far: it takes two), several streams, and a training step as one CUDA
+"""A GPU that is not the current one (it takes two), several streams, and a training step as one CUDA
 graph."""
 
 import copy

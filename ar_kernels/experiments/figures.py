@@ -212,9 +212,12 @@ def draw_exits(
     """
     figure, canvas = _figure(7, 4.6)
     axes = figure.add_subplot(1, 1, 1)
+    first = next(iter(saved.values()))
+    order = sorted(range(len(first)), key=lambda point: first[point])  # a curve goes from what saves least to most
     for index, (what, shares) in enumerate(saved.items()):
-        axes.plot(shares, accuracies, marker="o", markersize=4, linewidth=1.6, label=what, alpha=0.5 if index else 1)
-    for x, y, name in zip(next(iter(saved.values())), accuracies, names):
+        points = [shares[point] for point in order], [accuracies[point] for point in order]
+        axes.plot(*points, marker="o", markersize=4, linewidth=1.6, label=what, alpha=0.5 if index else 1)
+    for x, y, name in zip(first, accuracies, names):
         axes.annotate(name, (x, y), textcoords="offset points", xytext=(4, 5), fontsize=7)
     axes.set_xlabel("saved, %", fontsize=9)
     axes.set_ylabel("test accuracy, %", fontsize=9)
