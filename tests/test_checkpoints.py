@@ -10,6 +10,7 @@ import pickle
 import random
 import resource
 import signal
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -299,6 +300,7 @@ def test_no_space_left_while_saving(share, tmp_path, monkeypatch):
 
     def on_step(step: int, loss: float) -> None:
         if step == 3:
+            until_written(folder)
             fill(monkeypatch, space)
 
     with pytest.raises((OSError, RuntimeError)) as raised:
@@ -316,6 +318,7 @@ def test_files_may_not_grow_while_saving(tmp_path):
 
     def on_step(step: int, loss: float) -> None:
         if step == 3:
+            until_written(folder)
             resource.setrlimit(resource.RLIMIT_FSIZE, (half, limits[1]))
 
     try:
@@ -326,6 +329,12 @@ def test_files_may_not_grow_while_saving(tmp_path):
         signal.signal(signal.SIGXFSZ, handler)
     assert is_of_the_disk(raised.value, errno.EFBIG), repr(raised.value)
     check_and_resume(folder, tmp_path / "source")
+
+
+def until_written(folder: Path) -> None:
+    """Training goes on while its checkpoint is written."""
+    while not (folder / "checkpoint.pt").exists():
+        time.sleep(0.01)
 
 
 def is_of_the_disk(error: BaseException | None, number: int) -> bool:
