@@ -13,6 +13,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # tests share the cores; else each starts one per core
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped, saying so, without --device cuda")
     if config.getoption("--device") == "cpu" and importlib.util.find_spec("triton"):
         os.environ["TRITON_INTERPRET"] = "1"  # before @triton.jit runs
