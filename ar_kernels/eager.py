@@ -46,6 +46,19 @@ def _finite(lse: Tensor) -> Tensor:
     return torch.where(lse.isinf(), torch.nan, lse)
 
 
+def pooled_masks(masks: Tensor) -> Tensor:
+    """M: A [N, K, H, W], averaged over 2×2 positions, as [N, K, ⌊H/2⌋·⌊W/2⌋] in the dtype that sums are kept in."""
+    masks = masks.to(accumulator_dtype(masks.dtype))
+    return F.avg_pool2d(masks, tuple(min(side, 2) for side in masks.shape[2:])).flatten(2)
+
+
+def off_diagonal_gram(pooled: Tensor) -> Tensor:
+    """E = M Mᵀ with a zero diagonal: [N, K, S] → [N, K, K]."""
+    gram = torch.bmm(pooled, pooled.mT)
+    gram.diagonal(dim1=1, dim2=2).zero_()
+    return gram
+
+
 def shifted_masks(masks: Tensor) -> Tensor:
     """A_{k, s-τ} for the nine taps τ = (dy, dx), 0 outside the grid: [N, K, H, W] → [N, K, 9, S].
 

@@ -192,6 +192,13 @@ def _choose(implementation: str | None, data: Tensor, mask_weight: Tensor | None
     raise ImplementationUnavailable(f"implementation {name!r} cannot run: {reason}")
 
 
+def _masks(name: str, logits: Tensor, lse: Tensor, heads: int) -> Tensor:
+    """A of the first `heads` heads, [N, heads, S]."""
+    if name == "triton":
+        return ops.attention_masks(logits, lse, heads)
+    return eager.attention_masks(logits[:, :heads], lse[:, :heads])
+
+
 # ---------------------------------------------------------------------------------------------- attend
 
 
@@ -246,7 +253,7 @@ def attend(
         shape = lse.shape + feature_map.shape[2:]
         attention = None
         if maps is not None and wants_logits:
-            attention = eager.attention_masks(maps, lse).reshape(shape) if masks else None
+            attention = _masks(name, maps, lse, heads).reshape(shape) if masks else None
             maps = maps.reshape(shape)
         return Attended(
             pooled,
@@ -356,13 +363,13 @@ def attention_module(
                 tapped = feature_map
             assert gates is not None and features is not None  # there are gated heads
             if hypothesis is None:
-                features = features.unflatten(1, (heads, 9, -1) if taps_first else (heads, feature_map.shape[1], -1))
-                products = ops.head_hypotheses(features.mT if taps_first else features, output_weight)
-                hypothesis = products.sum(dim=1)  # which PyTorch adds up in float32
+                if not taps_first and ops.is_taps_first(output_weight):
+                    features = features.unflatten(1, (heads, -1, 9)).mT.flatten(1)
+                hypothesis = ops.gated_hypothesis(features, output_weight)
             if output_bias is not None:
                 hypothesis = hypothesis + (gates @ output_bias.to(gates.dtype)).to(hypothesis.dtype)
             if masks and logits is not None:
-                attention = eager.attention_masks(logits[:, :heads], lse[:, :heads])
+                attention = _masks(name, logits, lse, heads)
             if global_mask_weight is not None and t is not None:
                 scores = torch.tanh(t[:, heads:])
         if attention is not None:

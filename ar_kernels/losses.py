@@ -1,7 +1,8 @@
 """Losses: the gated cross-entropies, which are those of rectify's mix "log", and the regulariser of the masks.
 
-Made of PyTorch's operations on every device, so use_implementation does not concern them. What each keeps for backward
-is small or given: no log-softmax [N, D+1, L] outlives forward (docs/math.md).
+The cross-entropies are made of PyTorch's operations on every device, so use_implementation does not concern them; the
+regulariser has Triton kernels. What each keeps for backward is small or given: no log-softmax [N, D+1, L] outlives
+forward (docs/math.md).
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import _check_float, _check_tensor, _gated_hypotheses, _shape
+from . import eager, ops
+from .functional import _check_float, _check_tensor, _choose, _gated_hypotheses, _named, _shape
 from .ops import _apply, autocast_off
 from .reference import accumulator_dtype, global_gates
 
@@ -183,24 +185,21 @@ def mask_regulariser(masks: Tensor) -> Tensor:
     masks: A [N, K, H, W] as attend and attention_module return them. An odd last row or column is dropped; an axis of
         size 1 is not pooled.
     Returns a scalar, float32 for half masks; differentiable, twice too. NaN where N = 0, as any mean of nothing.
-    Raises TypeError and ValueError naming the argument.
+    Raises TypeError and ValueError naming the argument, ImplementationUnavailable as attend does.
     """
     _check_float("masks", masks)
     if masks.dim() != 4 or 0 in masks.shape[1:]:
         raise ValueError(f"masks must be [N, K, H, W] with K, H and W of at least 1, got {_shape(masks)}")
-    return gram_penalty(pooled_masks(masks))
+    return mask_penalty(masks)
 
 
-def pooled_masks(masks: Tensor) -> Tensor:
-    """M: A [N, K, H, W], averaged over 2×2 positions, as [N, K, ⌊H/2⌋·⌊W/2⌋] in the dtype that sums are kept in."""
+def mask_penalty(masks: Tensor, weight: float = 1.0) -> Tensor:
+    """weight times mask_regulariser(masks), unchecked."""
     masks = masks.to(accumulator_dtype(masks.dtype))
-    return F.avg_pool2d(masks, tuple(min(side, 2) for side in masks.shape[2:])).flatten(2)
-
-
-def gram_penalty(pooled: Tensor, weight: float = 1.0) -> Tensor:
-    """weight times the mean of E² over N·K·K entries, E = M Mᵀ with a zero diagonal; pooled: M [N, K, S]."""
-    with autocast_off(pooled):
-        return _apply(_GramPenalty, pooled, weight)[0]
+    with autocast_off(masks):
+        if _named(None) in (None, "triton") and _choose(None, masks, None) == "triton":
+            return ops.mask_penalty(masks, weight)
+        return _apply(_GramPenalty, eager.pooled_masks(masks), weight)[0]
 
 
 class _GramPenalty(torch.autograd.Function):
@@ -210,7 +209,7 @@ class _GramPenalty(torch.autograd.Function):
 
     @staticmethod
     def forward(pooled: Tensor, weight: float) -> Any:
-        gram = _off_diagonal_gram(pooled)
+        gram = eager.off_diagonal_gram(pooled)
         return torch.mean(gram * gram) * weight, gram
 
     @staticmethod
@@ -225,11 +224,5 @@ class _GramPenalty(torch.autograd.Function):
         pooled, gram = ctx.saved_tensors
         with autocast_off(pooled):
             if torch.is_grad_enabled():  # differentiated once more: E as a function of M
-                gram = _off_diagonal_gram(pooled)
+                gram = eager.off_diagonal_gram(pooled)
             return torch.bmm(gram * (grad * ctx.factor), pooled), None
-
-
-def _off_diagonal_gram(pooled: Tensor) -> Tensor:
-    gram = torch.bmm(pooled, pooled.mT)
-    gram.diagonal(dim1=1, dim2=2).zero_()
-    return gram

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import modules
 from .functional import _check_float, _shape, attend, attention_module, head_hypotheses, rectify
-from .losses import gram_penalty, pooled_masks
+from .losses import mask_penalty
 from .models.wrn import WideResNet, _WideNet
 from .modules import _check_depth, _check_positive
 
@@ -91,12 +91,12 @@ class AttentionModule(nn.Module):
         self.out_head = _Heads(in_ch, nheads * nlabels)
         if self.self_attention:
             self.score = _Heads(in_ch, nheads)
-        self._pooled_masks: Tensor | None = None
+        self._reg_loss: Tensor | None = None
 
     def forward(self, feature_map: Tensor, *, mean: bool = False, tap: bool = False) -> Tensor | AttendedLayer:
         """feature_map: [N, C, H, W], any strides → the hypotheses [N, 1, L], or [N, K, L] without self_attention.
 
-        In training with reg_w > 0 the pooled masks are held for reg_loss() to take, else nothing is.
+        In training with reg_w > 0 the masks' loss is held for reg_loss() to take, else nothing is.
 
         mean, tap: also return the map's spatial mean, pooled in the same pass, and the map for later layers to read
         (see ar_kernels.attend); then the whole AttendedLayer is returned, reg_loss included, and nothing is held.
@@ -116,25 +116,24 @@ class AttentionModule(nn.Module):
             attended = attend(feature_map, mask_weight, masks=is_regularised, mean=mean, tap=tap)
             outputs, gates = head_hypotheses(attended.pooled.to(feature_map.dtype), output_weight), None
             masks, average, tapped = attended.masks, attended.mean, attended.feature_map
-        pooled = None if masks is None else pooled_masks(masks)
+        loss = None if masks is None else mask_penalty(masks, self.reg_w)
         if not _is_exporting():  # an exported program has no module to leave anything in
-            self._pooled_masks = None if mean or tap else pooled
+            self._reg_loss = None if mean or tap else loss
         if not (mean or tap):
             return outputs
-        loss = None if pooled is None else gram_penalty(pooled, self.reg_w)
         return AttendedLayer(outputs, gates, average, tapped, loss)
 
     def reg_loss(self) -> Tensor:
-        """reg_w times ar_kernels.mask_regulariser of the last forward's masks, a scalar; takes them, so that nothing
+        """reg_w times ar_kernels.mask_regulariser of the last forward's masks, a scalar; takes it, so that nothing
         is held afterwards. Raises RuntimeError where no forward in training with reg_w > 0 has left any.
         """
-        pooled, self._pooled_masks = self._pooled_masks, None
-        if pooled is None:
+        loss, self._reg_loss = self._reg_loss, None
+        if loss is None:
             raise RuntimeError(
                 "reg_loss must follow a forward in training with reg_w > 0, each once; "
                 f"training is {self.training} and reg_w {self.reg_w}"
             )
-        return gram_penalty(pooled, self.reg_w)
+        return loss
 
     @staticmethod
     def aggregate(outputs: Sequence[Tensor], gates: Tensor | None, function: str = "softmax") -> Tensor:
@@ -179,8 +178,8 @@ class AttentionModule(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles take: all but masks that await reg_loss()."""
-        return self.__dict__ | {"_pooled_masks": None}
+        """What copies and pickles take: all but a loss that awaits reg_loss()."""
+        return self.__dict__ | {"_reg_loss": None}
 
 
 def _is_exporting() -> bool:

@@ -31,14 +31,17 @@ _triton_library = torch.library.Library("ar_kernels", "DEF")
 _native_library = torch.library.Library(native.NAMESPACE, "DEF")
 
 
-def _define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any], extra: str = "") -> None:
-    """One operator, in both namespaces; implementation: the Triton one. extra: what it takes more than the native one.
+def _define(
+    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any], extra: str = "", native: bool = True
+) -> None:
+    """One operator, in both namespaces unless the native one has none; implementation: the Triton one. extra: what it
+    takes more than the native one.
 
     Its kernels read any strides, so Inductor need not copy inputs into the layout it traced.
     """
     name = schema.split("(")[0]
     stand_in = functools.partial(_load_native, name)
-    for library, python in ((_triton_library, implementation), (_native_library, stand_in)):
+    for library, python in ((_triton_library, implementation), (_native_library, stand_in))[: 1 + native]:
         whole = schema.replace(") ->", f", {extra}) ->") if extra and library is _triton_library else schema
         library.define(whole, tags=(torch.Tag.flexible_layout,))
         library.impl(name, python, "CompositeExplicitAutograd")
@@ -80,7 +83,7 @@ def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 def _import_kernels() -> ModuleType:
     try:
         from . import kernels
-        from .kernels import attend3x3, attend_backward, attend_forward, rectify  # noqa: F401  (attributes of kernels)
+        from .kernels import attend3x3, attend_backward, attend_forward, masks, rectify  # noqa: F401  (attributes)
     except ImportError as error:
         raise RuntimeError(f"the operators of ar_kernels cannot run: {error}; {_WITHOUT_TRITON}") from error
     return kernels
@@ -608,12 +611,46 @@ class _HeadHypotheses(torch.autograd.Function):
                 rows = weight.to(grad.dtype) if rows is None or again else rows
                 dfeatures = torch.bmm(grad, rows).transpose(0, 1)
             if needs_weight:
-                factors = grad.mT, features.transpose(0, 1)
-                if weight.dtype == torch.float32 != grad.dtype and grad.is_cuda and not torch.is_grad_enabled():
-                    dweight = torch.bmm(*factors, out_dtype=torch.float32)
-                else:
-                    dweight = torch.bmm(*factors).to(weight.dtype)
+                dweight = _head_products(grad.mT, features.transpose(0, 1), weight.dtype)
         return dfeatures, dweight, None
+
+
+class _GatedHypothesis(torch.autograd.Function):
+    """(features g ⊙ P [N, K·F], weight [K, L, F], rows [L, K·F]) → Σ_k features_k weight_kᵀ [N, L]: one product over
+    all heads. rows: the weight in the features' dtype and label by label, not differentiated. The weight's gradient is
+    made head by head, and where products can be stored in float32, on a GPU, not rounded to the features' dtype.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(features, weight, rows):
+        return features @ rows.t()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        features, weight, rows = ctx.saved_tensors
+        dfeatures = dweight = None
+        with autocast_off(grad):
+            if ctx.needs_input_grad[0]:
+                if torch.is_grad_enabled():  # differentiated once more: rows as a function of the weight
+                    rows = weight.transpose(0, 1).flatten(1).to(grad.dtype)
+                dfeatures = grad @ rows
+            if ctx.needs_input_grad[1]:
+                factors = grad.t().expand(weight.shape[0], -1, -1), features.unflatten(1, (weight.shape[0], -1))
+                dweight = _head_products(factors[0], factors[1].transpose(0, 1), weight.dtype)
+        return dfeatures, dweight, None
+
+
+def _head_products(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """torch.bmm in dtype, of which a GPU rounds nothing to the factors' dtype on the way to float32."""
+    if dtype == torch.float32 != left.dtype and left.is_cuda and not torch.is_grad_enabled():
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    return torch.bmm(left, right).to(dtype)
 
 
 def is_taps_first(output_weight: Tensor) -> bool:
@@ -626,13 +663,30 @@ def head_hypotheses(features: Tensor, output_weight: Tensor) -> Tensor:
     [K, L, C, 3, 3], rounded to their dtype → [N, K, L]. Where the weight has channels last in memory, it is the
     features, which are small, that are put in its order.
     """
-    weight = output_weight
-    if weight.dim() == 5:
-        if is_taps_first(weight):
-            weight, features = weight.permute(0, 1, 3, 4, 2), features.mT
-        weight = weight.flatten(2)
+    weight = _head_rows(output_weight)
+    features = features.mT if is_taps_first(output_weight) else features
     rows = None if weight.dtype == features.dtype else weight.detach().to(features.dtype)
     return _apply(_HeadHypotheses, features.flatten(2), weight, rows).transpose(0, 1)
+
+
+def _head_rows(output_weight: Tensor) -> Tensor:
+    """[K, L, C] as it is, [K, L, C, 3, 3] as [K, L, C·9] or, with channels last in memory, [K, L, 9·C]: a view."""
+    if output_weight.dim() == 5:
+        return (output_weight.permute(0, 1, 3, 4, 2) if is_taps_first(output_weight) else output_weight).flatten(2)
+    return output_weight
+
+
+def gated_hypothesis(features: Tensor, output_weight: Tensor) -> Tensor:
+    """Σ_k W_O[k] (g ⊙ P)_k, [N, L]; features: [N, K·F] in the order that output_weight, head by head, has in memory
+    (is_taps_first). A weight of another dtype is rounded to that of features, and put label by label on the way, for
+    one product over all heads; else each head has a product of its own, so that no weight is rearranged.
+    """
+    weight = _head_rows(output_weight)
+    if weight.dtype == features.dtype:
+        products = _apply(_HeadHypotheses, features.unflatten(1, (weight.shape[0], -1)), weight, None)
+        return products.sum(dim=0)  # which PyTorch adds up in float32
+    rows = weight.detach().transpose(0, 1).to(features.dtype, memory_format=torch.contiguous_format).flatten(1)
+    return _apply(_GatedHypothesis, features, weight, rows)
 
 
 # ---------------------------------------------------------------------------------------------- rectify
@@ -730,6 +784,181 @@ class _RectifyBackward(torch.autograd.Function):
 def rectify(hypotheses: Tensor, scores: Tensor, mix: str, gating: str | None, implementation: str) -> Tensor:
     """The fused rectified output [N, L]; implementation as in gated_attend, other arguments as in eager.rectify."""
     return _apply(_Rectify, hypotheses, scores, mix, gating, implementation)[0]
+
+
+# ---------------------------------------------------------------------------------------------- masks
+
+
+def _attention_masks(logits: Tensor, lse: Tensor, heads: int) -> Tensor:
+    masks = _attention_masks_fake(logits, lse, heads)
+    if masks.numel() > 0:
+        with torch.cuda.device_of(logits):
+            _kernels(logits).masks.softmax_forward(logits.contiguous(), lse.contiguous(), masks)
+    return masks
+
+
+def _attention_masks_fake(logits, lse, heads):
+    return logits.new_empty(logits.shape[0], heads, logits.shape[2])
+
+
+def _attention_masks_backward(grad: Tensor, masks: Tensor, every: int) -> tuple[Tensor, Tensor]:
+    gradients = _attention_masks_backward_fake(grad, masks, every)
+    if masks.numel() > 0:
+        with torch.cuda.device_of(masks):
+            _kernels(masks).masks.softmax_backward(grad.contiguous(), masks.contiguous(), *gradients)
+    return gradients
+
+
+def _attention_masks_backward_fake(grad, masks, every):
+    images, _, positions = masks.shape
+    return masks.new_empty(images, every, positions), masks.new_empty(images, every)
+
+
+_define(
+    "attention_masks(Tensor logits, Tensor lse, SymInt heads) -> Tensor",
+    _attention_masks, _attention_masks_fake, native=False,
+)  # fmt: skip
+_define(
+    "attention_masks_backward(Tensor grad, Tensor masks, SymInt every) -> (Tensor, Tensor)",
+    _attention_masks_backward, _attention_masks_backward_fake, native=False,
+)  # fmt: skip
+
+
+class _AttentionMasks(torch.autograd.Function):
+    @staticmethod
+    def forward(logits, lse, heads):
+        return (torch.ops.ar_kernels.attention_masks.default(logits, lse, heads),)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, lse, ctx.heads = inputs
+        ctx.save_for_backward(logits, lse, *output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        dlogits, dlse = _apply(_AttentionMasksBackward, grad, *ctx.saved_tensors, ctx.heads)
+        return dlogits, dlse, None
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _map_samples(_AttentionMasks, info, in_dims, arguments)
+
+
+class _AttentionMasksBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(grad, logits, lse, masks, heads):
+        return torch.ops.ar_kernels.attention_masks_backward.default(grad, masks, logits.shape[1])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        grad, logits, lse, _, ctx.heads = inputs
+        ctx.save_for_backward(grad, logits, lse)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *second):
+        grad, logits, lse = ctx.saved_tensors
+
+        def forward(logits, lse):
+            return (eager.attention_masks(logits[:, : ctx.heads], lse[:, : ctx.heads]),)
+
+        dlogits, dlse, dgrad = _double_backward(forward, (logits, lse), (0, 1), (grad,), second)
+        return dgrad, dlogits, dlse, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _map_samples(_AttentionMasksBackward, info, in_dims, arguments)
+
+
+def attention_masks(logits: Tensor, lse: Tensor, heads: int) -> Tensor:
+    """A = exp(ℓ - lse) of the first `heads` of logits [N, K, S], lse [N, K], by Triton kernels: [N, heads, S]."""
+    return _apply(_AttentionMasks, logits, lse, heads)[0]
+
+
+def _mask_overlap(masks: Tensor) -> tuple[Tensor, Tensor]:
+    parts, gram = _mask_overlap_fake(masks)
+    if masks.numel() > 0:
+        with torch.cuda.device_of(masks):
+            _kernels(masks).masks.overlap_forward(masks.contiguous(), gram, parts)
+    return parts, gram
+
+
+def _mask_overlap_fake(masks):
+    images, heads = masks.shape[:2]
+    return masks.new_empty(images, heads), masks.new_empty(images, heads, heads)
+
+
+def _mask_overlap_backward(factor: Tensor, masks: Tensor, gram: Tensor) -> Tensor:
+    dmasks = _mask_overlap_backward_fake(factor, masks, gram)
+    if masks.numel() > 0:
+        with torch.cuda.device_of(masks):
+            _kernels(masks).masks.overlap_backward(factor.contiguous(), masks.contiguous(), gram.contiguous(), dmasks)
+    return dmasks
+
+
+def _mask_overlap_backward_fake(factor, masks, gram):
+    return masks.new_empty(masks.shape)
+
+
+_define("mask_overlap(Tensor masks) -> (Tensor, Tensor)", _mask_overlap, _mask_overlap_fake, native=False)
+_define(
+    "mask_overlap_backward(Tensor factor, Tensor masks, Tensor gram) -> Tensor",
+    _mask_overlap_backward, _mask_overlap_backward_fake, native=False,
+)  # fmt: skip
+
+
+class _MaskPenalty(torch.autograd.Function):
+    """(A [N, K, H, W], w) → w Σ E² / (N·K·K), then E [N, K, K], not differentiable (losses.mask_regulariser)."""
+
+    @staticmethod
+    def forward(masks, weight):
+        parts, gram = torch.ops.ar_kernels.mask_overlap.default(masks)
+        return parts.mean() * (weight / masks.shape[1]), gram
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        masks, weight = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(masks, output[1])
+        ctx.factor = weight / max(output[1].numel(), 1)
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        return _apply(_MaskPenaltyBackward, grad * ctx.factor, *ctx.saved_tensors)[0], None
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _map_samples(_MaskPenalty, info, in_dims, arguments)
+
+
+class _MaskPenaltyBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(factor, masks, gram):
+        return (torch.ops.ar_kernels.mask_overlap_backward.default(factor, masks, gram),)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx, *second):
+        factor, masks = ctx.saved_tensors
+
+        def forward(masks):
+            gram = eager.off_diagonal_gram(eager.pooled_masks(masks))
+            return ((gram * gram).sum(),)
+
+        dmasks, dfactor = _double_backward(forward, (masks,), (0,), (factor,), second)
+        return dfactor, dmasks, None
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _map_samples(_MaskPenaltyBackward, info, in_dims, arguments)
+
+
+def mask_penalty(masks: Tensor, weight: float) -> Tensor:
+    """weight times losses.mask_regulariser of masks [N, K, H, W] in float32 or float64, by Triton kernels."""
+    return _apply(_MaskPenalty, masks, weight)[0]
 
 
 # ---------------------------------------------------------------------------------------------- shared by the Functions

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ar_kernels import ops
-from ar_kernels.kernels import attend3x3, attend_backward, attend_forward, rectify
+from ar_kernels.kernels import attend3x3, attend_backward, attend_forward, masks, rectify
 from ar_kernels.kernels.heuristics import Chip
 
 
@@ -66,7 +66,7 @@ def recording(chip):
         stack.enter_context(
             mock.patch.object(ops, "_kernels", lambda data: ops._import_kernels())
         )  # data is on the CPU
-        for module in (attend_forward, attend_backward, attend3x3, rectify):
+        for module in (attend_forward, attend_backward, attend3x3, masks, rectify):
             for name, value in list(vars(module).items()):
                 if name.endswith("_kernel") and isinstance(value, triton.JITFunction):
                     stack.enter_context(mock.patch.object(module, name, Recorder(value, launches)))
@@ -120,11 +120,14 @@ def _nvidia_figures(cubin):
 
 
 def _amd_figures(assembly):
+    """Scalars that find no register of their own go to lanes of vector registers: they count only where there is a
+    stack, so that they may have gone to memory."""
     found = dict(re.findall(r"\.(\w+_count|private_segment_fixed_size):\s*(\d+)", assembly))
+    stack = int(found["private_segment_fixed_size"])
     return {
         "registers": int(found["vgpr_count"]),
-        "stack": int(found["private_segment_fixed_size"]),
-        "spills": int(found["vgpr_spill_count"]) + int(found["sgpr_spill_count"]),
+        "stack": stack,
+        "spills": int(found["vgpr_spill_count"]) + (int(found["sgpr_spill_count"]) if stack > 0 else 0),
     }
 
 
@@ -166,6 +169,18 @@ def record_rectify(chip, dtype, mix):
     with recording(chip) as launches:
         y, lse = ops._rectify(hypotheses, scores, mix, "softmax")
         ops._rectify_backward(y, hypotheses, scores, y, lse, mix, "softmax")
+    return launches
+
+
+def record_masks(chip, dtype):
+    """Masks beside global heads, and their regulariser, forward and backward."""
+    logits, lse = torch.empty(128, 8, 1024, dtype=dtype), torch.empty(128, 8, dtype=dtype)
+    with recording(chip) as launches:
+        found = ops._attention_masks(logits, lse, 4)
+        ops._attention_masks_backward(found, found, 8)
+        maps = found.unflatten(2, (32, 32))
+        parts, gram = ops._mask_overlap(maps)
+        ops._mask_overlap_backward(parts[0, 0], maps, gram)
     return launches
 
 
@@ -243,6 +258,7 @@ def tasks_of(target, everything):
         yield from ((record, target, dtype, *case) for case, dtype in list(itertools.product(layers, DTYPES))[::every])
     yield from ((record_layer, target, torch.float32, *case, True) for case in LAYERS[:2])
     yield from ((record_layer3x3, target, torch.float32, *case, True) for case in LAYERS3X3[::every])
+    yield record_masks, target, torch.float32
     yield from ((record_rectify, target, torch.bfloat16, mix) for mix in ("logit", "prob"))
 
 

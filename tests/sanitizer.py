@@ -39,6 +39,7 @@ TESTS = [
     ("test_attend3x3.py", "float16_"),
     ("test_attend3x3.py", "same_bits"),
     ("test_ops.py", "test_rectify and not many_labels"),
+    ("test_ops.py", "test_masks"),
 ]
 OF_COPIES = [
     *(
@@ -47,6 +48,7 @@ OF_COPIES = [
         for dtype in ("float32", "float16", "bfloat16")
     ),
     ("test_copied_inputs.py", "test_rectify"),
+    ("test_copied_inputs.py", "test_masks"),
 ]
 TOOLS = {"initcheck": OF_COPIES, "racecheck": TESTS, "memcheck": TESTS}
 """Groups of tests that run side by side, the slow tests apart: a file and what pytest's -k selects of it, of every

@@ -193,7 +193,10 @@ def test_the_backward_allocates_one_gradient_of_the_map(fused, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("n, c, side, labels", [(128, 160, 32, 100), (256, 256, 56, 1000), (256, 2048, 7, 1000)])
+@pytest.mark.parametrize(
+    "n, c, side, labels",
+    [(128, 160, 32, 100), (256, 256, 56, 1000), (256, 2048, 7, 1000), (1, 256, 56, 1000), (8, 512, 28, 200)],
+)
 def test_peak_memory(n, c, side, labels, device):
     """Above inputs, weights and their gradients: at most |dZ| + 0.3 |Z| + 3 P of nine taps in float32."""
     z = torch.randn(n, c, side, side, device=device).bfloat16().contiguous(memory_format=torch.channels_last)

@@ -93,3 +93,15 @@ def test_rectify(mix, dtype, fused, device):
     grad = values.like(output)
     gradients = operators.rectify_backward(grad, hypotheses, scores, output, lse, mix, "softmax")
     assert_finite((output, *gradients))
+
+
+@pytest.mark.parametrize("implementation", ["triton"])
+def test_masks(implementation, device):
+    values, operators = Values(device), ops._operators(implementation)
+    logits, lse = values(3, 5, 35, dtype=torch.float32), values(3, 5, dtype=torch.float32, scale=0.125)
+    masks = operators.attention_masks(logits, lse, 3)
+    gradients = operators.attention_masks_backward(values.like(masks), masks, 5)
+    maps = values.like(masks).unflatten(2, (5, 7))
+    parts, gram = operators.mask_overlap(maps)
+    slope = operators.mask_overlap_backward(values(1, dtype=torch.float32)[0], maps, gram)
+    assert_finite((masks, *gradients, parts, gram, slope))

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "functional": {"ops", "eager", "reference", "native"},
     "env": {"functional", "native", "ar_kernels"},
     "modules": {"functional"},
-    "losses": {"functional", "ops", "reference"},
+    "losses": {"functional", "ops", "eager", "reference"},
     "attend_rectify": {"modules", "functional", "reference"},
     "models": {"models", "attend_rectify", "modules", "functional"},
     "official": {"models", "losses", "modules", "functional"},

@@ -5,6 +5,7 @@ import torch
 from layers import Layer, channels_last
 
 import ar_kernels
+from ar_kernels import functional
 
 MIXES = ["logit", "log", "prob"]
 GATINGS = ["softmax", "sigmoid", None]
@@ -94,6 +95,48 @@ def test_rectify_many_labels_in_half_precision(mix, poisoned_memory, fused, devi
         assert (mine.double() - truth.double()).norm() <= 2**-8 * truth.double().norm()
 
 
+@pytest.mark.usefixtures("guarded_memory")
+@pytest.mark.parametrize("implementation", ["triton"])
+@pytest.mark.parametrize(("heads", "height", "width"), [(3, 5, 4), (1, 1, 7), (5, 6, 1), (2, 1, 1)])
+def test_masks_and_their_regulariser(heads, height, width, implementation, device):
+    """Triton's kernels against the formulas of the eager path: odd sides, axes of size 1, heads without masks."""
+    pytest.importorskip("triton", reason="the triton package is not installed")
+    generator = torch.Generator().manual_seed(0)
+    size = 2, heads + 2, height * width
+    logits, cotangent = torch.randn(2, *size, generator=generator, dtype=torch.float64).to(device)
+    lse = torch.logsumexp(logits, dim=2)
+
+    def function(logits, lse, implementation):
+        with ar_kernels.use_implementation(implementation):
+            make = functional._masks(implementation, logits, lse, heads).unflatten(2, (height, width))
+            return make, ar_kernels.mask_regulariser(make)
+
+    results = []
+    for name in (implementation, "eager"):
+        inputs = logits.clone().requires_grad_(), lse.clone().requires_grad_()
+        masks, penalty = function(*inputs, name)
+        loss = 1e3 * penalty + (masks.flatten(2) * cotangent[:, :heads]).sum()
+        results.append((masks, penalty, *torch.autograd.grad(loss, inputs)))
+    for got, want in zip(*results):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+    inputs = logits.requires_grad_(), lse.requires_grad_()
+    assert torch.autograd.gradcheck(lambda *v: function(*v, implementation), inputs, fast_mode=device.type == "cpu")
+    assert torch.autograd.gradgradcheck(lambda *v: function(*v, implementation), inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("implementation", ["triton"])
+def test_masks_regulariser_of_samples(implementation, device):
+    """torch.func.vmap of the fused regulariser's gradient."""
+    pytest.importorskip("triton", reason="the triton package is not installed")
+    masks = torch.rand(2, 1, 3, 4, 4, dtype=torch.float64, device=device)
+    with ar_kernels.use_implementation(implementation):
+        got = torch.func.vmap(torch.func.grad(ar_kernels.mask_regulariser))(masks)
+        assert ar_kernels.mask_regulariser(masks[:0, 0]).isnan()
+    with ar_kernels.use_implementation("eager"):
+        want = torch.stack([torch.func.grad(ar_kernels.mask_regulariser)(sample) for sample in masks])
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+
+
 def test_log_mix_with_nll_loss_is_the_gated_sum_of_cross_entropies(implementation, device):
     h = torch.randn(5, 3, 7, dtype=torch.float64, device=device)
     s = torch.randn(5, 3, dtype=torch.float64, device=device)
@@ -118,6 +161,7 @@ def test_opcheck(dtype, fused, device):
         torch.library.opcheck(operators.gated_attend, arguments)
     outputs = operators.gated_attend(z, w, None, score_w, None, 3, True, True)
     pooled, lse, logits, scores, gates, features, mean = outputs
+    lse_of_heads = lse
     saved = (z, w, None, score_w, pooled, lse, scores, gates)
     grads = (pooled, lse, logits, scores, gates, features, mean, z)
     torch.library.opcheck(operators.gated_attend_backward, (*saved, *grads, True, True, True, True))
@@ -128,6 +172,13 @@ def test_opcheck(dtype, fused, device):
         torch.library.opcheck(operators.rectify, (h, s, mix, "softmax"))
         y, lse = operators.rectify(h, s, mix, "softmax")
         torch.library.opcheck(operators.rectify_backward, (y, h, s, y, lse, mix, "softmax"))
+    if fused == "triton":
+        torch.library.opcheck(operators.attention_masks, (logits, lse_of_heads, 2))
+        masks = operators.attention_masks(logits, lse_of_heads, 2)
+        torch.library.opcheck(operators.attention_masks_backward, (masks, masks, 5))
+        maps = masks.unflatten(2, z.shape[2:])
+        torch.library.opcheck(operators.mask_overlap, (maps,))
+        torch.library.opcheck(operators.mask_overlap_backward, (scores[0, 0], maps, operators.mask_overlap(maps)[1]))
 
 
 def test_compile_fullgraph_with_a_dynamic_batch(implementation, device):

@@ -118,7 +118,7 @@ def tap_sums_kernel(
             s = start + tl.arange(0, S_TILE)
             y, x = s // width, s % width
             total = tl.zeros([K_TILE, S_TILE], ACC)
-            for tap in range(9):
+            for tap in tl.static_range(9):  # unrolled, for the loads to wait together
                 dy, dx = tap // 3 - 1, tap % 3 - 1
                 inside = (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width) & (s < end)
                 at = own + (tap * HEADS + heads)[:, None] * pitch + (s + dy * width + dx - first)[None, :]
@@ -541,10 +541,11 @@ class _Cut(NamedTuple):
         elements = area if self.half else area // self.itemsize
         return min(most, max(16, next_power_of_2(self.constants["C"])), max(16, elements // self.row_tile))
 
-    def splits(self, images: int, chunks: int, tile: int) -> tuple[int, int]:
-        """How many programs share an image's positions, and how many of these each has, a multiple of tile."""
+    def splits(self, images: int, chunks: int, tile: int, most: int = 2**31) -> tuple[int, int]:
+        """How many programs, at most `most`, share an image's positions, and how many of these each has, a multiple of
+        tile."""
         tiles = -(-self.sizes[0] * self.sizes[1] // tile)
-        splits = max(1, min(-(-tiles // 2), self.chip.processors // max(images * chunks, 1)))
+        splits = max(1, min(-(-tiles // 2), self.chip.processors // max(images * chunks, 1), most))
         length = -(-tiles // splits)
         return -(-tiles // length), length * tile
 
@@ -642,15 +643,17 @@ def _forward_plan(
         masks_kernel, (images,), tuple(sizes[2:]), HEADS=heads, K_TILE=head_tile,
         S_TILE=min(max(16, 4096 // head_tile), next_power_of_2(positions)), ACC=acc, num_warps=8,
     )  # fmt: skip
-    channel_tile = cut.channel_tile(16384, 256)
     tile = 64 if cut.half and cut.row_tile <= 128 else 32
+    # Where an image is a few tiles, a program waits for its loads: then several of them on each multiprocessor.
+    small = cut.half and cut.hopper and cut.row_tile <= 64 and cut.constants["UNIT"] == "c" and positions <= 4 * tile
+    channel_tile = cut.channel_tile(16384, 128 if small else 256)
     chunks = -(-channels // channel_tile)
     # An image's sums are added in the same order in whatever batch it comes: not split at all, torch.sum has its own.
     splits, length = (1, positions) if alike else cut.splits(images, chunks, tile)
     pool = Launch(
         pool_kernel, (images * splits, chunks), (splits, length, *cut.sizes), **cut.constants,
         C_TILE=channel_tile, S_TILE=tile, K_TILE=head_tile,
-        num_warps=8, num_stages=cut.stages, maxnreg=cut.maxnreg,
+        num_warps=4 if small else 8, num_stages=cut.stages, maxnreg=cut.maxnreg,
     )  # fmt: skip
     gates, parts = None, splits * chunks
     if gated:
@@ -757,6 +760,14 @@ def _backward_plan(
             tile = 32 if cut.half and cut.row_tile <= 128 else 16
         chunks = -(-channels // channel_tile)
         splits, length = cut.splits(images, chunks, tile)
+        share = TAPS * heads * channels * max(4, dtype.itemsize)
+        most = images * channels * math.prod(sizes[2:]) * dtype.itemsize // 8 // share
+        if has_dw and images * splits > max(images, most):
+            # Shares of dW_H are memory, more than an eighth of dZ: fewer of them, and of fewer channels at a time.
+            splits, length = cut.splits(images, chunks, tile, max(1, most // images))
+            while channel_tile > 16 and 2 * images * splits * chunks <= cut.chip.processors:
+                channel_tile //= 2
+                chunks = -(-channels // channel_tile)
         programs = min(images * splits, max(1, 2 * cut.chip.processors // chunks))
         constants = cut.constants | {"WIDE": z.wide or up.wide or dz.wide}
         gradient = Launch(
