@@ -120,14 +120,11 @@ def _nvidia_figures(cubin):
 
 
 def _amd_figures(assembly):
-    """Scalars that find no register of their own go to lanes of vector registers: they count only where there is a
-    stack, so that they may have gone to memory."""
     found = dict(re.findall(r"\.(\w+_count|private_segment_fixed_size):\s*(\d+)", assembly))
-    stack = int(found["private_segment_fixed_size"])
     return {
         "registers": int(found["vgpr_count"]),
-        "stack": stack,
-        "spills": int(found["vgpr_spill_count"]) + (int(found["sgpr_spill_count"]) if stack > 0 else 0),
+        "stack": int(found["private_segment_fixed_size"]),
+        "spills": int(found["vgpr_spill_count"]) + int(found["sgpr_spill_count"]),
     }
 
 

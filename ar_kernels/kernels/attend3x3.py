@@ -72,13 +72,22 @@ def _shifted(maps, rows, s, height, width, HEADS: tl.constexpr):
     return tl.load(maps + (head - shift * HEADS)[:, None] + (at * HEADS)[None, :])
 
 
+@triton.jit
+def _tap_row(own, tap, heads, s, y, x, first, end, pitch, height, width, HEADS: tl.constexpr):
+    """One tap's rows of a program's scratch, which begins with position `first`: at s + tap, [K_tile, S_tile]."""
+    dy, dx = tap // 3 - 1, tap % 3 - 1
+    inside = (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width) & (s < end)
+    at = own + (tap * HEADS + heads)[:, None] * pitch + (s + dy * width + dx - first)[None, :]
+    return tl.load(at, mask=(heads < HEADS)[:, None] & inside[None, :], other=0.0)
+
+
 @triton.jit(do_not_specialize=["items", "bands", "lines", "pitch"])
 def tap_sums_kernel(
     z, weights, b, logits, lse, delta, grad_lse, grad_logits, scale, scratch, maps,
     items, bands, lines, pitch, height, width, z_n, z_c, z_h, z_w,
     C: tl.constexpr, HEADS: tl.constexpr, OF_IMAGE: tl.constexpr,
     R_TILE: tl.constexpr, C_TILE: tl.constexpr, S_TILE: tl.constexpr, K_TILE: tl.constexpr, PARTS: tl.constexpr,
-    UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    UNROLL: tl.constexpr, UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Σ_τ rows[tap τ] · Z_{s+τ} for the `lines` lines of a band. Forward: rows W_H, the sum is the logits. Backward
@@ -118,11 +127,12 @@ def tap_sums_kernel(
             s = start + tl.arange(0, S_TILE)
             y, x = s // width, s % width
             total = tl.zeros([K_TILE, S_TILE], ACC)
-            for tap in tl.static_range(9):  # unrolled, for the loads to wait together
-                dy, dx = tap // 3 - 1, tap % 3 - 1
-                inside = (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width) & (s < end)
-                at = own + (tap * HEADS + heads)[:, None] * pitch + (s + dy * width + dx - first)[None, :]
-                total += tl.load(at, mask=(heads < HEADS)[:, None] & inside[None, :], other=0.0)
+            if UNROLL:  # the loads wait together
+                for tap in tl.static_range(9):
+                    total += _tap_row(own, tap, heads, s, y, x, first, end, pitch, height, width, HEADS)
+            else:
+                for tap in range(9):
+                    total += _tap_row(own, tap, heads, s, y, x, first, end, pitch, height, width, HEADS)
             real = (heads < HEADS)[:, None] & (s < end)[None, :]
             row = n * HEADS + heads
             at = row[:, None] * positions + s[None, :]
@@ -603,6 +613,7 @@ def _tap_sums(cut: _Cut, images: int, heads: int, of_image: bool, parts: int = 1
     launch = Launch(
         tap_sums_kernel, (programs,), (images * bands, bands, lines, pitch, *cut.sizes), **cut.constants,
         OF_IMAGE=of_image, C_TILE=channel_tile, S_TILE=tile, K_TILE=next_power_of_2(heads), PARTS=parts,
+        UNROLL=not cut.chip.amd,  # AMD's scalar registers, which hold the masks of all nine loads, would spill
         num_warps=4 if cut.half and cut.row_tile <= 64 else 8, num_stages=cut.stages, maxnreg=cut.maxnreg,
     )  # fmt: skip
     return _Sums(launch, (programs, TAPS * heads, pitch))
