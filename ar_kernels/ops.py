@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, are_deterministic_algorithms_enabled
 from torch.autograd import forward_ad
 
-from . import eager, native
+from . import eager, native, plans
 from .reference import accumulator_dtype
 
 try:  # what Function.apply itself goes by, in torch 2.11 to 2.13
@@ -28,6 +28,7 @@ except ImportError:  # another torch: every call goes through Function.apply
     _functorch_is_active = _unwrap_dead_wrappers = None  # type: ignore[assignment]
 
 _triton_library = torch.library.Library("ar_kernels", "DEF")
+_launchers: dict[str, tuple[int, Callable[..., Any]]] = {}
 _native_library = torch.library.Library(native.NAMESPACE, "DEF")
 
 
@@ -38,6 +39,7 @@ def _define(schema: str, implementation: Callable[..., Any], fake: Callable[...,
     """
     name = schema.split("(")[0]
     stand_in = functools.partial(_load_native, name)
+    _launchers[name] = len(_launchers), implementation
     for library, python in ((_triton_library, implementation), (_native_library, stand_in)):
         whole = schema.replace(") ->", f", {extra}) ->") if extra and library is _triton_library else schema
         library.define(whole, tags=(torch.Tag.flexible_layout,))
@@ -62,6 +64,14 @@ def _load_native(name: str, *arguments: Any) -> Any:
 
 def _operators(implementation: str) -> Any:
     return torch.ops.ar_kernels_native if implementation == "native" else torch.ops.ar_kernels
+
+
+def _call(implementation: str, name: str, tensors: list[Tensor | None], options: list[Any]) -> Any:
+    """The operator of this name. Outputs that were not asked for are empty; called in C++ alone, by a plan, None."""
+    if implementation == "triton" and not torch.compiler.is_compiling() and plans.are_used(tensors[0]):
+        number, launch = _launchers[name]
+        return plans.run(number, launch, _import_kernels().launch, tensors, options)
+    return getattr(_operators(implementation), name).default(*tensors, *options)
 
 
 def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
@@ -437,14 +447,12 @@ class _GatedAttend(torch.autograd.Function):
     def forward(
         z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, tap, implementation, taps_first
     ):
-        operators = _operators(implementation)
-        alike = are_deterministic_algorithms_enabled()
-        inputs = z, w, b, score_w, score_b, gated_heads
+        tensors, alike = [z, w, b, score_w, score_b], are_deterministic_algorithms_enabled()
         if w.dim() == 4:
             order = (taps_first,) if implementation == "triton" else ()
-            outputs = operators.gated_attend3x3.default(*inputs, wants_mean, alike, *order)
+            outputs = _call(implementation, "gated_attend3x3", tensors, [gated_heads, wants_mean, alike, *order])
         else:
-            outputs = operators.gated_attend.default(*inputs, wants_logits, wants_mean, alike)
+            outputs = _call(implementation, "gated_attend", tensors, [gated_heads, wants_logits, wants_mean, alike])
         pooled, lse, logits, scores, gates, features, mean = outputs
         gated = gated_heads > 0
         return (
@@ -517,15 +525,16 @@ class _GatedAttendBackward(torch.autograd.Function):
         grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean, upstream,
         gated_heads, wants_mean, needs_z, needs_w, needs_score, channels_last, implementation, taps_first,
     ):  # fmt: skip
-        operators = _operators(implementation)
         rest = (
             scores, gates, grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean,
-            upstream, needs_z, needs_w, needs_score, channels_last,
+            upstream,
         )  # fmt: skip
+        options = [needs_z, needs_w, needs_score, channels_last]
         if w.dim() == 4:
-            order = (taps_first,) if implementation == "triton" else ()
-            return operators.gated_attend3x3_backward.default(z, w, score_w, pooled, lse, logits, *rest, *order)
-        return operators.gated_attend_backward.default(z, w, b, score_w, pooled, lse, *rest)
+            options += [taps_first] if implementation == "triton" else []
+            tensors = [z, w, score_w, pooled, lse, logits, *rest]
+            return tuple(_call(implementation, "gated_attend3x3_backward", tensors, options))
+        return tuple(_call(implementation, "gated_attend_backward", [z, w, b, score_w, pooled, lse, *rest], options))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -683,7 +692,8 @@ _define(
 class _Rectify(torch.autograd.Function):
     @staticmethod
     def forward(hypotheses, scores, mix, gating, implementation):
-        return _operators(implementation).rectify(hypotheses, scores, mix, gating)
+        output, lse = _call(implementation, "rectify", [hypotheses, scores], [mix, gating])
+        return output, output.new_empty(0) if lse is None else lse
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -704,7 +714,7 @@ class _Rectify(torch.autograd.Function):
 class _RectifyBackward(torch.autograd.Function):
     @staticmethod
     def forward(grad, hypotheses, scores, output, lse, mix, gating, implementation):
-        return _operators(implementation).rectify_backward(grad, hypotheses, scores, output, lse, mix, gating)
+        return tuple(_call(implementation, "rectify_backward", [grad, hypotheses, scores, output, lse], [mix, gating]))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
