@@ -440,6 +440,30 @@ def _mask_bias_gradient(lse: Tensor, b: Tensor, grad_lse: Tensor | None, grad_lo
     return db.to(b.dtype)
 
 
+def _forward(
+    z: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    score_w: Tensor | None,
+    score_b: Tensor | None,
+    gated_heads: int,
+    wants_logits: bool,
+    wants_mean: bool,
+    implementation: str,
+    taps_first: bool,
+) -> Any:
+    """The operator's outputs."""
+    tensors, alike = [z, w, b, score_w, score_b], are_deterministic_algorithms_enabled()
+    if w.dim() == 2:
+        return _call(implementation, "gated_attend", tensors, [gated_heads, wants_logits, wants_mean, alike])
+    order = (taps_first,) if implementation == "triton" else ()
+    return _call(implementation, "gated_attend3x3", tensors, [gated_heads, wants_mean, alike, *order])
+
+
+def _in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight if weight.dtype == dtype else weight.to(dtype)
+
+
 class _GatedAttend(torch.autograd.Function):
     """Outputs: the operator's, None for those not asked for, then the hypothesis and the tapped map, None likewise."""
 
@@ -447,13 +471,9 @@ class _GatedAttend(torch.autograd.Function):
     def forward(
         z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, tap, implementation, taps_first
     ):
-        tensors, alike = [z, w, b, score_w, score_b], are_deterministic_algorithms_enabled()
-        if w.dim() == 4:
-            order = (taps_first,) if implementation == "triton" else ()
-            outputs = _call(implementation, "gated_attend3x3", tensors, [gated_heads, wants_mean, alike, *order])
-        else:
-            outputs = _call(implementation, "gated_attend", tensors, [gated_heads, wants_logits, wants_mean, alike])
-        pooled, lse, logits, scores, gates, features, mean = outputs
+        pooled, lse, logits, scores, gates, features, mean = _forward(
+            z, w, b, score_w, score_b, gated_heads, wants_logits, wants_mean, implementation, taps_first
+        )
         gated = gated_heads > 0
         return (
             pooled,
@@ -463,7 +483,7 @@ class _GatedAttend(torch.autograd.Function):
             gates if gated else None,
             features if gated else None,
             mean if wants_mean else None,
-            None if output_w is None else features @ output_w.to(z.dtype).t(),
+            None if output_w is None else torch.mm(features, _in_dtype(output_w, z.dtype).t()),
             z.view_as(z) if tap else None,
         )
 
@@ -518,6 +538,41 @@ class _GatedAttend(torch.autograd.Function):
         return _map_samples(_GatedAttend, info, in_dims, arguments)
 
 
+def _backward(
+    z: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    score_w: Tensor | None,
+    pooled: Tensor,
+    lse: Tensor,
+    logits: Tensor | None,
+    scores: Tensor | None,
+    gates: Tensor | None,
+    grad_pooled: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_logits: Tensor | None,
+    grad_scores: Tensor | None,
+    grad_gates: Tensor | None,
+    grad_features: Tensor | None,
+    grad_mean: Tensor | None,
+    upstream: Tensor | None,
+    options: list[Any],
+    implementation: str,
+    taps_first: bool,
+) -> tuple[Tensor | None, ...]:
+    """The backward operator's outputs, of which those that were not asked for may be None."""
+    received = (
+        grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean, upstream
+    )  # fmt: skip
+    if w.dim() == 2:
+        tensors = [z, w, b, score_w, pooled, lse, scores, gates, *received]
+        return tuple(_call(implementation, "gated_attend_backward", tensors, options))
+    tensors = [z, w, score_w, pooled, lse, logits, scores, gates, *received]
+    if implementation == "triton":
+        options = [*options, taps_first]
+    return tuple(_call(implementation, "gated_attend3x3_backward", tensors, options))
+
+
 class _GatedAttendBackward(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -525,16 +580,11 @@ class _GatedAttendBackward(torch.autograd.Function):
         grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean, upstream,
         gated_heads, wants_mean, needs_z, needs_w, needs_score, channels_last, implementation, taps_first,
     ):  # fmt: skip
-        rest = (
-            scores, gates, grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean,
-            upstream,
+        return _backward(
+            z, w, b, score_w, pooled, lse, logits, scores, gates,
+            grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean, upstream,
+            [needs_z, needs_w, needs_score, channels_last], implementation, taps_first,
         )  # fmt: skip
-        options = [needs_z, needs_w, needs_score, channels_last]
-        if w.dim() == 4:
-            options += [taps_first] if implementation == "triton" else []
-            tensors = [z, w, score_w, pooled, lse, logits, *rest]
-            return tuple(_call(implementation, "gated_attend3x3_backward", tensors, options))
-        return tuple(_call(implementation, "gated_attend_backward", [z, w, b, score_w, pooled, lse, *rest], options))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -560,6 +610,90 @@ class _GatedAttendBackward(torch.autograd.Function):
         return _map_samples(_GatedAttendBackward, info, in_dims, arguments)
 
 
+class _EagerGatedAttend(torch.autograd.Function):
+    """_GatedAttend for eager calls, at less host time: what was not asked for is saved without being an output. A
+    backward that is itself recorded differentiates _GatedAttend."""
+
+    @staticmethod
+    def forward(ctx, z, w, b, score_w, score_b, output_w, wanted, how):
+        gated_heads, wants_logits, wants_mean, tap, implementation, taps_first = ctx.how = how
+        pooled, lse, logits, scores, gates, features, mean = _forward(
+            z, w, b, score_w, score_b, gated_heads, wants_logits, wants_mean, implementation, taps_first
+        )
+        hypothesis = None if output_w is None else torch.mm(features, _in_dtype(output_w, z.dtype).t())
+        ctx.save_for_backward(
+            z, w, b, score_w, score_b, output_w, pooled, lse, logits if w.dim() == 4 else None, *(
+                (scores, gates, features) if gated_heads > 0 else (None, None, None)
+            ),
+        )  # fmt: skip
+        ctx.set_materialize_grads(False)
+        tapped = z.view_as(z) if tap else None
+        outputs = pooled, lse, logits, scores, gates, features, mean, hypothesis, tapped
+        ctx.wanted = wanted
+        return tuple([outputs[i] for i in wanted])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        z, w, b, score_w, score_b, output_w, pooled, lse, logits, scores, gates, features = ctx.saved_tensors
+        gated_heads, _, _, tap, implementation, taps_first = ctx.how
+        if torch.is_grad_enabled():
+            inputs = z, w, b, score_w, score_b, output_w
+            return *_recorded_backward(inputs, ctx.how, ctx.wanted, ctx.needs_input_grad, grads), None, None
+        received: list[Tensor | None] = [None] * 9
+        for i, grad in zip(ctx.wanted, grads):
+            received[i] = grad
+        *received, grad_hypothesis, upstream = received
+        needs_z, needs_w, needs_b, needs_score_w, needs_score_b, needs_output_w = ctx.needs_input_grad[:6]
+        needs_score = needs_score_w or needs_score_b
+        needs_kernels = needs_z or needs_w or needs_score
+        doutput_w = dz = dw = db = dscore_w = dscore_b = None
+        if grad_hypothesis is not None:
+            with autocast_off(z):
+                if needs_output_w:
+                    doutput_w = _in_dtype(torch.mm(grad_hypothesis.t(), features), output_w.dtype)
+                if needs_kernels:
+                    weighted = torch.mm(grad_hypothesis, _in_dtype(output_w, z.dtype))
+                    received[5] = weighted if received[5] is None else received[5] + weighted
+        if all(grad is None for grad in received):  # nothing but the tap was used, or nothing but W_O is trained
+            return upstream, None, None, None, None, doutput_w, None, None
+        if needs_kernels:
+            dz, dw, dscore_w, dscore_b = _backward(
+                z, w, b, score_w, pooled, lse, logits, scores, gates, *received, upstream,
+                [needs_z, needs_w, needs_score, _is_channels_last(z)], implementation, taps_first,
+            )  # fmt: skip
+        if needs_b:
+            db = _mask_bias_gradient(lse, b, received[1], received[2])
+        return (
+            dz if needs_z else None,
+            dw if needs_w else None,
+            db,
+            dscore_w if needs_score_w else None,
+            _in_dtype(dscore_b, score_b.dtype) if needs_score_b else None,
+            doutput_w,
+            None,
+            None,
+        )
+
+
+def _recorded_backward(
+    inputs: tuple[Tensor | None, ...],
+    how: tuple[Any, ...],
+    wanted: tuple[int, ...],
+    needs: tuple[bool, ...],
+    grads: tuple[Tensor | None, ...],
+) -> list[Tensor | None]:
+    """Gradients of inputs, with a graph of their own."""
+    with autocast_off(inputs[0]):
+        outputs = _apply(_GatedAttend, *inputs, *how)
+    used = [(outputs[i], grad) for i, grad in zip(wanted, grads) if grad is not None]
+    asked = [value for value, needed in zip(inputs, needs) if needed]
+    if not used:
+        return [None] * len(inputs)
+    results, received = zip(*used)
+    found = iter(torch.autograd.grad(results, asked, received, create_graph=True, allow_unused=True))
+    return [next(found, None) if needed else None for _, needed in zip(inputs, needs)]
+
+
 def gated_attend(
     z: Tensor,
     w: Tensor,
@@ -573,17 +707,49 @@ def gated_attend(
     tap: bool,
     implementation: str,
     taps_first: bool = False,
+    wants_pooled: bool = True,
+    wants_scores: bool = True,
 ) -> GatedAttended:
     """One fused pass: K heads w [K, C] attend to z, the first gated_heads of them are gated, and output_w [L, K'·C]
     makes their hypothesis; 3×3 heads: [K, C, 3, 3], [L, K'·C·9]. implementation: "triton" or "native". taps_first, for
-    "triton" and without output_w: the features of 3×3 heads are [N, K'·9·C], not [N, K'·C·9]. Other arguments as in
-    eager.gated_attend; fields that were not asked for are None, but for the logits of 3×3 heads."""
+    "triton" and without output_w: the features of 3×3 heads are [N, K'·9·C], not [N, K'·C·9]. wants_pooled: P and lse;
+    logits come with lse too. Other arguments as in eager.gated_attend. What was not asked for may be None."""
     through = tap and z.requires_grad  # a frozen map stays frozen
-    outputs = _apply(
-        _GatedAttend, z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, through,
-        implementation, taps_first,
-    )  # fmt: skip
+    how = gated_heads, wants_logits, wants_mean, through, implementation, taps_first
+    if _is_recorded_eagerly():
+        inputs = _unwrap_dead_wrappers((z, w, b, score_w, score_b, output_w))
+        wanted = _wanted(
+            wants_pooled, wants_logits, wants_scores, gated_heads > 0, output_w is not None, wants_mean, through
+        )
+        outputs: Any = [None] * 9
+        apply = super(torch.autograd.Function, _EagerGatedAttend).apply  # type: ignore[misc]
+        for i, output in zip(wanted, apply(*inputs, wanted, how)):
+            outputs[i] = output
+    else:
+        outputs = _apply(_GatedAttend, z, w, b, score_w, score_b, output_w, *how)
     return GatedAttended(*(outputs if through else (*outputs[:-1], z)))
+
+
+@functools.cache
+def _wanted(
+    pooled: bool, logits: bool, scores: bool, gated: bool, hypothesis: bool, mean: bool, tap: bool
+) -> tuple[int, ...]:
+    """Which of _GatedAttend's outputs are."""
+    asked = (
+        pooled, pooled or logits, logits, gated and scores, gated, gated and not hypothesis, mean, hypothesis, tap
+    )  # fmt: skip
+    return tuple(i for i, is_asked in enumerate(asked) if is_asked)
+
+
+def _is_recorded_eagerly() -> bool:
+    """Whether a Function is to record a graph, and nobody looks on: no torch.compile, functorch or forward mode."""
+    return (
+        _functorch_is_active is not None
+        and not torch.compiler.is_compiling()
+        and not _functorch_is_active()
+        and torch.is_grad_enabled()
+        and forward_ad._current_level < 0
+    )
 
 
 # ---------------------------------------------------------------------------------------------- head_hypotheses
