@@ -28,7 +28,7 @@ except ImportError:  # another torch: every call goes through Function.apply
     _functorch_is_active = _unwrap_dead_wrappers = None  # type: ignore[assignment]
 
 _triton_library = torch.library.Library("ar_kernels", "DEF")
-_launchers: dict[str, tuple[int, Callable[..., Any]]] = {}
+_launchers: dict[str, Callable[..., Any]] = {}
 _native_library = torch.library.Library(native.NAMESPACE, "DEF")
 
 
@@ -39,7 +39,7 @@ def _define(schema: str, implementation: Callable[..., Any], fake: Callable[...,
     """
     name = schema.split("(")[0]
     stand_in = functools.partial(_load_native, name)
-    _launchers[name] = len(_launchers), implementation
+    _launchers[name] = implementation
     for library, python in ((_triton_library, implementation), (_native_library, stand_in)):
         whole = schema.replace(") ->", f", {extra}) ->") if extra and library is _triton_library else schema
         library.define(whole, tags=(torch.Tag.flexible_layout,))
@@ -66,12 +66,15 @@ def _operators(implementation: str) -> Any:
     return torch.ops.ar_kernels_native if implementation == "native" else torch.ops.ar_kernels
 
 
-def _call(implementation: str, name: str, tensors: list[Tensor | None], options: list[Any]) -> Any:
-    """The operator of this name. Outputs that were not asked for are empty; called in C++ alone, by a plan, None."""
-    if implementation == "triton" and not torch.compiler.is_compiling() and plans.are_used(tensors[0]):
-        number, launch = _launchers[name]
-        return plans.run(number, launch, _import_kernels().launch, tensors, options)
-    return getattr(_operators(implementation), name).default(*tensors, *options)
+def _dispatch(implementation: str, name: str, tensors: list[Tensor | None], options: list[Any], *extra: Any) -> Any:
+    """The operator of this name. extra: options that the Triton one alone takes."""
+    operator = getattr(_operators(implementation), name).default
+    return operator(*tensors, *options, *(extra if implementation == "triton" else ()))
+
+
+def _launch(name: str, tensors: list[Tensor | None], options: list[Any], *extra: Any) -> Any:
+    """What the Triton operator of this name does, without the dispatcher."""
+    return _launchers[name](*tensors, *options, *extra)
 
 
 def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
@@ -107,8 +110,13 @@ def _kernels(data: Tensor) -> ModuleType:
     return _import_kernels()
 
 
+_NOTHING = nullcontext()
+
+
 def autocast_off(data: Tensor) -> AbstractContextManager[Any]:
     """The computation runs in its input's dtype; outside autocast there is nothing to switch, and no time to lose."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return _NOTHING
     kind = data.device.type
     on = kind != "meta" and torch.is_autocast_enabled(kind)  # meta knows no autocast and would raise
     return torch.autocast(kind, enabled=False) if on else nullcontext()
@@ -441,23 +449,27 @@ def _mask_bias_gradient(lse: Tensor, b: Tensor, grad_lse: Tensor | None, grad_lo
 
 
 def _forward(
+    run: Callable[..., Any],
     z: Tensor,
     w: Tensor,
     b: Tensor | None,
     score_w: Tensor | None,
     score_b: Tensor | None,
+    output_w: Tensor | None,
     gated_heads: int,
     wants_logits: bool,
     wants_mean: bool,
-    implementation: str,
+    alike: bool,
     taps_first: bool,
-) -> Any:
-    """The operator's outputs."""
-    tensors, alike = [z, w, b, score_w, score_b], are_deterministic_algorithms_enabled()
+) -> tuple[Tensor | None, ...]:
+    """The operator's outputs and the hypothesis; those that were not asked for are empty or None. run: _dispatch with
+    an implementation, or _launch."""
+    tensors = [z, w, b, score_w, score_b]
     if w.dim() == 2:
-        return _call(implementation, "gated_attend", tensors, [gated_heads, wants_logits, wants_mean, alike])
-    order = (taps_first,) if implementation == "triton" else ()
-    return _call(implementation, "gated_attend3x3", tensors, [gated_heads, wants_mean, alike, *order])
+        outputs = run("gated_attend", tensors, [gated_heads, wants_logits, wants_mean, alike])
+    else:
+        outputs = run("gated_attend3x3", tensors, [gated_heads, wants_mean, alike], taps_first)
+    return *outputs, None if output_w is None else torch.mm(outputs[5], _in_dtype(output_w, z.dtype).t())
 
 
 def _in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -471,9 +483,11 @@ class _GatedAttend(torch.autograd.Function):
     def forward(
         z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, tap, implementation, taps_first
     ):
-        pooled, lse, logits, scores, gates, features, mean = _forward(
-            z, w, b, score_w, score_b, gated_heads, wants_logits, wants_mean, implementation, taps_first
-        )
+        alike = are_deterministic_algorithms_enabled()
+        pooled, lse, logits, scores, gates, features, mean, hypothesis = _forward(
+            functools.partial(_dispatch, implementation),
+            z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, alike, taps_first,
+        )  # fmt: skip
         gated = gated_heads > 0
         return (
             pooled,
@@ -483,7 +497,7 @@ class _GatedAttend(torch.autograd.Function):
             gates if gated else None,
             features if gated else None,
             mean if wants_mean else None,
-            None if output_w is None else torch.mm(features, _in_dtype(output_w, z.dtype).t()),
+            hypothesis,
             z.view_as(z) if tap else None,
         )
 
@@ -539,6 +553,7 @@ class _GatedAttend(torch.autograd.Function):
 
 
 def _backward(
+    run: Callable[..., Any],
     z: Tensor,
     w: Tensor,
     b: Tensor | None,
@@ -556,21 +571,67 @@ def _backward(
     grad_features: Tensor | None,
     grad_mean: Tensor | None,
     upstream: Tensor | None,
-    options: list[Any],
-    implementation: str,
+    needs_z: bool,
+    needs_w: bool,
+    needs_score: bool,
+    channels_last: bool,
     taps_first: bool,
-) -> tuple[Tensor | None, ...]:
-    """The backward operator's outputs, of which those that were not asked for may be None."""
+) -> Any:
+    """The backward operator's outputs, of which those that were not asked for are empty; run as in _forward."""
     received = (
         grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean, upstream
     )  # fmt: skip
+    options = [needs_z, needs_w, needs_score, channels_last]
     if w.dim() == 2:
         tensors = [z, w, b, score_w, pooled, lse, scores, gates, *received]
-        return tuple(_call(implementation, "gated_attend_backward", tensors, options))
+        return run("gated_attend_backward", tensors, options)
     tensors = [z, w, score_w, pooled, lse, logits, scores, gates, *received]
-    if implementation == "triton":
-        options = [*options, taps_first]
-    return tuple(_call(implementation, "gated_attend3x3_backward", tensors, options))
+    return run("gated_attend3x3_backward", tensors, options, taps_first)
+
+
+def _eager_backward(
+    run: Callable[..., Any],
+    z: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    score_w: Tensor | None,
+    output_w: Tensor | None,
+    pooled: Tensor,
+    lse: Tensor,
+    logits: Tensor | None,
+    scores: Tensor | None,
+    gates: Tensor | None,
+    features: Tensor | None,
+    grad_pooled: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_logits: Tensor | None,
+    grad_scores: Tensor | None,
+    grad_gates: Tensor | None,
+    grad_features: Tensor | None,
+    grad_mean: Tensor | None,
+    grad_hypothesis: Tensor | None,
+    upstream: Tensor | None,
+    needs_z: bool,
+    needs_w: bool,
+    needs_score: bool,
+    needs_output_w: bool,
+    taps_first: bool,
+) -> tuple[Tensor | None, ...]:
+    """_backward's outputs and output_w's gradient."""
+    doutput_w = None
+    gradients: tuple[Tensor | None, ...] = (None,) * 4
+    if grad_hypothesis is not None and features is not None and output_w is not None:
+        if needs_output_w:
+            doutput_w = _in_dtype(torch.mm(grad_hypothesis.t(), features), output_w.dtype)
+        if needs_z or needs_w or needs_score:
+            grad_features = torch.mm(grad_hypothesis, _in_dtype(output_w, z.dtype))  # features is no output beside it
+    grads = grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean
+    if (needs_z or needs_w or needs_score) and any(grad is not None for grad in grads):
+        gradients = _backward(
+            run, z, w, b, score_w, pooled, lse, logits, scores, gates, *grads, upstream,
+            needs_z, needs_w, needs_score, _is_channels_last(z), taps_first,
+        )  # fmt: skip
+    return *gradients, doutput_w
 
 
 class _GatedAttendBackward(torch.autograd.Function):
@@ -581,9 +642,9 @@ class _GatedAttendBackward(torch.autograd.Function):
         gated_heads, wants_mean, needs_z, needs_w, needs_score, channels_last, implementation, taps_first,
     ):  # fmt: skip
         return _backward(
-            z, w, b, score_w, pooled, lse, logits, scores, gates,
+            functools.partial(_dispatch, implementation), z, w, b, score_w, pooled, lse, logits, scores, gates,
             grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean, upstream,
-            [needs_z, needs_w, needs_score, channels_last], implementation, taps_first,
+            needs_z, needs_w, needs_score, channels_last, taps_first,
         )  # fmt: skip
 
     @staticmethod
@@ -610,63 +671,62 @@ class _GatedAttendBackward(torch.autograd.Function):
         return _map_samples(_GatedAttendBackward, info, in_dims, arguments)
 
 
+_FORWARD, _BACKWARD = range(2)
+"""What plans are made of."""
+
+_planned_forward = functools.partial(_forward, _launch)
+_planned_backward = functools.partial(_eager_backward, _launch)
+
+
 class _EagerGatedAttend(torch.autograd.Function):
-    """_GatedAttend for eager calls, at less host time: what was not asked for is saved without being an output. A
-    backward that is itself recorded differentiates _GatedAttend."""
+    """_GatedAttend for eager calls, at less host time: what was not asked for is saved without being an output, and a
+    direction goes by one plan, products with output_w included. A backward that is itself recorded differentiates
+    _GatedAttend."""
 
     @staticmethod
     def forward(ctx, z, w, b, score_w, score_b, output_w, wanted, how):
-        gated_heads, wants_logits, wants_mean, tap, implementation, taps_first = ctx.how = how
-        pooled, lse, logits, scores, gates, features, mean = _forward(
-            z, w, b, score_w, score_b, gated_heads, wants_logits, wants_mean, implementation, taps_first
-        )
-        hypothesis = None if output_w is None else torch.mm(features, _in_dtype(output_w, z.dtype).t())
-        ctx.save_for_backward(
-            z, w, b, score_w, score_b, output_w, pooled, lse, logits if w.dim() == 4 else None, *(
-                (scores, gates, features) if gated_heads > 0 else (None, None, None)
-            ),
-        )  # fmt: skip
+        gated_heads, wants_logits, wants_mean, tap, implementation, taps_first = how
+        tensors = [z, w, b, score_w, score_b, output_w]
+        options = [gated_heads, wants_logits, wants_mean, are_deterministic_algorithms_enabled(), taps_first]
+        if implementation == "triton" and plans.are_used(z):
+            outputs = plans.run(_FORWARD, _planned_forward, _import_kernels().launch, tensors, options)
+        else:
+            outputs = _forward(functools.partial(_dispatch, implementation), *tensors, *options)
+        pooled, lse, logits, scores, gates, features, _, _ = outputs
+        if w.dim() == 2:
+            logits = None
+        if gated_heads == 0:
+            scores = gates = features = None
+        ctx.save_for_backward(z, w, b, score_w, score_b, output_w, pooled, lse, logits, scores, gates, features)
         ctx.set_materialize_grads(False)
-        tapped = z.view_as(z) if tap else None
-        outputs = pooled, lse, logits, scores, gates, features, mean, hypothesis, tapped
-        ctx.wanted = wanted
-        return tuple([outputs[i] for i in wanted])
+        ctx.how, ctx.wanted = how, wanted
+        return tuple([outputs[i] if i < 8 else z.view_as(z) for i in wanted])
 
     @staticmethod
     def backward(ctx, *grads):
         z, w, b, score_w, score_b, output_w, pooled, lse, logits, scores, gates, features = ctx.saved_tensors
-        gated_heads, _, _, tap, implementation, taps_first = ctx.how
         if torch.is_grad_enabled():
             inputs = z, w, b, score_w, score_b, output_w
             return *_recorded_backward(inputs, ctx.how, ctx.wanted, ctx.needs_input_grad, grads), None, None
+        _, _, _, _, implementation, taps_first = ctx.how
         received: list[Tensor | None] = [None] * 9
         for i, grad in zip(ctx.wanted, grads):
             received[i] = grad
-        *received, grad_hypothesis, upstream = received
-        needs_z, needs_w, needs_b, needs_score_w, needs_score_b, needs_output_w = ctx.needs_input_grad[:6]
-        needs_score = needs_score_w or needs_score_b
-        needs_kernels = needs_z or needs_w or needs_score
-        doutput_w = dz = dw = db = dscore_w = dscore_b = None
-        if grad_hypothesis is not None:
-            with autocast_off(z):
-                if needs_output_w:
-                    doutput_w = _in_dtype(torch.mm(grad_hypothesis.t(), features), output_w.dtype)
-                if needs_kernels:
-                    weighted = torch.mm(grad_hypothesis, _in_dtype(output_w, z.dtype))
-                    received[5] = weighted if received[5] is None else received[5] + weighted
-        if all(grad is None for grad in received):  # nothing but the tap was used, or nothing but W_O is trained
-            return upstream, None, None, None, None, doutput_w, None, None
-        if needs_kernels:
-            dz, dw, dscore_w, dscore_b = _backward(
-                z, w, b, score_w, pooled, lse, logits, scores, gates, *received, upstream,
-                [needs_z, needs_w, needs_score, _is_channels_last(z)], implementation, taps_first,
-            )  # fmt: skip
-        if needs_b:
-            db = _mask_bias_gradient(lse, b, received[1], received[2])
+        needs_z, needs_w, needs_b, needs_score_w, needs_score_b, needs_output_w, _, _ = ctx.needs_input_grad
+        tensors = [z, w, b, score_w, output_w, pooled, lse, logits, scores, gates, features, *received]
+        options = [needs_z, needs_w, needs_score_w or needs_score_b, needs_output_w, taps_first]
+        if all([grad is None for grad in received[:8]]):  # nothing but the tap was used
+            return received[8], None, None, None, None, None, None, None
+        with autocast_off(z):
+            if implementation == "triton" and plans.are_used(z):
+                found = plans.run(_BACKWARD, _planned_backward, _import_kernels().launch, tensors, options)
+            else:
+                found = _eager_backward(functools.partial(_dispatch, implementation), *tensors, *options)
+        dz, dw, dscore_w, dscore_b, doutput_w = found
         return (
             dz if needs_z else None,
             dw if needs_w else None,
-            db,
+            _mask_bias_gradient(lse, b, received[1], received[2]) if needs_b else None,
             dscore_w if needs_score_w else None,
             _in_dtype(dscore_b, score_b.dtype) if needs_score_b else None,
             doutput_w,
@@ -858,8 +918,7 @@ _define(
 class _Rectify(torch.autograd.Function):
     @staticmethod
     def forward(hypotheses, scores, mix, gating, implementation):
-        output, lse = _call(implementation, "rectify", [hypotheses, scores], [mix, gating])
-        return output, output.new_empty(0) if lse is None else lse
+        return _dispatch(implementation, "rectify", [hypotheses, scores], [mix, gating])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -880,7 +939,7 @@ class _Rectify(torch.autograd.Function):
 class _RectifyBackward(torch.autograd.Function):
     @staticmethod
     def forward(grad, hypotheses, scores, output, lse, mix, gating, implementation):
-        return tuple(_call(implementation, "rectify_backward", [grad, hypotheses, scores, output, lse], [mix, gating]))
+        return _dispatch(implementation, "rectify_backward", [grad, hypotheses, scores, output, lse], [mix, gating])
 
     @staticmethod
     def setup_context(ctx, inputs, output):

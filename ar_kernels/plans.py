@@ -16,9 +16,6 @@ from . import native
 NAMESPACE = "ar_kernels_plans"
 DRIVER = "libcuda.so.1"
 
-_CODES = {None: 0, "logit": 1, "log": 2, "prob": 3, "softmax": 4, "sigmoid": 5}
-"""Options that are no numbers, as numbers."""
-
 _library: torch.library.Library | None = None
 
 
@@ -45,7 +42,8 @@ def open_driver(path: str) -> str:
 
 @functools.cache
 def _replay() -> Any:
-    return torch.ops.ar_kernels_plans.replay.default
+    operator = torch.ops.ar_kernels_plans.replay.default
+    return getattr(operator, "_op", operator)  # without a Python function in between
 
 
 def are_used(data: Tensor) -> bool:
@@ -54,30 +52,27 @@ def are_used(data: Tensor) -> bool:
 
 
 def run(
-    number: int, launch: Callable[..., Sequence[Tensor]], kernels: Any, tensors: list[Tensor | None], options: list[Any]
+    number: int,
+    launch: Callable[..., Sequence[Tensor | None]],
+    kernels: Any,
+    tensors: list[Tensor | None],
+    options: list[Any],
 ) -> Sequence[Tensor | None]:
     """launch(*tensors, *options), by a plan if there is one; what is empty of the result may then be None.
 
-    number: of the operator, each its own. kernels: the module launch of ar_kernels.kernels.
+    number: of what launch does, each its own. kernels: the module launch of ar_kernels.kernels.
     """
-    z = tensors[0]
-    assert z is not None
-    key = [number, *[_CODES[option] if option is None or isinstance(option, str) else option for option in options]]
-    if z.dtype == torch.float32:
+    if kernels.is_watched():
+        return launch(*tensors, *options)
+    key = [number, *options]
+    if tensors[0].dtype == torch.float32:  # type: ignore[union-attr]
         key.append(torch.backends.cuda.matmul.fp32_precision == "tf32")
-    if not kernels.is_watched():
-        outputs = _replay()(tensors, key)
-        if len(outputs) > 1:
-            return outputs
-        if not outputs:
-            return _record(launch, kernels, tensors, options, key)
-    return launch(*tensors, *options)
-
-
-def _record(
-    launch: Callable[..., Sequence[Tensor]], kernels: Any, tensors: list[Tensor | None], options: list[Any], key: list[int]
-) -> Sequence[Tensor]:
+    outputs = _replay()(tensors, key)
+    if len(outputs) > 1:
+        return outputs
+    if outputs:
+        return launch(*tensors, *options)
     with kernels.Recorder(tensors) as recorder:
-        outputs = launch(*tensors, *options)
-    torch.ops.ar_kernels_plans.record(tensors, key, *recorder.plan(outputs))
-    return outputs
+        made = launch(*tensors, *options)
+    torch.ops.ar_kernels_plans.record(tensors, key, *recorder.plan(made))
+    return made

@@ -6,12 +6,14 @@
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <array>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -99,6 +101,7 @@ void* current_stream(int32_t device) {
 struct Allocation {
   Numbers sizes, strides;
   int32_t dtype;
+  torch::headeronly::ScalarType scalar_type;
 };
 
 // An integer (slot -1), or the address of a slot (the operator's tensors, then the allocations) and bytes beyond it.
@@ -106,18 +109,26 @@ struct Parameter {
   int64_t slot, value;
 };
 
-struct Launch {
+enum class Kind : int64_t { kLaunch = 0, kProduct = 1, kConversion = 2 };
+
+struct Step {
+  Kind kind;
+  // A launch of a kernel.
   void* function;
   unsigned grid[3], threads, shared;
   std::vector<Parameter> parameters;
-  std::vector<size_t> before, after;  // allocations that it is the first, or the last, to use
+  // PyTorch's product of two slots, each as it is or transposed, or one slot in the dtype of the result.
+  int64_t from[2];
+  bool transposed[2];
+  size_t result;
+  std::vector<size_t> before, after;  // allocations that a kernel is the first, or the step the last, to use
 };
 
 struct Plan {
   void* context;
   std::vector<Allocation> allocations;
   std::vector<int64_t> outputs;  // allocations; -1: empty
-  std::vector<Launch> launches;  // none: there can be no plan
+  std::vector<Step> steps;       // none: there can be no plan
 };
 
 struct Hash {
@@ -210,6 +221,97 @@ Tensor allocate(const Allocation& allocation, int32_t type, int32_t index) {
   return Tensor(tensor);
 }
 
+Tensor transpose(const Tensor& tensor) {
+  const Shape shape = shape_of(tensor);
+  STD_TORCH_CHECK(shape.dim == 2, "a factor must be a matrix, got ", shape.dim, " dimensions");
+  const int64_t sizes[] = {shape.sizes[1], shape.sizes[0]}, strides[] = {shape.strides[1], shape.strides[0]};
+  int64_t offset;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset));
+  AtenTensorHandle turned;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, offset, &turned));
+  return Tensor(turned);
+}
+
+Tensor product(const Tensor& a, const Tensor& b) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// Calls the steps of a plan, one after another.
+class Run {
+ public:
+  Run(const Plan& plan, const Tensors& tensors, std::vector<char*>& addresses)
+      : plan_(plan), tensors_(tensors), addresses_(addresses), allocated_(plan.allocations.size()) {
+    type_ = device_type(*tensors[0]);
+    index_ = device_index(*tensors[0]);
+    if (type_ == aoti_torch_device_type_cuda()) {
+      guard_.emplace(index_);
+      stream_ = current_stream(index_);
+    }
+    if (current_context() != plan.context) check(driver.enter(plan.context), "cuCtxSetCurrent");  // a new thread
+    addresses_.resize(tensors.size() + allocated_.size());
+  }
+
+  void step(const Step& step) {
+    for (const size_t i : step.before) keep(i, allocate(plan_.allocations[i], type_, index_));
+    if (step.kind == Kind::kLaunch) {
+      launch(step);
+    } else if (step.kind == Kind::kProduct) {
+      keep(step.result, product(factor(step, 0), factor(step, 1)));
+    } else {
+      keep(step.result, torch::stable::to(slot(step.from[0]), plan_.allocations[step.result].scalar_type));
+    }
+    for (const size_t i : step.after) allocated_[i].reset();
+  }
+
+  Tensors outputs() {
+    Tensors found;
+    for (const int64_t i : plan_.outputs) found.push_back(i < 0 ? std::nullopt : std::move(allocated_[i]));
+    return found;
+  }
+
+ private:
+  void keep(size_t i, Tensor tensor) {
+    addresses_[tensors_.size() + i] = address_of(tensor);
+    allocated_[i] = std::move(tensor);
+  }
+
+  const Tensor& slot(int64_t i) const {
+    const int64_t given = static_cast<int64_t>(tensors_.size());
+    return i < given ? *tensors_[i] : *allocated_[i - given];
+  }
+
+  Tensor factor(const Step& step, int i) const {
+    const Tensor& tensor = slot(step.from[i]);
+    return step.transposed[i] ? transpose(tensor) : tensor;
+  }
+
+  void launch(const Step& step) {
+    values_.assign(step.parameters.size() + kTrailing, 0);
+    parameters_.resize(values_.size());
+    for (size_t i = 0; i < step.parameters.size(); ++i) {
+      const Parameter& parameter = step.parameters[i];
+      values_[i] = parameter.slot < 0 ? parameter.value
+                                      : reinterpret_cast<int64_t>(addresses_[parameter.slot]) + parameter.value;
+    }
+    for (size_t i = 0; i < values_.size(); ++i) parameters_[i] = &values_[i];
+    check(driver.launch(step.function, step.grid[0], step.grid[1], step.grid[2], step.threads, 1, 1, step.shared,
+                        stream_, parameters_.data(), nullptr),
+          "cuLaunchKernel");
+  }
+
+  const Plan& plan_;
+  const Tensors& tensors_;
+  std::vector<char*>& addresses_;
+  Tensors allocated_;
+  int32_t type_, index_;
+  void* stream_ = nullptr;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+  std::vector<int64_t> values_;
+  std::vector<void*> parameters_;
+};
+
 // The operator's outputs, empty ones None; nothing where no plan is known, one None where there can be none.
 Tensors replay(Tensors tensors, Numbers options) {
   STD_TORCH_CHECK(!tensors.empty() && tensors[0].has_value(), "tensors must begin with one, got None or none");
@@ -218,42 +320,10 @@ Tensors replay(Tensors tensors, Numbers options) {
   describe(tensors, options, key, addresses);
   const std::shared_ptr<const Plan> plan = find_plan(key);
   if (plan == nullptr) return {};
-  if (plan->launches.empty()) return {std::nullopt};
-
-  const int32_t type = device_type(*tensors[0]), index = device_index(*tensors[0]);
-  std::optional<torch::stable::accelerator::DeviceGuard> guard;
-  void* stream = nullptr;
-  if (type == aoti_torch_device_type_cuda()) {
-    guard.emplace(index);
-    stream = current_stream(index);
-  }
-  if (current_context() != plan->context) check(driver.enter(plan->context), "cuCtxSetCurrent");  // a new thread
-
-  Tensors allocated(plan->allocations.size());
-  addresses.resize(tensors.size() + allocated.size());
-  std::vector<int64_t> values;
-  std::vector<void*> parameters;
-  for (const Launch& launch : plan->launches) {
-    for (const size_t i : launch.before) {
-      allocated[i] = allocate(plan->allocations[i], type, index);
-      addresses[tensors.size() + i] = address_of(*allocated[i]);
-    }
-    values.assign(launch.parameters.size() + kTrailing, 0);
-    parameters.resize(values.size());
-    for (size_t i = 0; i < launch.parameters.size(); ++i) {
-      const Parameter& parameter = launch.parameters[i];
-      values[i] = parameter.slot < 0 ? parameter.value
-                                     : reinterpret_cast<int64_t>(addresses[parameter.slot]) + parameter.value;
-    }
-    for (size_t i = 0; i < values.size(); ++i) parameters[i] = &values[i];
-    check(driver.launch(launch.function, launch.grid[0], launch.grid[1], launch.grid[2], launch.threads, 1, 1,
-                        launch.shared, stream, parameters.data(), nullptr),
-          "cuLaunchKernel");
-    for (const size_t i : launch.after) allocated[i].reset();
-  }
-  Tensors outputs;
-  for (const int64_t i : plan->outputs) outputs.push_back(i < 0 ? std::nullopt : std::move(allocated[i]));
-  return outputs;
+  if (plan->steps.empty()) return {std::nullopt};
+  Run run(*plan, tensors, addresses);
+  for (const Step& step : plan->steps) run.step(step);
+  return run.outputs();
 }
 
 // ---------------------------------------------------------------------------------------------- recording
@@ -277,7 +347,7 @@ class Reader {
 };
 
 // That the kernel takes what it will be given: as many parameters, of the same sizes.
-void check_kernel(const Launch& launch) {
+void check_kernel(const Step& launch) {
   const size_t count = launch.parameters.size() + kTrailing;
   size_t offset = 0, size = 0;
   for (size_t i = 0; i < count; ++i) {
@@ -290,31 +360,56 @@ void check_kernel(const Launch& launch) {
 }
 
 // Keeps what a call with these tensors and options did. allocated: tensors like those that it allocated, on any device.
-// outputs: which of them it returned, -1 for an empty one. launches: of each the kernel's handle, the grid, warps, bytes
-// of shared memory, the number of parameters, and of each parameter its slot and value. None: there can be no plan.
-void record(Tensors tensors, Numbers options, std::vector<Tensor> allocated, Numbers outputs, Numbers launches) {
+// outputs: which of them it returned, -1 for an empty one. steps: each a Kind and, of a launch, the kernel's handle, the
+// grid, warps, bytes of shared memory, the number of parameters, and of each parameter its slot and value; of a product,
+// two slots, each with whether it is transposed, and the result; of a conversion, a slot and the result. None: there can
+// be no plan.
+void record(Tensors tensors, Numbers options, std::vector<Tensor> allocated, Numbers outputs, Numbers steps) {
   STD_TORCH_CHECK(driver.launch != nullptr, "the driver is not open");
   const auto plan = std::make_shared<Plan>();
   plan->context = current_context();
   for (const Tensor& tensor : allocated) {
     const Shape shape = shape_of(tensor);
     plan->allocations.push_back({Numbers(shape.sizes, shape.sizes + shape.dim),
-                                 Numbers(shape.strides, shape.strides + shape.dim), dtype_of(tensor)});
+                                 Numbers(shape.strides, shape.strides + shape.dim), dtype_of(tensor),
+                                 tensor.scalar_type()});
   }
   const int64_t given = static_cast<int64_t>(tensors.size()), made = static_cast<int64_t>(allocated.size());
-  Reader reader(launches);
+  std::vector<int64_t> last(made, -1);  // the last step that uses an allocation
+  Reader reader(steps);
+  const auto use = [&](int64_t slot, Step& step) {
+    if (slot < given) return;
+    int64_t& before = last[slot - given];
+    if (before < 0) step.before.push_back(slot - given);
+    before = static_cast<int64_t>(plan->steps.size());
+  };
   while (!reader.done()) {
-    Launch launch = {};
-    launch.function = reinterpret_cast<void*>(reader.next());
-    for (unsigned& size : launch.grid) size = static_cast<unsigned>(reader.next(1, INT32_MAX));
-    launch.threads = static_cast<unsigned>(reader.next(1, 32) * kWarp);
-    launch.shared = static_cast<unsigned>(reader.next(0, 1 << 20));
-    for (int64_t count = reader.next(0, 4096); count > 0; --count) {
-      const int64_t slot = reader.next(-1, given + made - 1);
-      launch.parameters.push_back({slot, reader.next()});
+    Step step = {};
+    step.kind = static_cast<Kind>(reader.next(0, 2));
+    if (step.kind == Kind::kLaunch) {
+      step.function = reinterpret_cast<void*>(reader.next());
+      for (unsigned& size : step.grid) size = static_cast<unsigned>(reader.next(1, INT32_MAX));
+      step.threads = static_cast<unsigned>(reader.next(1, 32) * kWarp);
+      step.shared = static_cast<unsigned>(reader.next(0, 1 << 20));
+      for (int64_t count = reader.next(0, 4096); count > 0; --count) {
+        const int64_t slot = reader.next(-1, given + made - 1);
+        step.parameters.push_back({slot, reader.next()});
+        use(slot, step);
+      }
+      check_kernel(step);
+    } else {
+      for (int i = 0; i < (step.kind == Kind::kProduct ? 2 : 1); ++i) {
+        step.from[i] = reader.next(0, given + made - 1);
+        STD_TORCH_CHECK(step.from[i] >= given ? last[step.from[i] - given] >= 0 : tensors[step.from[i]].has_value(),
+                        "slot ", step.from[i], " must be written before it is read");
+        if (step.kind == Kind::kProduct) step.transposed[i] = reader.next(0, 1) == 1;
+        use(step.from[i], step);
+      }
+      step.result = static_cast<size_t>(reader.next(0, made - 1));
+      STD_TORCH_CHECK(last[step.result] < 0, "allocation ", step.result, " is written twice");
+      last[step.result] = static_cast<int64_t>(plan->steps.size());
     }
-    check_kernel(launch);
-    plan->launches.push_back(std::move(launch));
+    plan->steps.push_back(std::move(step));
   }
   std::vector<bool> is_output(allocated.size());
   for (const int64_t i : outputs) {
@@ -322,20 +417,14 @@ void record(Tensors tensors, Numbers options, std::vector<Tensor> allocated, Num
     if (i >= 0) is_output[i] = true;
     plan->outputs.push_back(i);
   }
-  for (int64_t i = 0; i < made && !plan->launches.empty(); ++i) {
-    const auto uses = [&](const Launch& launch) {
-      return std::any_of(launch.parameters.begin(), launch.parameters.end(),
-                         [&](const Parameter& parameter) { return parameter.slot == given + i; });
-    };
-    const auto first = std::find_if(plan->launches.begin(), plan->launches.end(), uses);
-    const auto last = std::find_if(plan->launches.rbegin(), plan->launches.rend(), uses);
-    STD_TORCH_CHECK(first != plan->launches.end(), "no kernel uses allocation ", i);
-    first->before.push_back(i);
-    if (!is_output[i]) last->after.push_back(i);
+  for (int64_t i = 0; i < made && !plan->steps.empty(); ++i) {
+    STD_TORCH_CHECK(last[i] >= 0, "no step uses allocation ", i);
+    if (!is_output[i]) plan->steps[last[i]].after.push_back(i);
   }
   Numbers key;
   std::vector<char*> addresses;
   describe(tensors, options, key, addresses);
+  STD_TORCH_CHECK(key.back() == 0 || plan->steps.empty(), "tensors must be aligned, each in a place of its own");
   const std::unique_lock lock(mutex);
   if (plans.size() >= kMostPlans) plans.clear();
   plans[std::move(key)] = plan;
@@ -346,7 +435,7 @@ void record(Tensors tensors, Numbers options, std::vector<Tensor> allocated, Num
 STABLE_TORCH_LIBRARY(ar_kernels_plans, m) {
   m.def("open_driver(str path) -> str");
   m.def("replay(Tensor?[] tensors, int[] options) -> Tensor?[]");
-  m.def("record(Tensor?[] tensors, int[] options, Tensor[] allocated, int[] outputs, int[] launches) -> ()");
+  m.def("record(Tensor?[] tensors, int[] options, Tensor[] allocated, int[] outputs, int[] steps) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ar_kernels_plans, CompositeExplicitAutograd, m) {

@@ -99,10 +99,17 @@ _hooked: list[list] = []
 """The lists of functions that want to see a kernel's every launch, of all kernels launched."""
 
 
+_knobs = triton.knobs.runtime
+
+
 def is_watched() -> bool:
     """Whether somebody wants to see every launch: then none may happen behind Triton's back."""
-    chains = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
-    return any(_hooked) or any(chain is not None and getattr(chain, "calls", True) for chain in chains)
+    enter, leave = _knobs.launch_enter_hook, _knobs.launch_exit_hook
+    return bool(
+        any(_hooked)
+        or (enter is not None and getattr(enter, "calls", True))
+        or (leave is not None and getattr(leave, "calls", True))
+    )
 
 
 class _Recording(threading.local):
@@ -123,7 +130,8 @@ _ALLOCATIONS = (
 class Recorder(TorchDispatchMode):
     """What a call with `tensors` allocates and launches within the block, for csrc/plans.cpp to repeat.
 
-    That is possible if nothing else happens and every launch is of a kernel that takes pointers and integers alone.
+    That is possible if nothing else happens but PyTorch's matrix products and conversions, and every kernel takes
+    pointers and integers alone.
     """
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
@@ -131,11 +139,13 @@ class Recorder(TorchDispatchMode):
         given = [(i, tensor.data_ptr()) for i, tensor in enumerate(tensors) if tensor is not None]
         given = [(i, address) for i, address in given if address != 0]
         self._slots = {address: i for i, address in given}
-        self.possible = len(self._slots) == len(given)  # of two tensors in one place nobody knows which is meant
+        aligned = all(address % _ALIGNMENT == 0 for _, address in given)
+        self.possible = aligned and len(self._slots) == len(given)  # of two in one place nobody knows which is meant
         self._given = len(tensors)
+        self._tensors = tensors
         self._allocated: list[Tensor] = []  # on no device: sizes and strides
         self._places: dict[int, int] = {}  # by address: the last of _allocated there
-        self._launches: list[int] = []
+        self._steps: list[int] = []
         self._used: set[int] = set()
 
     def __enter__(self) -> "Recorder":
@@ -150,11 +160,38 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func in _ALLOCATIONS:
             if result.numel() > 0:
-                self._places[result.data_ptr()] = len(self._allocated)
-                self._allocated.append(_like(result))
+                self._place(result)
+        elif func is torch.ops.aten.mm.default:
+            self._step(1, args, result)
+        elif func is torch.ops.aten._to_copy.default and kwargs == {"dtype": result.dtype}:
+            self._step(2, args, result)
         elif not (func.is_view and isinstance(result, Tensor) and _share_memory(result, args[0])):
             self.possible = False
         return result
+
+    def _place(self, tensor: Tensor) -> int:
+        place = self._places[tensor.data_ptr()] = len(self._allocated)
+        self._allocated.append(_like(tensor))
+        return place
+
+    def _step(self, kind: int, tensors: Sequence[Tensor], result: Tensor) -> None:
+        """PyTorch's product of two matrices (1), or a conversion (2)."""
+        step = [kind]
+        for tensor in tensors:
+            slot = self._slot(tensor)
+            if slot is None or tensor.numel() == 0:
+                self.possible = False
+                return
+            whole = self._tensors[slot[0]] if slot[0] < self._given else self._allocated[slot[0] - self._given]
+            turned = whole.t() if whole.dim() == 2 else whole
+            fits = [_layout(tensor) == _layout(value) for value in (whole, turned)]
+            if not any(fits) or (kind == 2 and not fits[0]):
+                self.possible = False
+                return
+            step += [slot[0], int(not fits[0])] if kind == 1 else [slot[0]]
+        place = self._place(result)
+        self._used.add(place)
+        self._steps += [*step, place]
 
     def add(self, launch: Launch, kernel: CompiledKernel | None, tensors: Sequence[Tensor | None]) -> None:
         parameters = None if kernel is None else self._parameters(launch, kernel, tensors)
@@ -162,7 +199,8 @@ class Recorder(TorchDispatchMode):
             self.possible = False
             return
         own = kernel.metadata
-        self._launches += [kernel.function, *launch.grid, own.num_warps, own.shared, len(parameters) // 2, *parameters]
+        head = [0, kernel.function, *launch.grid, own.num_warps, own.shared, len(parameters) // 2]
+        self._steps += [*head, *parameters]
 
     def _parameters(self, launch: Launch, kernel: CompiledKernel, tensors: Sequence[Tensor | None]) -> list[int] | None:
         """Slot and value of each, in the order of the kernel's own, which has no constants."""
@@ -196,23 +234,30 @@ class Recorder(TorchDispatchMode):
             return self._given + self._places[address], 0
         return (self._slots[address], 0) if address in self._slots else None  # None: a part of something
 
-    def plan(self, outputs: Sequence[Tensor]) -> tuple[list[Tensor], list[int], list[int]]:
-        """record's last arguments; without launches where no plan is possible."""
-        places = [self._places.get(output.data_ptr(), -1) if output.numel() > 0 else -1 for output in outputs]
-        for output, place in zip(outputs, places):
+    def plan(self, outputs: Sequence[Tensor | None]) -> tuple[list[Tensor], list[int], list[int]]:
+        """record's last arguments; without steps where no plan is possible."""
+        full = [None if output is None or output.numel() == 0 else output for output in outputs]
+        places = [-1 if output is None else self._places.get(output.data_ptr(), -1) for output in full]
+        for output, place in zip(full, places):
+            if output is None:
+                continue
             if place < 0:
-                self.possible &= output.numel() == 0
+                self.possible = False
             elif output.numel() == self._allocated[place].numel():
                 self._allocated[place] = _like(output)
             else:
                 self.possible = False
         if not self.possible or self._used != set(range(len(self._allocated))):
             return [], [], []
-        return self._allocated, places, self._launches
+        return self._allocated, places, self._steps
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:  # a contiguous tensor's copy is itself, another's is not
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def _layout(tensor: Tensor) -> tuple:
+    return tensor.shape, tensor.stride()
 
 
 def _like(tensor: Tensor) -> Tensor:
