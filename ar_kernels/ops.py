@@ -23,9 +23,10 @@ from .reference import accumulator_dtype
 
 try:  # what Function.apply itself goes by, in torch 2.11 to 2.13
     from torch._C import _are_functorch_transforms_active as _functorch_is_active
+    from torch._C._functorch import unwrap_if_dead as _unwrap_if_dead
     from torch._functorch.utils import unwrap_dead_wrappers as _unwrap_dead_wrappers
 except ImportError:  # another torch: every call goes through Function.apply
-    _functorch_is_active = _unwrap_dead_wrappers = None  # type: ignore[assignment]
+    _functorch_is_active = _unwrap_if_dead = _unwrap_dead_wrappers = None  # type: ignore[assignment]
 
 _triton_library = torch.library.Library("ar_kernels", "DEF")
 _launchers: dict[str, Callable[..., Any]] = {}
@@ -717,6 +718,7 @@ class _EagerGatedAttend(torch.autograd.Function):
         options = [needs_z, needs_w, needs_score_w or needs_score_b, needs_output_w, taps_first]
         if all([grad is None for grad in received[:8]]):  # nothing but the tap was used
             return received[8], None, None, None, None, None, None, None
+        found: Any
         with autocast_off(z):
             if implementation == "triton" and plans.are_used(z):
                 found = plans.run(_BACKWARD, _planned_backward, _import_kernels().launch, tensors, options)
@@ -728,7 +730,7 @@ class _EagerGatedAttend(torch.autograd.Function):
             dw if needs_w else None,
             _mask_bias_gradient(lse, b, received[1], received[2]) if needs_b else None,
             dscore_w if needs_score_w else None,
-            _in_dtype(dscore_b, score_b.dtype) if needs_score_b else None,
+            dscore_b.to(score_b.dtype) if needs_score_b else None,
             doutput_w,
             None,
             None,
@@ -736,7 +738,7 @@ class _EagerGatedAttend(torch.autograd.Function):
 
 
 def _recorded_backward(
-    inputs: tuple[Tensor | None, ...],
+    inputs: tuple[Any, ...],
     how: tuple[Any, ...],
     wanted: tuple[int, ...],
     needs: tuple[bool, ...],
@@ -777,12 +779,12 @@ def gated_attend(
     through = tap and z.requires_grad  # a frozen map stays frozen
     how = gated_heads, wants_logits, wants_mean, through, implementation, taps_first
     if _is_recorded_eagerly():
-        inputs = _unwrap_dead_wrappers((z, w, b, score_w, score_b, output_w))
+        inputs = [value if value is None else _unwrap_if_dead(value) for value in (z, w, b, score_w, score_b, output_w)]
         wanted = _wanted(
             wants_pooled, wants_logits, wants_scores, gated_heads > 0, output_w is not None, wants_mean, through
         )
         outputs: Any = [None] * 9
-        apply = super(torch.autograd.Function, _EagerGatedAttend).apply  # type: ignore[misc]
+        apply = super(torch.autograd.Function, _EagerGatedAttend).apply
         for i, output in zip(wanted, apply(*inputs, wanted, how)):
             outputs[i] = output
     else:

@@ -1,7 +1,8 @@
-"""Calls of the Triton operators that csrc/plans.cpp repeats without Python: when, and where not, why.
+"""What eager calls of the Triton operators do, repeated by csrc/plans.cpp without Python: when, and else why not.
 
-The first eager call with tensors of some shapes, strides and dtypes goes the ordinary way and is watched; if nothing but
-allocations and launches of kernels happened, the native library keeps that as a plan and repeats it from then on.
+The first call with tensors of some shapes, strides and dtypes goes the ordinary way and is watched. If nothing happened
+but allocations, launches of kernels, matrix products and conversions, the native library keeps that as a plan and
+repeats it from then on.
 """
 
 import functools
