@@ -681,8 +681,8 @@ _planned_backward = functools.partial(_eager_backward, _launch)
 
 class _EagerGatedAttend(torch.autograd.Function):
     """_GatedAttend for eager calls, at less host time: what was not asked for is saved without being an output, and a
-    direction goes by one plan, products with output_w included. A backward that is itself recorded differentiates
-    _GatedAttend."""
+    direction goes by one plan, products with output_w included. A backward that is itself recorded or transformed
+    differentiates _GatedAttend."""
 
     @staticmethod
     def forward(ctx, z, w, b, score_w, score_b, output_w, wanted, how):
@@ -706,9 +706,9 @@ class _EagerGatedAttend(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         z, w, b, score_w, score_b, output_w, pooled, lse, logits, scores, gates, features = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or _functorch_is_active():
             inputs = z, w, b, score_w, score_b, output_w
-            return *_recorded_backward(inputs, ctx.how, ctx.wanted, ctx.needs_input_grad, grads), None, None
+            return *_differentiated(inputs, ctx.how, ctx.wanted, ctx.needs_input_grad, grads), None, None
         _, _, _, _, implementation, taps_first = ctx.how
         received: list[Tensor | None] = [None] * 9
         for i, grad in zip(ctx.wanted, grads):
@@ -737,22 +737,23 @@ class _EagerGatedAttend(torch.autograd.Function):
         )
 
 
-def _recorded_backward(
+def _differentiated(
     inputs: tuple[Any, ...],
     how: tuple[Any, ...],
     wanted: tuple[int, ...],
     needs: tuple[bool, ...],
     grads: tuple[Tensor | None, ...],
 ) -> list[Tensor | None]:
-    """Gradients of inputs, with a graph of their own."""
-    with autocast_off(inputs[0]):
+    """Gradients of inputs by _GatedAttend, called anew; they have a graph where one is recorded."""
+    again = torch.is_grad_enabled()
+    with autocast_off(inputs[0]), torch.enable_grad():
         outputs = _apply(_GatedAttend, *inputs, *how)
     used = [(outputs[i], grad) for i, grad in zip(wanted, grads) if grad is not None]
     asked = [value for value, needed in zip(inputs, needs) if needed]
     if not used:
         return [None] * len(inputs)
     results, received = zip(*used)
-    found = iter(torch.autograd.grad(results, asked, received, create_graph=True, allow_unused=True))
+    found = iter(torch.autograd.grad(results, asked, received, create_graph=again, allow_unused=True))
     return [next(found, None) if needed else None for _, needed in zip(inputs, needs)]
 
 

@@ -49,7 +49,13 @@ def _replay() -> Any:
 
 def are_used(data: Tensor) -> bool:
     """Whether a call with data may go by a plan: nobody looks on who has to see every operator."""
-    return data.is_cuda and type(data) is Tensor and torch._C._len_torch_dispatch_stack() == 0 and why_not() is None
+    return (
+        data.is_cuda
+        and type(data) is Tensor
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and why_not() is None
+    )
 
 
 def run(
