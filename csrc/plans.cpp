@@ -35,9 +35,9 @@ using torch::stable::Tensor;
 using Numbers = std::vector<int64_t>;
 using Tensors = std::vector<std::optional<Tensor>>;
 
-constexpr int64_t kAlignment = 16;    // Triton compiles a kernel of its own for pointers that are no multiple of it
-constexpr size_t kMostPlans = 1024;   // then all are forgotten: as many as the launchers keep
-constexpr size_t kTrailing = 2;       // pointers to scratch of Triton's own, which these kernels do not use
+constexpr int64_t kAlignment = 16;   // Triton compiles a kernel of its own for pointers that are no multiple of it
+constexpr size_t kMostPlans = 1024;  // then all are forgotten: as many as the launchers keep
+constexpr size_t kTrailing = 2;      // pointers to scratch of Triton's own, which these kernels do not use
 constexpr int64_t kWarp = 32;
 
 // ---------------------------------------------------------------------------------------------- the driver
@@ -360,10 +360,10 @@ void check_kernel(const Step& launch) {
 }
 
 // Keeps what a call with these tensors and options did. allocated: tensors like those that it allocated, on any device.
-// outputs: which of them it returned, -1 for an empty one. steps: each a Kind and, of a launch, the kernel's handle, the
-// grid, warps, bytes of shared memory, the number of parameters, and of each parameter its slot and value; of a product,
-// two slots, each with whether it is transposed, and the result; of a conversion, a slot and the result. None: there can
-// be no plan.
+// outputs: which of them it returned, -1 for an empty one. steps: each a Kind and, of a launch, the kernel's handle,
+// the grid, warps, bytes of shared memory, the number of parameters, and of each parameter its slot and value; of a
+// product, two slots, each with whether it is transposed, and the result; of a conversion, a slot and the result. None:
+// there can be no plan.
 void record(Tensors tensors, Numbers options, std::vector<Tensor> allocated, Numbers outputs, Numbers steps) {
   STD_TORCH_CHECK(driver.launch != nullptr, "the driver is not open");
   const auto plan = std::make_shared<Plan>();
