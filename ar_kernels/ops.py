@@ -9,7 +9,7 @@ works. Kernels are imported or loaded when an operator first runs, so importing 
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -679,6 +679,21 @@ _planned_forward = functools.partial(_forward, _launch)
 _planned_backward = functools.partial(_eager_backward, _launch)
 
 
+def _eager_forward(
+    inputs: Sequence[Any], how: tuple[Any, ...], wanted: tuple[int, ...]
+) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """Those of _GatedAttend's outputs that are wanted, and all that _forward made."""
+    z = inputs[0]
+    gated_heads, wants_logits, wants_mean, _, implementation, taps_first = how
+    tensors = [*inputs]
+    options = [gated_heads, wants_logits, wants_mean, are_deterministic_algorithms_enabled(), taps_first]
+    if implementation == "triton" and plans.are_used(z):
+        made: Any = plans.run(_FORWARD, _planned_forward, _import_kernels().launch, tensors, options)
+    else:
+        made = _forward(functools.partial(_dispatch, implementation), *tensors, *options)
+    return tuple([made[i] if i < 8 else z.view_as(z) for i in wanted]), made
+
+
 class _EagerGatedAttend(torch.autograd.Function):
     """_GatedAttend for eager calls, at less host time: what was not asked for is saved without being an output, and a
     direction goes by one plan, products with output_w included. A backward that is itself recorded or transformed
@@ -686,22 +701,16 @@ class _EagerGatedAttend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, w, b, score_w, score_b, output_w, wanted, how):
-        gated_heads, wants_logits, wants_mean, tap, implementation, taps_first = how
-        tensors = [z, w, b, score_w, score_b, output_w]
-        options = [gated_heads, wants_logits, wants_mean, are_deterministic_algorithms_enabled(), taps_first]
-        if implementation == "triton" and plans.are_used(z):
-            outputs = plans.run(_FORWARD, _planned_forward, _import_kernels().launch, tensors, options)
-        else:
-            outputs = _forward(functools.partial(_dispatch, implementation), *tensors, *options)
-        pooled, lse, logits, scores, gates, features, _, _ = outputs
+        outputs, made = _eager_forward((z, w, b, score_w, score_b, output_w), how, wanted)
+        pooled, lse, logits, scores, gates, features, _, _ = made
         if w.dim() == 2:
             logits = None
-        if gated_heads == 0:
+        if how[0] == 0:  # no gated heads
             scores = gates = features = None
         ctx.save_for_backward(z, w, b, score_w, score_b, output_w, pooled, lse, logits, scores, gates, features)
         ctx.set_materialize_grads(False)
         ctx.how, ctx.wanted = how, wanted
-        return tuple([outputs[i] if i < 8 else z.view_as(z) for i in wanted])
+        return outputs
 
     @staticmethod
     def backward(ctx, *grads):
@@ -779,14 +788,17 @@ def gated_attend(
     logits come with lse too. Other arguments as in eager.gated_attend. What was not asked for may be None."""
     through = tap and z.requires_grad  # a frozen map stays frozen
     how = gated_heads, wants_logits, wants_mean, through, implementation, taps_first
-    if _is_recorded_eagerly():
+    if _is_eager():
         inputs = [value if value is None else _unwrap_if_dead(value) for value in (z, w, b, score_w, score_b, output_w)]
         wanted = _wanted(
             wants_pooled, wants_logits, wants_scores, gated_heads > 0, output_w is not None, wants_mean, through
         )
+        if torch.is_grad_enabled():
+            found = super(torch.autograd.Function, _EagerGatedAttend).apply(*inputs, wanted, how)
+        else:
+            found, _ = _eager_forward(inputs, how, wanted)
         outputs: Any = [None] * 9
-        apply = super(torch.autograd.Function, _EagerGatedAttend).apply
-        for i, output in zip(wanted, apply(*inputs, wanted, how)):
+        for i, output in zip(wanted, found):
             outputs[i] = output
     else:
         outputs = _apply(_GatedAttend, z, w, b, score_w, score_b, output_w, *how)
@@ -804,13 +816,12 @@ def _wanted(
     return tuple(i for i, is_asked in enumerate(asked) if is_asked)
 
 
-def _is_recorded_eagerly() -> bool:
-    """Whether a Function is to record a graph, and nobody looks on: no torch.compile, functorch or forward mode."""
+def _is_eager() -> bool:
+    """Whether nobody looks on who has to see Function.apply: no torch.compile, functorch or forward mode."""
     return (
         _functorch_is_active is not None
         and not torch.compiler.is_compiling()
         and not _functorch_is_active()
-        and torch.is_grad_enabled()
         and forward_ad._current_level < 0
     )
 

@@ -26,9 +26,9 @@ def why_not() -> str | None:
     if torch.version.hip is not None:
         return "they are for NVIDIA's driver"
     reason = native.why_not("cpu")
-    if reason is not None:
-        return reason
-    return open_driver(DRIVER) or None
+    if reason is None and not hasattr(torch.ops.ar_kernels_plans, "replay"):
+        reason = "the native library was built from an older csrc"
+    return reason or open_driver(DRIVER) or None
 
 
 def open_driver(path: str) -> str:

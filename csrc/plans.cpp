@@ -18,6 +18,7 @@
 #include <mutex>
 #include <optional>
 #include <shared_mutex>
+#include <stdexcept>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -213,11 +214,17 @@ std::shared_ptr<const Plan> find_plan(const Numbers& key) {
   return found == plans.end() ? nullptr : found->second;
 }
 
+// PyTorch could not do its part, for want of memory as a rule. The ordinary way raises the error that it has for that.
+struct Refused {};
+
+void ask(AOTITorchError error) {
+  if (error != AOTI_TORCH_SUCCESS) throw Refused();
+}
+
 Tensor allocate(const Allocation& allocation, int32_t type, int32_t index) {
   AtenTensorHandle tensor;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(allocation.sizes.size()),
-                                                         allocation.sizes.data(), allocation.strides.data(),
-                                                         allocation.dtype, type, index, &tensor));
+  ask(aoti_torch_empty_strided(static_cast<int64_t>(allocation.sizes.size()), allocation.sizes.data(),
+                               allocation.strides.data(), allocation.dtype, type, index, &tensor));
   return Tensor(tensor);
 }
 
@@ -234,8 +241,16 @@ Tensor transpose(const Tensor& tensor) {
 
 Tensor product(const Tensor& a, const Tensor& b) {
   std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
+  ask(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor convert(const Tensor& tensor, torch::headeronly::ScalarType dtype) {
+  try {
+    return torch::stable::to(tensor, dtype);
+  } catch (const std::runtime_error&) {
+    throw Refused();
+  }
 }
 
 // Calls the steps of a plan, one after another.
@@ -260,7 +275,7 @@ class Run {
     } else if (step.kind == Kind::kProduct) {
       keep(step.result, product(factor(step, 0), factor(step, 1)));
     } else {
-      keep(step.result, torch::stable::to(slot(step.from[0]), plan_.allocations[step.result].scalar_type));
+      keep(step.result, convert(slot(step.from[0]), plan_.allocations[step.result].scalar_type));
     }
     for (const size_t i : step.after) allocated_[i].reset();
   }
@@ -312,7 +327,7 @@ class Run {
   std::vector<void*> parameters_;
 };
 
-// The operator's outputs, empty ones None; nothing where no plan is known, one None where there can be none.
+// The call's outputs, empty ones None; nothing where no plan is known, one None where there is none to be followed.
 Tensors replay(Tensors tensors, Numbers options) {
   STD_TORCH_CHECK(!tensors.empty() && tensors[0].has_value(), "tensors must begin with one, got None or none");
   thread_local Numbers key;
@@ -321,9 +336,13 @@ Tensors replay(Tensors tensors, Numbers options) {
   const std::shared_ptr<const Plan> plan = find_plan(key);
   if (plan == nullptr) return {};
   if (plan->steps.empty()) return {std::nullopt};
-  Run run(*plan, tensors, addresses);
-  for (const Step& step : plan->steps) run.step(step);
-  return run.outputs();
+  try {
+    Run run(*plan, tensors, addresses);
+    for (const Step& step : plan->steps) run.step(step);
+    return run.outputs();
+  } catch (const Refused&) {
+    return {std::nullopt};
+  }
 }
 
 // ---------------------------------------------------------------------------------------------- recording
@@ -414,6 +433,7 @@ void record(Tensors tensors, Numbers options, std::vector<Tensor> allocated, Num
   std::vector<bool> is_output(allocated.size());
   for (const int64_t i : outputs) {
     STD_TORCH_CHECK(i >= -1 && i < made, "an output must be one of ", made, " allocations, got ", i);
+    STD_TORCH_CHECK(i < 0 || !is_output[i], "allocation ", i, " is returned twice");
     if (i >= 0) is_output[i] = true;
     plan->outputs.push_back(i);
   }

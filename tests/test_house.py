@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "plans": {"native"},
     "ops": {"eager", "reference", "kernels", "native", "plans"},
     "functional": {"ops", "eager", "reference", "native"},
-    "env": {"functional", "native", "ar_kernels"},
+    "env": {"functional", "native", "plans", "ar_kernels"},
     "modules": {"functional"},
     "losses": {"functional", "ops", "reference"},
     "attend_rectify": {"modules", "functional", "reference"},

@@ -169,7 +169,9 @@ def test_products_and_conversions_are_repeated(toy):
     assert toy.python == 1
 
 
-@pytest.mark.parametrize("what", ["an operation", "a view as a result", "an argument as a result", "nothing"])
+@pytest.mark.parametrize(
+    "what", ["an operation", "a view as a result", "an argument as a result", "one result twice", "nothing"]
+)
 def test_what_is_more_than_launches_has_no_plan(what, toy):
     plain = toy.operator
 
@@ -181,6 +183,8 @@ def test_what_is_more_than_launches_has_no_plan(what, toy):
             out = out[:2]
         elif what == "an argument as a result":
             empty = x
+        elif what == "one result twice":
+            empty = out
         else:
             x.new_empty(3)  # never used
         return out, empty
@@ -248,12 +252,26 @@ def test_an_error_of_the_driver_raises(toy):
         ([0], [2, 1, 0], "written before it is read"),
         ([0], [2, 0, 0, 2, 0, 0], "written twice"),
         ([-1], [1, 0, 0, 0, 1, 0, 2, 0, 0], "written twice"),
+        ([0, 0], [2, 0, 0], "returned twice"),
     ],
 )
 def test_a_malformed_plan_is_refused(outputs, steps, message, driver):
     x = torch.randn(4, 4)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.ar_kernels_plans.record([x], [next(_numbers)], [x.to("meta")], outputs, steps)
+
+
+def test_where_memory_is_short_the_ordinary_way_says_so(toy, monkeypatch):
+    """What the library cannot allocate it leaves to Python, so that PyTorch's own error is what is raised."""
+    from ar_kernels.kernels import launch
+
+    like = launch._like
+    scratch = torch.empty(2**55, device="meta")
+    monkeypatch.setattr(launch, "_like", lambda tensor: scratch if tensor.numel() == 7 else like(tensor))
+    for _ in range(2):
+        x, y = whole(2, 4, 6)
+        assert torch.equal(toy.call(x, y, 5), x + y + 5)
+    assert toy.python == 2 and toy.launched == []
 
 
 def test_a_driver_that_is_not_there(driver, tmp_path):
@@ -373,6 +391,40 @@ def test_what_a_plan_is_not_for_goes_the_ordinary_way(device, ordinary):
     for arguments in ((unaligned, weights), (z, [mask, output, mask]), (z, [turned, output, gate]), (z, weights)):
         for _ in range(2):
             equal(step(*arguments), ordinary(step, *arguments))
+
+
+@planned
+@pytest.mark.gpu
+def test_without_a_graph(device, ordinary, closed):
+    """Inference goes by the same plan; a tap of it is a view, a mean that was not asked for None."""
+    z, weights = drawn(device)
+
+    def outputs():
+        with torch.no_grad():
+            made = ar_kernels.attention_module(z, *weights, implementation="triton", mean=True, tap=True)
+            pooled = ar_kernels.attend(z, weights[0], implementation="triton")
+        assert pooled.mean is None and pooled.logits is None
+        return {name: value for name, value in made._asdict().items() if value is not None} | {"pooled": pooled.pooled}
+
+    want = ordinary(outputs)
+    equal(outputs(), want)
+    equal(closed(outputs), want)
+
+
+@planned
+@pytest.mark.gpu
+def test_out_of_memory_is_pytorchs_own_error(device):
+    z, weights = drawn(device, shape=(64, 256, 32, 32))  # dZ of 33 MB
+    step(z, weights)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + 2**21) / total, device)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            step(z, weights)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    step(z, weights)
 
 
 @planned

@@ -247,7 +247,8 @@ class Recorder(TorchDispatchMode):
                 self._allocated[place] = _like(output)
             else:
                 self.possible = False
-        if not self.possible or self._used != set(range(len(self._allocated))):
+        made = [place for place in places if place >= 0]
+        if not self.possible or len(made) > len(set(made)) or self._used != set(range(len(self._allocated))):
             return [], [], []
         return self._allocated, places, self._steps
 
