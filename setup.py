@@ -116,7 +116,7 @@ class BuildNative(build_ext):
         if sanitize:
             own += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-g"]
         commands = []
-        for source in sorted((CSRC / "cpu").glob("*.cpp")):
+        for source in [*sorted(CSRC.glob("*.cpp")), *sorted((CSRC / "cpu").glob("*.cpp"))]:
             each = TARGETS.items() if source.name in PER_TARGET else [("", [])]
             for target, flags in each:
                 output = objects / f"{source.stem}{target and '-' + target}.o"

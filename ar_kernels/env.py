@@ -8,7 +8,7 @@ import platform
 
 import torch
 
-from . import __version__, functional, native
+from . import __version__, functional, native, plans
 
 _VARIABLES = ("AR_KERNELS_", "TRITON_INTERPRET", "OMP_", "CUDA_VISIBLE_DEVICES")
 
@@ -32,6 +32,7 @@ def report() -> dict[str, object]:
             "note": native.build_note(),
             "cpu": reasons["cpu"] or f"can run ({native.target() or 'AR_KERNELS_TARGET names nothing that runs here'})",
             "cuda": reasons["cuda"] or "can run",
+            "plans": plans.why_not() or "are used: eager calls of the Triton operators repeat without Python",
         },
         "runs": {device: _runs(device) for device in devices},
         "variables": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_VARIABLES)},

@@ -353,16 +353,18 @@ def attention_module(
             if name in _FUSED:
                 taps_first = name == "triton" and ops.is_taps_first(output_weight)
                 fused = ops.gated_attend(
-                    *arguments, None if by_head else output_weight, heads, masks, mean, tap, name, taps_first
-                )
+                    *arguments, None if by_head else output_weight, heads, masks, mean, tap, name, taps_first,
+                    False, global_mask_weight is not None,
+                )  # fmt: skip
                 lse, logits, t, gates, features, average, hypothesis, tapped = fused[1:]
             else:
                 _, lse, logits, t, gates, features, average = eager.gated_attend(*arguments, heads, mean)
                 features = features.flatten(1)
                 hypothesis = None if by_head else F.linear(features, output_weight.to(feature_map.dtype))
                 tapped = feature_map
-            assert gates is not None and features is not None  # there are gated heads
+            assert gates is not None  # there are gated heads
             if hypothesis is None:
+                assert features is not None
                 if not taps_first and ops.is_taps_first(output_weight):
                     features = features.unflatten(1, (heads, -1, 9)).mT.flatten(1)
                 hypothesis = ops.gated_hypothesis(features, output_weight)

@@ -9,7 +9,7 @@ works. Kernels are imported or loaded when an operator first runs, so importing 
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -18,16 +18,18 @@ import torch
 from torch import Tensor, are_deterministic_algorithms_enabled
 from torch.autograd import forward_ad
 
-from . import eager, native
+from . import eager, native, plans
 from .reference import accumulator_dtype
 
 try:  # what Function.apply itself goes by, in torch 2.11 to 2.13
     from torch._C import _are_functorch_transforms_active as _functorch_is_active
+    from torch._C._functorch import unwrap_if_dead as _unwrap_if_dead
     from torch._functorch.utils import unwrap_dead_wrappers as _unwrap_dead_wrappers
 except ImportError:  # another torch: every call goes through Function.apply
-    _functorch_is_active = _unwrap_dead_wrappers = None  # type: ignore[assignment]
+    _functorch_is_active = _unwrap_if_dead = _unwrap_dead_wrappers = None  # type: ignore[assignment]
 
 _triton_library = torch.library.Library("ar_kernels", "DEF")
+_launchers: dict[str, Callable[..., Any]] = {}
 _native_library = torch.library.Library(native.NAMESPACE, "DEF")
 
 
@@ -41,6 +43,7 @@ def _define(
     """
     name = schema.split("(")[0]
     stand_in = functools.partial(_load_native, name)
+    _launchers[name] = implementation
     for library, python in ((_triton_library, implementation), (_native_library, stand_in))[: 1 + native]:
         whole = schema.replace(") ->", f", {extra}) ->") if extra and library is _triton_library else schema
         library.define(whole, tags=(torch.Tag.flexible_layout,))
@@ -65,6 +68,17 @@ def _load_native(name: str, *arguments: Any) -> Any:
 
 def _operators(implementation: str) -> Any:
     return torch.ops.ar_kernels_native if implementation == "native" else torch.ops.ar_kernels
+
+
+def _dispatch(implementation: str, name: str, tensors: list[Tensor | None], options: list[Any], *extra: Any) -> Any:
+    """The operator of this name. extra: options that the Triton one alone takes."""
+    operator = getattr(_operators(implementation), name).default
+    return operator(*tensors, *options, *(extra if implementation == "triton" else ()))
+
+
+def _launch(name: str, tensors: list[Tensor | None], options: list[Any], *extra: Any) -> Any:
+    """What the Triton operator of this name does, without the dispatcher."""
+    return _launchers[name](*tensors, *options, *extra)
 
 
 def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
@@ -100,8 +114,13 @@ def _kernels(data: Tensor) -> ModuleType:
     return _import_kernels()
 
 
+_NOTHING = nullcontext()
+
+
 def autocast_off(data: Tensor) -> AbstractContextManager[Any]:
     """The computation runs in its input's dtype; outside autocast there is nothing to switch, and no time to lose."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return _NOTHING
     kind = data.device.type
     on = kind != "meta" and torch.is_autocast_enabled(kind)  # meta knows no autocast and would raise
     return torch.autocast(kind, enabled=False) if on else nullcontext()
@@ -433,6 +452,34 @@ def _mask_bias_gradient(lse: Tensor, b: Tensor, grad_lse: Tensor | None, grad_lo
     return db.to(b.dtype)
 
 
+def _forward(
+    run: Callable[..., Any],
+    z: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    score_w: Tensor | None,
+    score_b: Tensor | None,
+    output_w: Tensor | None,
+    gated_heads: int,
+    wants_logits: bool,
+    wants_mean: bool,
+    alike: bool,
+    taps_first: bool,
+) -> tuple[Tensor | None, ...]:
+    """The operator's outputs and the hypothesis; those that were not asked for are empty or None. run: _dispatch with
+    an implementation, or _launch."""
+    tensors = [z, w, b, score_w, score_b]
+    if w.dim() == 2:
+        outputs = run("gated_attend", tensors, [gated_heads, wants_logits, wants_mean, alike])
+    else:
+        outputs = run("gated_attend3x3", tensors, [gated_heads, wants_mean, alike], taps_first)
+    return *outputs, None if output_w is None else torch.mm(outputs[5], _in_dtype(output_w, z.dtype).t())
+
+
+def _in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight if weight.dtype == dtype else weight.to(dtype)
+
+
 class _GatedAttend(torch.autograd.Function):
     """Outputs: the operator's, None for those not asked for, then the hypothesis and the tapped map, None likewise."""
 
@@ -440,15 +487,11 @@ class _GatedAttend(torch.autograd.Function):
     def forward(
         z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, tap, implementation, taps_first
     ):
-        operators = _operators(implementation)
         alike = are_deterministic_algorithms_enabled()
-        inputs = z, w, b, score_w, score_b, gated_heads
-        if w.dim() == 4:
-            order = (taps_first,) if implementation == "triton" else ()
-            outputs = operators.gated_attend3x3.default(*inputs, wants_mean, alike, *order)
-        else:
-            outputs = operators.gated_attend.default(*inputs, wants_logits, wants_mean, alike)
-        pooled, lse, logits, scores, gates, features, mean = outputs
+        pooled, lse, logits, scores, gates, features, mean, hypothesis = _forward(
+            functools.partial(_dispatch, implementation),
+            z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, alike, taps_first,
+        )  # fmt: skip
         gated = gated_heads > 0
         return (
             pooled,
@@ -458,7 +501,7 @@ class _GatedAttend(torch.autograd.Function):
             gates if gated else None,
             features if gated else None,
             mean if wants_mean else None,
-            None if output_w is None else features @ output_w.to(z.dtype).t(),
+            hypothesis,
             z.view_as(z) if tap else None,
         )
 
@@ -513,6 +556,88 @@ class _GatedAttend(torch.autograd.Function):
         return _map_samples(_GatedAttend, info, in_dims, arguments)
 
 
+def _backward(
+    run: Callable[..., Any],
+    z: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    score_w: Tensor | None,
+    pooled: Tensor,
+    lse: Tensor,
+    logits: Tensor | None,
+    scores: Tensor | None,
+    gates: Tensor | None,
+    grad_pooled: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_logits: Tensor | None,
+    grad_scores: Tensor | None,
+    grad_gates: Tensor | None,
+    grad_features: Tensor | None,
+    grad_mean: Tensor | None,
+    upstream: Tensor | None,
+    needs_z: bool,
+    needs_w: bool,
+    needs_score: bool,
+    channels_last: bool,
+    taps_first: bool,
+) -> Any:
+    """The backward operator's outputs, of which those that were not asked for are empty; run as in _forward."""
+    received = (
+        grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean, upstream
+    )  # fmt: skip
+    options = [needs_z, needs_w, needs_score, channels_last]
+    if w.dim() == 2:
+        tensors = [z, w, b, score_w, pooled, lse, scores, gates, *received]
+        return run("gated_attend_backward", tensors, options)
+    tensors = [z, w, score_w, pooled, lse, logits, scores, gates, *received]
+    return run("gated_attend3x3_backward", tensors, options, taps_first)
+
+
+def _eager_backward(
+    run: Callable[..., Any],
+    z: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    score_w: Tensor | None,
+    output_w: Tensor | None,
+    pooled: Tensor,
+    lse: Tensor,
+    logits: Tensor | None,
+    scores: Tensor | None,
+    gates: Tensor | None,
+    features: Tensor | None,
+    grad_pooled: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_logits: Tensor | None,
+    grad_scores: Tensor | None,
+    grad_gates: Tensor | None,
+    grad_features: Tensor | None,
+    grad_mean: Tensor | None,
+    grad_hypothesis: Tensor | None,
+    upstream: Tensor | None,
+    needs_z: bool,
+    needs_w: bool,
+    needs_score: bool,
+    needs_output_w: bool,
+    taps_first: bool,
+) -> tuple[Tensor | None, ...]:
+    """_backward's outputs and output_w's gradient."""
+    doutput_w = None
+    gradients: tuple[Tensor | None, ...] = (None,) * 4
+    if grad_hypothesis is not None and features is not None and output_w is not None:
+        if needs_output_w:
+            doutput_w = _in_dtype(torch.mm(grad_hypothesis.t(), features), output_w.dtype)
+        if needs_z or needs_w or needs_score:
+            grad_features = torch.mm(grad_hypothesis, _in_dtype(output_w, z.dtype))  # features is no output beside it
+    grads = grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean
+    if (needs_z or needs_w or needs_score) and any(grad is not None for grad in grads):
+        gradients = _backward(
+            run, z, w, b, score_w, pooled, lse, logits, scores, gates, *grads, upstream,
+            needs_z, needs_w, needs_score, _is_channels_last(z), taps_first,
+        )  # fmt: skip
+    return *gradients, doutput_w
+
+
 class _GatedAttendBackward(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -520,15 +645,11 @@ class _GatedAttendBackward(torch.autograd.Function):
         grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean, upstream,
         gated_heads, wants_mean, needs_z, needs_w, needs_score, channels_last, implementation, taps_first,
     ):  # fmt: skip
-        operators = _operators(implementation)
-        rest = (
-            scores, gates, grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean,
-            upstream, needs_z, needs_w, needs_score, channels_last,
+        return _backward(
+            functools.partial(_dispatch, implementation), z, w, b, score_w, pooled, lse, logits, scores, gates,
+            grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean, upstream,
+            needs_z, needs_w, needs_score, channels_last, taps_first,
         )  # fmt: skip
-        if w.dim() == 4:
-            order = (taps_first,) if implementation == "triton" else ()
-            return operators.gated_attend3x3_backward.default(z, w, score_w, pooled, lse, logits, *rest, *order)
-        return operators.gated_attend_backward.default(z, w, b, score_w, pooled, lse, *rest)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -554,6 +675,100 @@ class _GatedAttendBackward(torch.autograd.Function):
         return _map_samples(_GatedAttendBackward, info, in_dims, arguments)
 
 
+_FORWARD, _BACKWARD = range(2)
+"""What plans are made of."""
+
+_planned_forward = functools.partial(_forward, _launch)
+_planned_backward = functools.partial(_eager_backward, _launch)
+
+
+def _eager_forward(
+    inputs: Sequence[Any], how: tuple[Any, ...], wanted: tuple[int, ...]
+) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """Those of _GatedAttend's outputs that are wanted, and all that _forward made."""
+    z = inputs[0]
+    gated_heads, wants_logits, wants_mean, _, implementation, taps_first = how
+    tensors = [*inputs]
+    options = [gated_heads, wants_logits, wants_mean, are_deterministic_algorithms_enabled(), taps_first]
+    if implementation == "triton" and plans.are_used(z):
+        made: Any = plans.run(_FORWARD, _planned_forward, _import_kernels().launch, tensors, options)
+    else:
+        made = _forward(functools.partial(_dispatch, implementation), *tensors, *options)
+    return tuple([made[i] if i < 8 else z.view_as(z) for i in wanted]), made
+
+
+class _EagerGatedAttend(torch.autograd.Function):
+    """_GatedAttend for eager calls, at less host time: what was not asked for is saved without being an output, and a
+    direction goes by one plan, products with output_w included. A backward that is itself recorded or transformed
+    differentiates _GatedAttend."""
+
+    @staticmethod
+    def forward(ctx, z, w, b, score_w, score_b, output_w, wanted, how):
+        outputs, made = _eager_forward((z, w, b, score_w, score_b, output_w), how, wanted)
+        pooled, lse, logits, scores, gates, features, _, _ = made
+        if w.dim() == 2:
+            logits = None
+        if how[0] == 0:  # no gated heads
+            scores = gates = features = None
+        ctx.save_for_backward(z, w, b, score_w, score_b, output_w, pooled, lse, logits, scores, gates, features)
+        ctx.set_materialize_grads(False)
+        ctx.how, ctx.wanted = how, wanted
+        return outputs
+
+    @staticmethod
+    def backward(ctx, *grads):
+        z, w, b, score_w, score_b, output_w, pooled, lse, logits, scores, gates, features = ctx.saved_tensors
+        if torch.is_grad_enabled() or _functorch_is_active():
+            inputs = z, w, b, score_w, score_b, output_w
+            return *_differentiated(inputs, ctx.how, ctx.wanted, ctx.needs_input_grad, grads), None, None
+        _, _, _, _, implementation, taps_first = ctx.how
+        received: list[Tensor | None] = [None] * 9
+        for i, grad in zip(ctx.wanted, grads):
+            received[i] = grad
+        needs_z, needs_w, needs_b, needs_score_w, needs_score_b, needs_output_w, _, _ = ctx.needs_input_grad
+        tensors = [z, w, b, score_w, output_w, pooled, lse, logits, scores, gates, features, *received]
+        options = [needs_z, needs_w, needs_score_w or needs_score_b, needs_output_w, taps_first]
+        if all([grad is None for grad in received[:8]]):  # nothing but the tap was used
+            return received[8], None, None, None, None, None, None, None
+        found: Any
+        with autocast_off(z):
+            if implementation == "triton" and plans.are_used(z):
+                found = plans.run(_BACKWARD, _planned_backward, _import_kernels().launch, tensors, options)
+            else:
+                found = _eager_backward(functools.partial(_dispatch, implementation), *tensors, *options)
+        dz, dw, dscore_w, dscore_b, doutput_w = found
+        return (
+            dz if needs_z else None,
+            dw if needs_w else None,
+            _mask_bias_gradient(lse, b, received[1], received[2]) if needs_b else None,
+            dscore_w if needs_score_w else None,
+            dscore_b.to(score_b.dtype) if needs_score_b else None,
+            doutput_w,
+            None,
+            None,
+        )
+
+
+def _differentiated(
+    inputs: tuple[Any, ...],
+    how: tuple[Any, ...],
+    wanted: tuple[int, ...],
+    needs: tuple[bool, ...],
+    grads: tuple[Tensor | None, ...],
+) -> list[Tensor | None]:
+    """Gradients of inputs by _GatedAttend, called anew; they have a graph where one is recorded."""
+    again = torch.is_grad_enabled()
+    with autocast_off(inputs[0]), torch.enable_grad():
+        outputs = _apply(_GatedAttend, *inputs, *how)
+    used = [(outputs[i], grad) for i, grad in zip(wanted, grads) if grad is not None]
+    asked = [value for value, needed in zip(inputs, needs) if needed]
+    if not used:
+        return [None] * len(inputs)
+    results, received = zip(*used)
+    found = iter(torch.autograd.grad(results, asked, received, create_graph=again, allow_unused=True))
+    return [next(found, None) if needed else None for _, needed in zip(inputs, needs)]
+
+
 def gated_attend(
     z: Tensor,
     w: Tensor,
@@ -567,17 +782,51 @@ def gated_attend(
     tap: bool,
     implementation: str,
     taps_first: bool = False,
+    wants_pooled: bool = True,
+    wants_scores: bool = True,
 ) -> GatedAttended:
     """One fused pass: K heads w [K, C] attend to z, the first gated_heads of them are gated, and output_w [L, K'·C]
     makes their hypothesis; 3×3 heads: [K, C, 3, 3], [L, K'·C·9]. implementation: "triton" or "native". taps_first, for
-    "triton" and without output_w: the features of 3×3 heads are [N, K'·9·C], not [N, K'·C·9]. Other arguments as in
-    eager.gated_attend; fields that were not asked for are None, but for the logits of 3×3 heads."""
+    "triton" and without output_w: the features of 3×3 heads are [N, K'·9·C], not [N, K'·C·9]. wants_pooled: P and lse;
+    logits come with lse too. Other arguments as in eager.gated_attend. What was not asked for may be None."""
     through = tap and z.requires_grad  # a frozen map stays frozen
-    outputs = _apply(
-        _GatedAttend, z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, through,
-        implementation, taps_first,
-    )  # fmt: skip
+    how = gated_heads, wants_logits, wants_mean, through, implementation, taps_first
+    if _is_eager():
+        inputs = [value if value is None else _unwrap_if_dead(value) for value in (z, w, b, score_w, score_b, output_w)]
+        wanted = _wanted(
+            wants_pooled, wants_logits, wants_scores, gated_heads > 0, output_w is not None, wants_mean, through
+        )
+        if torch.is_grad_enabled():
+            found = super(torch.autograd.Function, _EagerGatedAttend).apply(*inputs, wanted, how)
+        else:
+            found, _ = _eager_forward(inputs, how, wanted)
+        outputs: Any = [None] * 9
+        for i, output in zip(wanted, found):
+            outputs[i] = output
+    else:
+        outputs = _apply(_GatedAttend, z, w, b, score_w, score_b, output_w, *how)
     return GatedAttended(*(outputs if through else (*outputs[:-1], z)))
+
+
+@functools.cache
+def _wanted(
+    pooled: bool, logits: bool, scores: bool, gated: bool, hypothesis: bool, mean: bool, tap: bool
+) -> tuple[int, ...]:
+    """Which of _GatedAttend's outputs are."""
+    asked = (
+        pooled, pooled or logits, logits, gated and scores, gated, gated and not hypothesis, mean, hypothesis, tap
+    )  # fmt: skip
+    return tuple(i for i, is_asked in enumerate(asked) if is_asked)
+
+
+def _is_eager() -> bool:
+    """Whether nobody looks on who has to see Function.apply: no torch.compile, functorch or forward mode."""
+    return (
+        _functorch_is_active is not None
+        and not torch.compiler.is_compiling()
+        and not _functorch_is_active()
+        and forward_ad._current_level < 0
+    )
 
 
 # ---------------------------------------------------------------------------------------------- head_hypotheses
@@ -737,7 +986,7 @@ _define(
 class _Rectify(torch.autograd.Function):
     @staticmethod
     def forward(hypotheses, scores, mix, gating, implementation):
-        return _operators(implementation).rectify(hypotheses, scores, mix, gating)
+        return _dispatch(implementation, "rectify", [hypotheses, scores], [mix, gating])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -758,7 +1007,7 @@ class _Rectify(torch.autograd.Function):
 class _RectifyBackward(torch.autograd.Function):
     @staticmethod
     def forward(grad, hypotheses, scores, output, lse, mix, gating, implementation):
-        return _operators(implementation).rectify_backward(grad, hypotheses, scores, output, lse, mix, gating)
+        return _dispatch(implementation, "rectify_backward", [grad, hypotheses, scores, output, lse], [mix, gating])
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -5,7 +5,9 @@ PyTorch's. It is told beside x * 2 on x [64, 256], forward and backward by torch
 same process: the speed of the machine cancels. Nothing is waited for inside a block; `tail_us` is what was still in the
 queue at its end, spread over its calls, and is small where the figure is the host's alone (on a CPU there is no queue).
 PyTorch runs the backward of CUDA tensors in a thread of its own; `one_thread_us` is the time without it, which tells
-what handing over costs.
+what handing over costs. Rows with `part` break ours down: an autograd.Function that only hands over what is there,
+PyTorch's three products with W_O, the plans of both directions (csrc/plans.cpp, which the products are part of), and
+the layer without plans.
 """
 
 import argparse
@@ -16,8 +18,11 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
+
+from ar_kernels import plans
 
 from .cases import LAYOUTS, Case, Shard
 from .results import save
@@ -49,6 +54,11 @@ def blocks(call: Callable[[], object], calls: int, count: int, device: str) -> t
     return statistics.median(times), statistics.median(tails)
 
 
+def in_one_thread(call: Callable[[], object], calls: int, count: int, device: str) -> float:
+    with torch.autograd.set_multithreading_enabled(False):
+        return round(blocks(call, calls, count, device)[0], 2)
+
+
 def contenders(problem: Problem) -> list[Contender]:
     """The layer by ours (default choice, triton, eager) and by every uncompiled rival."""
     ours = [contender for contender in our_contenders(problem) if contender.operation == "layer"]
@@ -65,26 +75,78 @@ def measure(dtype: str, layout: str, device: str, calls: int, count: int) -> lis
     def double() -> object:
         return torch.autograd.grad(x * 2, x, ones)
 
-    def in_one_thread(call: Callable[[], object]) -> float:
-        with torch.autograd.set_multithreading_enabled(False):
-            return round(blocks(call, calls, count, device)[0], 2)
-
+    less = -(-calls // 3), -(-count // 2)  # of what has no bar
     yardstick, tail = blocks(double, calls, count, device)
     rows = [base | {"implementation": "x * 2", "host_us": round(yardstick, 2), "tail_us": round(tail, 2)}]
-    rows[0]["one_thread_us"] = in_one_thread(double)
+    rows[0]["one_thread_us"] = in_one_thread(double, *less, device)
     z = problem.maps[0]
     for contender in contenders(problem):
         row = base | {"implementation": contender.name, "correct": error(contender, problem) <= 1}
         if row["correct"]:
             call = partial(contender.forward_backward, z)
             both, tail = blocks(call, calls, count, device)
-            with_graph, _ = blocks(partial(contender.function, z, *contender.parameters), calls, count, device)
-            forward, _ = blocks(partial(contender.forward, z), calls, count, device)
+            with_graph, _ = blocks(partial(contender.function, z, *contender.parameters), *less, device)
+            forward, _ = blocks(partial(contender.forward, z), *less, device)
             row |= {"host_us": round(both, 2), "tail_us": round(tail, 2), "over_yardstick": round(both / yardstick, 2)}
-            row["one_thread_us"] = in_one_thread(call)
+            row["one_thread_us"] = in_one_thread(call, *less, device)
             row |= {"forward_us": round(with_graph, 2), "forward_no_grad_us": round(forward, 2)}
         rows.append(row)
     return rows
+
+
+class Handover(torch.autograd.Function):
+    """The least that a Function of a layer's inputs, outputs and saved tensors costs: it returns what is there."""
+
+    @staticmethod
+    def forward(ctx, z, mask, output, gate, there):
+        ctx.save_for_backward(z, mask, output, gate, *there)
+        return there[0].detach(), there[1].detach()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return *(value.detach() for value in ctx.saved_tensors[:4]), None
+
+
+def breakdown(dtype: str, layout: str, device: str, calls: int, count: int) -> list[dict]:
+    """Rows of what ours is made of."""
+    problem = Problem(Shard(CASE, dtype, layout), device, maps=1)
+    z, ours = problem.maps[0], contenders(problem)[0]
+    if (dtype, device) == ("float32", "cuda"):
+        ours = next(one for one in contenders(problem) if one.name == "triton")
+    mask, output, gate = ours.parameters
+    grad = problem.grad
+    features = torch.randn(CASE.N, output.shape[1], device=device, dtype=z.dtype)
+    there = [grad, *(torch.randn_like(gate) for _ in range(5))]
+
+    def handover() -> object:
+        return torch.autograd.grad(Handover.apply(z, *ours.parameters, there)[0], (z, *ours.parameters), grad)
+
+    def products() -> object:
+        with torch.no_grad():
+            return torch.mm(features, output.t()), torch.mm(grad.t(), features), torch.mm(grad, output)
+
+    parts: dict[str, Callable[[], object]] = {"a Function": handover, "products with W_O": products}
+    rows = []
+    if device == "cuda" and plans.why_not() is None:
+        made: list[tuple] = []
+        run = plans.run
+        with patch.object(plans, "run", lambda *arguments: made.append(arguments) or run(*arguments)):
+            ours.forward_backward(z)
+
+        def both() -> object:
+            with torch.no_grad():
+                return [run(*arguments) for arguments in made]
+
+        parts["both plans"] = both
+    for name, call in parts.items():
+        rows.append({"part": name, "host_us": round(blocks(call, calls, count, device)[0], 2)})
+        rows[-1]["one_thread_us"] = in_one_thread(call, calls, count, device)
+    if "both plans" in parts:
+        with patch.object(plans, "are_used", lambda data: False):
+            call = partial(ours.forward_backward, z)
+            rows.append({"part": "the layer without plans", "host_us": round(blocks(call, calls, count, device)[0], 2)})
+            rows[-1]["one_thread_us"] = in_one_thread(call, calls, count, device)
+    return [{"dtype": dtype, "layout": layout, "of": ours.name} | row for row in rows]
 
 
 def profile(dtype: str, layout: str, device: str, calls: int) -> None:
@@ -112,17 +174,19 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default=None, help="default: cuda where there is one")
     parser.add_argument("--calls", type=int, default=500, help="calls in a block")
     parser.add_argument("--blocks", type=int, default=5, help="blocks, of which the median is told")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None, help="default: both")
     parser.add_argument("--layout", choices=tuple(LAYOUTS), default="contiguous")
     parser.add_argument("--profile", action="store_true", help="print where ours spends its time instead")
     arguments = parser.parse_args()
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.allow_tf32 = False
     rows = []
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("bfloat16", "float32") if arguments.dtype is None else (arguments.dtype,):
         if arguments.profile:
             profile(dtype, arguments.layout, device, arguments.calls)
             continue
-        for row in measure(dtype, arguments.layout, device, arguments.calls, arguments.blocks):
+        sizes = dtype, arguments.layout, device, arguments.calls, arguments.blocks
+        for row in (*measure(*sizes), *breakdown(*sizes)):
             rows.append(row)
             print(*(f"{name} {value}" for name, value in row.items()), sep="  ", flush=True)
     if rows:

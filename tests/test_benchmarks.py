@@ -451,6 +451,9 @@ def test_host_time_of_every_contender():
     ours = ["ours", "eager"] if native.why_not("cpu") is None else ["ours"]  # eager by name where it is not the default
     assert [row["implementation"] for row in rows] == ["x * 2", *ours, *(one.name for one in RIVALS)]
     assert all(row["correct"] and row["over_yardstick"] > 0 for row in rows[1:])
+    parts = host.breakdown("float32", "contiguous", "cpu", calls=2, count=2)
+    assert [row["part"] for row in parts] == ["a Function", "products with W_O"]
+    assert all(row["host_us"] > 0 and row["one_thread_us"] > 0 for row in parts)
 
 
 def test_step():

@@ -19,7 +19,7 @@ import torch
 from layers import Layer, channels_last
 
 import ar_kernels
-from ar_kernels import env, native
+from ar_kernels import env, native, plans
 
 ROOT = Path(__file__).parent.parent
 X86 = platform.machine() in ("x86_64", "AMD64")
@@ -310,6 +310,7 @@ def test_env_reports_what_a_bug_report_needs(capsys):
     z, w = torch.zeros(1, 2, 3, 3), torch.zeros(1, 2)
     assert report["runs"]["cpu"]["1x1 heads, float32"] == ar_kernels.explain(z, w).chosen
     assert report["native"]["cpu"] == (native.why_not("cpu") or f"can run ({native.target()})")
+    assert plans.why_not() is None or report["native"]["plans"] == plans.why_not()
     env.main([])
     text = capsys.readouterr().out
     assert f"torch: {torch.__version__}" in text and native.build_note() in text

@@ -8,12 +8,14 @@ addresses. What is compiled, and what runs, is the same.
 
 import functools
 import operator
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
@@ -40,17 +42,24 @@ class Launch:
         self.constants = {k: v for k, v in constants.items() if k != "maxnreg" or torch.version.hip is None}
         self.prepared = False
         self._compiled: dict[tuple, Callable] = {}
+        self._kernels: dict[tuple, CompiledKernel] = {}
         # Triton's interpreter compiles nothing. On ROCm a kernel is specialised by its tensors' sizes too.
         self._direct = isinstance(kernel, triton.JITFunction) and torch.version.hip is None
 
     def __call__(self, *tensors: Tensor | None) -> None:
+        kernel = self._launch(tensors)
+        if _recording.recorder is not None:
+            _recording.recorder.add(self, kernel, tensors)
+
+    def _launch(self, tensors: tuple[Tensor | None, ...]) -> CompiledKernel | None:
+        """None: a launch that cannot be repeated without Triton."""
         if not self._direct or self.kernel.pre_run_hooks:
             self._ordinary(tensors)
-            return
+            return None
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         if functools.reduce(operator.or_, addresses) % _ALIGNMENT:
             self._ordinary(tensors)
-            return
+            return None
         # With sizes and constants, all that a kernel is specialised by.
         kinds = (driver.active.get_current_device(), *[None if tensor is None else tensor.dtype for tensor in tensors])
         run = self._compiled.get(kinds)
@@ -58,6 +67,7 @@ class Launch:
             self._compile(kinds, tensors)
         else:
             run(*addresses, *self._tail)
+        return self._kernels.get(kinds)
 
     def prepare(self, *tensors: Tensor | None) -> None:
         """Compiles what a call with such tensors will need, once; launches nothing."""
@@ -75,5 +85,181 @@ class Launch:
             # A compiled kernel takes every parameter by position. Its launcher calls hooks of profilers too.
             self._tail = (*self.sizes, *[self.constants[name] for name in constexprs])
             self._compiled[kinds] = compiled[self.grid]
+            self._kernels[kinds] = compiled
+            if not any(hooks is self.kernel.pre_run_hooks for hooks in _hooked):
+                _hooked.append(self.kernel.pre_run_hooks)
         else:  # a Triton that works in another way
             self._direct = False
+
+
+# ---------------------------------------------------------------------------------------------- recording
+
+
+_hooked: list[list] = []
+"""The lists of functions that want to see a kernel's every launch, of all kernels launched."""
+
+
+_knobs = triton.knobs.runtime
+
+
+def is_watched() -> bool:
+    """Whether somebody wants to see every launch: then none may happen behind Triton's back."""
+    enter, leave = _knobs.launch_enter_hook, _knobs.launch_exit_hook
+    return bool(
+        any(_hooked)
+        or (enter is not None and getattr(enter, "calls", True))
+        or (leave is not None and getattr(leave, "calls", True))
+    )
+
+
+class _Recording(threading.local):
+    def __init__(self) -> None:
+        self.recorder: Recorder | None = None
+
+
+_recording = _Recording()
+
+_ALLOCATIONS = (
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.new_empty_strided.default,
+)
+
+
+class Recorder(TorchDispatchMode):
+    """What a call with `tensors` allocates and launches within the block, for csrc/plans.cpp to repeat.
+
+    That is possible if nothing else happens but PyTorch's matrix products and conversions, and every kernel takes
+    pointers and integers alone.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
+        super().__init__()
+        given = [(i, tensor.data_ptr()) for i, tensor in enumerate(tensors) if tensor is not None]
+        given = [(i, address) for i, address in given if address != 0]
+        self._slots = {address: i for i, address in given}
+        aligned = all(address % _ALIGNMENT == 0 for _, address in given)
+        self.possible = aligned and len(self._slots) == len(given)  # of two in one place nobody knows which is meant
+        self._given = len(tensors)
+        self._tensors = tensors
+        self._allocated: list[Tensor] = []  # on no device: sizes and strides
+        self._places: dict[int, int] = {}  # by address: the last of _allocated there
+        self._steps: list[int] = []
+        self._used: set[int] = set()
+
+    def __enter__(self) -> "Recorder":
+        _recording.recorder = self
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        _recording.recorder = None
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in _ALLOCATIONS:
+            if result.numel() > 0:
+                self._place(result)
+        elif func is torch.ops.aten.mm.default:
+            self._step(1, args, result)
+        elif func is torch.ops.aten._to_copy.default and kwargs == {"dtype": result.dtype}:
+            self._step(2, args, result)
+        elif not (func.is_view and isinstance(result, Tensor) and _share_memory(result, args[0])):
+            self.possible = False
+        return result
+
+    def _place(self, tensor: Tensor) -> int:
+        place = self._places[tensor.data_ptr()] = len(self._allocated)
+        self._allocated.append(_like(tensor))
+        return place
+
+    def _step(self, kind: int, tensors: Sequence[Tensor], result: Tensor) -> None:
+        """PyTorch's product of two matrices (1), or a conversion (2)."""
+        step = [kind]
+        for tensor in tensors:
+            slot = self._slot(tensor)
+            if slot is None or tensor.numel() == 0:
+                self.possible = False
+                return
+            whole = self._tensors[slot[0]] if slot[0] < self._given else self._allocated[slot[0] - self._given]
+            turned = whole.t() if whole.dim() == 2 else whole
+            fits = [_layout(tensor) == _layout(value) for value in (whole, turned)]
+            if not any(fits) or (kind == 2 and not fits[0]):
+                self.possible = False
+                return
+            step += [slot[0], int(not fits[0])] if kind == 1 else [slot[0]]
+        place = self._place(result)
+        self._used.add(place)
+        self._steps += [*step, place]
+
+    def add(self, launch: Launch, kernel: CompiledKernel | None, tensors: Sequence[Tensor | None]) -> None:
+        parameters = None if kernel is None else self._parameters(launch, kernel, tensors)
+        if kernel is None or parameters is None:
+            self.possible = False
+            return
+        own = kernel.metadata
+        head = [0, kernel.function, *launch.grid, own.num_warps, own.shared, len(parameters) // 2]
+        self._steps += [*head, *parameters]
+
+    def _parameters(self, launch: Launch, kernel: CompiledKernel, tensors: Sequence[Tensor | None]) -> list[int] | None:
+        """Slot and value of each, in the order of the kernel's own, which has no constants."""
+        own = kernel.metadata
+        unusual = own.launch_cooperative_grid, own.launch_pdl, own.global_scratch_size, own.profile_scratch_size
+        if any(unusual) or own.num_ctas != 1:
+            return None
+        found: list[int] = []
+        values = (*tensors, *launch.sizes)
+        for kind, value in zip(kernel.src.signature.values(), values):
+            if kind == "constexpr":
+                continue
+            if kind[0] == "*":
+                slot = self._slot(value)
+                if slot is None:
+                    return None
+                found += [*slot]
+            elif kind[0] in "iu":
+                found += [-1, value]
+            else:
+                return None
+        return found
+
+    def _slot(self, tensor: Tensor) -> tuple[int, int] | None:
+        """The tensor's slot, and bytes beyond its beginning."""
+        address = tensor.data_ptr()
+        if address == 0:
+            return -1, 0
+        if address in self._places:
+            self._used.add(self._places[address])
+            return self._given + self._places[address], 0
+        return (self._slots[address], 0) if address in self._slots else None  # None: a part of something
+
+    def plan(self, outputs: Sequence[Tensor | None]) -> tuple[list[Tensor], list[int], list[int]]:
+        """record's last arguments; without steps where no plan is possible."""
+        full = [None if output is None or output.numel() == 0 else output for output in outputs]
+        places = [-1 if output is None else self._places.get(output.data_ptr(), -1) for output in full]
+        for output, place in zip(full, places):
+            if output is None:
+                continue
+            if place < 0:
+                self.possible = False
+            elif output.numel() == self._allocated[place].numel():
+                self._allocated[place] = _like(output)
+            else:
+                self.possible = False
+        made = [place for place in places if place >= 0]
+        if not self.possible or len(made) > len(set(made)) or self._used != set(range(len(self._allocated))):
+            return [], [], []
+        return self._allocated, places, self._steps
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:  # a contiguous tensor's copy is itself, another's is not
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def _layout(tensor: Tensor) -> tuple:
+    return tensor.shape, tensor.stride()
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")

@@ -1,0 +1,85 @@
+"""What eager calls of the Triton operators do, repeated by csrc/plans.cpp without Python: when, and else why not.
+
+The first call with tensors of some shapes, strides and dtypes goes the ordinary way and is watched. If nothing happened
+but allocations, launches of kernels, matrix products and conversions, the native library keeps that as a plan and
+repeats it from then on.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import native
+
+NAMESPACE = "ar_kernels_plans"
+DRIVER = "libcuda.so.1"
+
+_library: torch.library.Library | None = None
+
+
+@functools.cache
+def why_not() -> str | None:
+    """What stops plans from being used at all; None if nothing does. Opens the driver, once."""
+    if torch.version.hip is not None:
+        return "they are for NVIDIA's driver"
+    reason = native.why_not("cpu")
+    if reason is None and not hasattr(torch.ops.ar_kernels_plans, "replay"):
+        reason = "the native library was built from an older csrc"
+    return reason or open_driver(DRIVER) or None
+
+
+def open_driver(path: str) -> str:
+    """Makes the library use this driver; "" or why it cannot."""
+    global _library
+    if _library is None:
+        _library = torch.library.Library(NAMESPACE, "IMPL")
+        _library.impl("replay", torch.library.fallthrough_kernel, "Autograd")
+        _library.impl("record", torch.library.fallthrough_kernel, "Autograd")
+    return torch.ops.ar_kernels_plans.open_driver(path)
+
+
+@functools.cache
+def _replay() -> Any:
+    operator = torch.ops.ar_kernels_plans.replay.default
+    return getattr(operator, "_op", operator)  # without a Python function in between
+
+
+def are_used(data: Tensor) -> bool:
+    """Whether a call with data may go by a plan: nobody looks on who has to see every operator."""
+    return (
+        data.is_cuda
+        and type(data) is Tensor
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and why_not() is None
+    )
+
+
+def run(
+    number: int,
+    launch: Callable[..., Sequence[Tensor | None]],
+    kernels: Any,
+    tensors: list[Tensor | None],
+    options: list[Any],
+) -> Sequence[Tensor | None]:
+    """launch(*tensors, *options), by a plan if there is one; what is empty of the result may then be None.
+
+    number: of what launch does, each its own. kernels: the module launch of ar_kernels.kernels.
+    """
+    if kernels.is_watched():
+        return launch(*tensors, *options)
+    key = [number, *options]
+    if tensors[0].dtype == torch.float32:  # type: ignore[union-attr]
+        key.append(torch.backends.cuda.matmul.fp32_precision == "tf32")
+    outputs = _replay()(tensors, key)
+    if len(outputs) > 1:
+        return outputs
+    if outputs:
+        return launch(*tensors, *options)
+    with kernels.Recorder(tensors) as recorder:
+        made = launch(*tensors, *options)
+    torch.ops.ar_kernels_plans.record(tensors, key, *recorder.plan(made))
+    return made

@@ -1,0 +1,467 @@
+// Plans: what one call of a Triton operator launched and allocated, to be repeated on other tensors without Python.
+//
+// ar_kernels/plans.py records them. A plan is found by all that the Python launchers go by: options, and each tensor's
+// dtype, device, sizes and strides. Kernels are those that Triton compiled, by their handles; the driver is opened at
+// run time, so this needs no CUDA to be built and loads where there is none.
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <array>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <shared_mutex>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#if defined(__linux__)  // defined by a torch with CUDA alone
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+#endif
+
+namespace ar_kernels {
+
+namespace {
+
+using torch::stable::Tensor;
+using Numbers = std::vector<int64_t>;
+using Tensors = std::vector<std::optional<Tensor>>;
+
+constexpr int64_t kAlignment = 16;   // Triton compiles a kernel of its own for pointers that are no multiple of it
+constexpr size_t kMostPlans = 1024;  // then all are forgotten: as many as the launchers keep
+constexpr size_t kTrailing = 2;      // pointers to scratch of Triton's own, which these kernels do not use
+constexpr int64_t kWarp = 32;
+
+// ---------------------------------------------------------------------------------------------- the driver
+
+struct Driver {
+  int (*launch)(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned,
+                unsigned shared, void* stream, void** parameters, void** extra);
+  int (*parameter)(void* function, size_t index, size_t* offset, size_t* size);
+  int (*context)(void** context);
+  int (*enter)(void* context);
+  int (*name_of)(int error, const char** name);
+};
+
+Driver driver = {};
+
+// Opens the CUDA driver's library; "" or what is missing.
+std::string open_driver(std::string path) {
+  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) return dlerror();
+  std::string missing;
+  const auto find = [&](auto& function, const char* name) {
+    void* address = dlsym(library, name);
+    function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(address);
+    if (address == nullptr) missing += (missing.empty() ? "" : ", ") + std::string(name);
+  };
+  Driver opened = {};
+  find(opened.launch, "cuLaunchKernel");
+  find(opened.parameter, "cuFuncGetParamInfo");
+  find(opened.context, "cuCtxGetCurrent");
+  find(opened.enter, "cuCtxSetCurrent");
+  find(opened.name_of, "cuGetErrorName");
+  if (!missing.empty()) return path + " has no " + missing;
+  driver = opened;
+  return "";
+}
+
+void check(int error, const char* call) {
+  if (error == 0) return;
+  const char* name = nullptr;
+  driver.name_of(error, &name);
+  STD_TORCH_CHECK(false, call, " failed: ", name == nullptr ? std::to_string(error) : name);
+}
+
+void* current_context() {
+  void* context = nullptr;
+  check(driver.context(&context), "cuCtxGetCurrent");
+  return context;
+}
+
+void* current_stream(int32_t device) {
+  void* stream = nullptr;
+#if defined(__linux__)
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+#endif
+  return stream;
+}
+
+// ---------------------------------------------------------------------------------------------- plans
+
+struct Allocation {
+  Numbers sizes, strides;
+  int32_t dtype;
+  torch::headeronly::ScalarType scalar_type;
+};
+
+// An integer (slot -1), or the address of a slot (the operator's tensors, then the allocations) and bytes beyond it.
+struct Parameter {
+  int64_t slot, value;
+};
+
+enum class Kind : int64_t { kLaunch = 0, kProduct = 1, kConversion = 2 };
+
+struct Step {
+  Kind kind;
+  // A launch of a kernel.
+  void* function;
+  unsigned grid[3], threads, shared;
+  std::vector<Parameter> parameters;
+  // PyTorch's product of two slots, each as it is or transposed, or one slot in the dtype of the result.
+  int64_t from[2];
+  bool transposed[2];
+  size_t result;
+  std::vector<size_t> before, after;  // allocations that a kernel is the first, or the step the last, to use
+};
+
+struct Plan {
+  void* context;
+  std::vector<Allocation> allocations;
+  std::vector<int64_t> outputs;  // allocations; -1: empty
+  std::vector<Step> steps;       // none: there can be no plan
+};
+
+struct Hash {
+  size_t operator()(const Numbers& key) const {
+    uint64_t hash = key.size();
+    for (const int64_t value : key) {
+      hash = (hash ^ static_cast<uint64_t>(value)) * 0x9E3779B97F4A7C15u;
+      hash ^= hash >> 29;
+    }
+    return hash;
+  }
+};
+
+std::shared_mutex mutex;
+std::unordered_map<Numbers, std::shared_ptr<const Plan>, Hash> plans;
+
+int32_t device_type(const Tensor& tensor) {
+  int32_t type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  return type;
+}
+
+int32_t device_index(const Tensor& tensor) {
+  int32_t index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
+  return index;
+}
+
+int32_t dtype_of(const Tensor& tensor) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype;
+}
+
+struct Shape {
+  int64_t dim, *sizes, *strides;
+};
+
+Shape shape_of(const Tensor& tensor) {
+  Shape shape;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor.get(), &shape.dim));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &shape.sizes));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &shape.strides));
+  return shape;
+}
+
+char* address_of(const Tensor& tensor) {
+  void* address;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor.get(), &address));
+  return static_cast<char*>(address);
+}
+
+// What a plan is found by, and the tensors' addresses.
+void describe(const Tensors& tensors, const Numbers& options, Numbers& key, std::vector<char*>& addresses) {
+  key.assign(options.begin(), options.end());
+  addresses.clear();
+  for (const std::optional<Tensor>& tensor : tensors) {
+    if (!tensor.has_value()) {
+      key.push_back(-1);
+      addresses.push_back(nullptr);
+      continue;
+    }
+    const Shape shape = shape_of(*tensor);
+    key.push_back(shape.dim);
+    key.push_back(int64_t{dtype_of(*tensor)} << 32 | int64_t{device_type(*tensor)} << 16 | device_index(*tensor));
+    key.insert(key.end(), shape.sizes, shape.sizes + shape.dim);
+    key.insert(key.end(), shape.strides, shape.strides + shape.dim);
+    addresses.push_back(address_of(*tensor));
+  }
+  // A kernel for unaligned addresses is another one; and of tensors in one place a record cannot tell which was used.
+  bool odd = false;
+  for (size_t i = 0; i < addresses.size(); ++i) {
+    odd = odd || reinterpret_cast<uintptr_t>(addresses[i]) % kAlignment != 0;
+    for (size_t j = 0; j < i && addresses[i] != nullptr; ++j) odd = odd || addresses[i] == addresses[j];
+  }
+  key.push_back(odd);
+}
+
+std::shared_ptr<const Plan> find_plan(const Numbers& key) {
+  const std::shared_lock lock(mutex);
+  const auto found = plans.find(key);
+  return found == plans.end() ? nullptr : found->second;
+}
+
+// PyTorch could not do its part, for want of memory as a rule. The ordinary way raises the error that it has for that.
+struct Refused {};
+
+void ask(AOTITorchError error) {
+  if (error != AOTI_TORCH_SUCCESS) throw Refused();
+}
+
+Tensor allocate(const Allocation& allocation, int32_t type, int32_t index) {
+  AtenTensorHandle tensor;
+  ask(aoti_torch_empty_strided(static_cast<int64_t>(allocation.sizes.size()), allocation.sizes.data(),
+                               allocation.strides.data(), allocation.dtype, type, index, &tensor));
+  return Tensor(tensor);
+}
+
+Tensor transpose(const Tensor& tensor) {
+  const Shape shape = shape_of(tensor);
+  STD_TORCH_CHECK(shape.dim == 2, "a factor must be a matrix, got ", shape.dim, " dimensions");
+  const int64_t sizes[] = {shape.sizes[1], shape.sizes[0]}, strides[] = {shape.strides[1], shape.strides[0]};
+  int64_t offset;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset));
+  AtenTensorHandle turned;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, offset, &turned));
+  return Tensor(turned);
+}
+
+Tensor product(const Tensor& a, const Tensor& b) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
+  ask(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor convert(const Tensor& tensor, torch::headeronly::ScalarType dtype) {
+  try {
+    return torch::stable::to(tensor, dtype);
+  } catch (const std::runtime_error&) {
+    throw Refused();
+  }
+}
+
+// Calls the steps of a plan, one after another.
+class Run {
+ public:
+  Run(const Plan& plan, const Tensors& tensors, std::vector<char*>& addresses)
+      : plan_(plan), tensors_(tensors), addresses_(addresses), allocated_(plan.allocations.size()) {
+    type_ = device_type(*tensors[0]);
+    index_ = device_index(*tensors[0]);
+    if (type_ == aoti_torch_device_type_cuda()) {
+      guard_.emplace(index_);
+      stream_ = current_stream(index_);
+    }
+    if (current_context() != plan.context) check(driver.enter(plan.context), "cuCtxSetCurrent");  // a new thread
+    addresses_.resize(tensors.size() + allocated_.size());
+  }
+
+  void step(const Step& step) {
+    for (const size_t i : step.before) keep(i, allocate(plan_.allocations[i], type_, index_));
+    if (step.kind == Kind::kLaunch) {
+      launch(step);
+    } else if (step.kind == Kind::kProduct) {
+      keep(step.result, product(factor(step, 0), factor(step, 1)));
+    } else {
+      keep(step.result, convert(slot(step.from[0]), plan_.allocations[step.result].scalar_type));
+    }
+    for (const size_t i : step.after) allocated_[i].reset();
+  }
+
+  Tensors outputs() {
+    Tensors found;
+    for (const int64_t i : plan_.outputs) found.push_back(i < 0 ? std::nullopt : std::move(allocated_[i]));
+    return found;
+  }
+
+ private:
+  void keep(size_t i, Tensor tensor) {
+    addresses_[tensors_.size() + i] = address_of(tensor);
+    allocated_[i] = std::move(tensor);
+  }
+
+  const Tensor& slot(int64_t i) const {
+    const int64_t given = static_cast<int64_t>(tensors_.size());
+    return i < given ? *tensors_[i] : *allocated_[i - given];
+  }
+
+  Tensor factor(const Step& step, int i) const {
+    const Tensor& tensor = slot(step.from[i]);
+    return step.transposed[i] ? transpose(tensor) : tensor;
+  }
+
+  void launch(const Step& step) {
+    values_.assign(step.parameters.size() + kTrailing, 0);
+    parameters_.resize(values_.size());
+    for (size_t i = 0; i < step.parameters.size(); ++i) {
+      const Parameter& parameter = step.parameters[i];
+      values_[i] = parameter.slot < 0 ? parameter.value
+                                      : reinterpret_cast<int64_t>(addresses_[parameter.slot]) + parameter.value;
+    }
+    for (size_t i = 0; i < values_.size(); ++i) parameters_[i] = &values_[i];
+    check(driver.launch(step.function, step.grid[0], step.grid[1], step.grid[2], step.threads, 1, 1, step.shared,
+                        stream_, parameters_.data(), nullptr),
+          "cuLaunchKernel");
+  }
+
+  const Plan& plan_;
+  const Tensors& tensors_;
+  std::vector<char*>& addresses_;
+  Tensors allocated_;
+  int32_t type_, index_;
+  void* stream_ = nullptr;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+  std::vector<int64_t> values_;
+  std::vector<void*> parameters_;
+};
+
+// The call's outputs, empty ones None; nothing where no plan is known, one None where there is none to be followed.
+Tensors replay(Tensors tensors, Numbers options) {
+  STD_TORCH_CHECK(!tensors.empty() && tensors[0].has_value(), "tensors must begin with one, got None or none");
+  thread_local Numbers key;
+  thread_local std::vector<char*> addresses;
+  describe(tensors, options, key, addresses);
+  const std::shared_ptr<const Plan> plan = find_plan(key);
+  if (plan == nullptr) return {};
+  if (plan->steps.empty()) return {std::nullopt};
+  try {
+    Run run(*plan, tensors, addresses);
+    for (const Step& step : plan->steps) run.step(step);
+    return run.outputs();
+  } catch (const Refused&) {
+    return {std::nullopt};
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- recording
+
+class Reader {
+ public:
+  explicit Reader(const Numbers& numbers) : numbers_(numbers) {}
+  bool done() const { return at_ == numbers_.size(); }
+  int64_t next(int64_t least, int64_t most) {
+    STD_TORCH_CHECK(!done(), "a plan ends too early");
+    const int64_t value = numbers_[at_++];
+    STD_TORCH_CHECK(value >= least && value <= most, "a plan's number must be from ", least, " to ", most, ", got ",
+                    value);
+    return value;
+  }
+  int64_t next() { return next(INT64_MIN, INT64_MAX); }
+
+ private:
+  const Numbers& numbers_;
+  size_t at_ = 0;
+};
+
+// That the kernel takes what it will be given: as many parameters, of the same sizes.
+void check_kernel(const Step& launch) {
+  const size_t count = launch.parameters.size() + kTrailing;
+  size_t offset = 0, size = 0;
+  for (size_t i = 0; i < count; ++i) {
+    check(driver.parameter(launch.function, i, &offset, &size), "cuFuncGetParamInfo");
+    const bool is_pointer = i >= launch.parameters.size() || launch.parameters[i].slot >= 0;
+    STD_TORCH_CHECK(is_pointer ? size == 8 : size <= 8, "parameter ", i, " of a kernel must have 8 bytes, got ", size);
+  }
+  STD_TORCH_CHECK(driver.parameter(launch.function, count, &offset, &size) != 0, "a kernel must take ", count,
+                  " parameters, got more");
+}
+
+// Keeps what a call with these tensors and options did. allocated: tensors like those that it allocated, on any device.
+// outputs: which of them it returned, -1 for an empty one. steps: each a Kind and, of a launch, the kernel's handle,
+// the grid, warps, bytes of shared memory, the number of parameters, and of each parameter its slot and value; of a
+// product, two slots, each with whether it is transposed, and the result; of a conversion, a slot and the result. None:
+// there can be no plan.
+void record(Tensors tensors, Numbers options, std::vector<Tensor> allocated, Numbers outputs, Numbers steps) {
+  STD_TORCH_CHECK(driver.launch != nullptr, "the driver is not open");
+  const auto plan = std::make_shared<Plan>();
+  plan->context = current_context();
+  for (const Tensor& tensor : allocated) {
+    const Shape shape = shape_of(tensor);
+    plan->allocations.push_back({Numbers(shape.sizes, shape.sizes + shape.dim),
+                                 Numbers(shape.strides, shape.strides + shape.dim), dtype_of(tensor),
+                                 tensor.scalar_type()});
+  }
+  const int64_t given = static_cast<int64_t>(tensors.size()), made = static_cast<int64_t>(allocated.size());
+  std::vector<int64_t> last(made, -1);  // the last step that uses an allocation
+  Reader reader(steps);
+  const auto use = [&](int64_t slot, Step& step) {
+    if (slot < given) return;
+    int64_t& before = last[slot - given];
+    if (before < 0) step.before.push_back(slot - given);
+    before = static_cast<int64_t>(plan->steps.size());
+  };
+  while (!reader.done()) {
+    Step step = {};
+    step.kind = static_cast<Kind>(reader.next(0, 2));
+    if (step.kind == Kind::kLaunch) {
+      step.function = reinterpret_cast<void*>(reader.next());
+      for (unsigned& size : step.grid) size = static_cast<unsigned>(reader.next(1, INT32_MAX));
+      step.threads = static_cast<unsigned>(reader.next(1, 32) * kWarp);
+      step.shared = static_cast<unsigned>(reader.next(0, 1 << 20));
+      for (int64_t count = reader.next(0, 4096); count > 0; --count) {
+        const int64_t slot = reader.next(-1, given + made - 1);
+        step.parameters.push_back({slot, reader.next()});
+        use(slot, step);
+      }
+      check_kernel(step);
+    } else {
+      for (int i = 0; i < (step.kind == Kind::kProduct ? 2 : 1); ++i) {
+        step.from[i] = reader.next(0, given + made - 1);
+        STD_TORCH_CHECK(step.from[i] >= given ? last[step.from[i] - given] >= 0 : tensors[step.from[i]].has_value(),
+                        "slot ", step.from[i], " must be written before it is read");
+        if (step.kind == Kind::kProduct) step.transposed[i] = reader.next(0, 1) == 1;
+        use(step.from[i], step);
+      }
+      step.result = static_cast<size_t>(reader.next(0, made - 1));
+      STD_TORCH_CHECK(last[step.result] < 0, "allocation ", step.result, " is written twice");
+      last[step.result] = static_cast<int64_t>(plan->steps.size());
+    }
+    plan->steps.push_back(std::move(step));
+  }
+  std::vector<bool> is_output(allocated.size());
+  for (const int64_t i : outputs) {
+    STD_TORCH_CHECK(i >= -1 && i < made, "an output must be one of ", made, " allocations, got ", i);
+    STD_TORCH_CHECK(i < 0 || !is_output[i], "allocation ", i, " is returned twice");
+    if (i >= 0) is_output[i] = true;
+    plan->outputs.push_back(i);
+  }
+  for (int64_t i = 0; i < made && !plan->steps.empty(); ++i) {
+    STD_TORCH_CHECK(last[i] >= 0, "no step uses allocation ", i);
+    if (!is_output[i]) plan->steps[last[i]].after.push_back(i);
+  }
+  Numbers key;
+  std::vector<char*> addresses;
+  describe(tensors, options, key, addresses);
+  STD_TORCH_CHECK(key.back() == 0 || plan->steps.empty(), "tensors must be aligned, each in a place of its own");
+  const std::unique_lock lock(mutex);
+  if (plans.size() >= kMostPlans) plans.clear();
+  plans[std::move(key)] = plan;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(ar_kernels_plans, m) {
+  m.def("open_driver(str path) -> str");
+  m.def("replay(Tensor?[] tensors, int[] options) -> Tensor?[]");
+  m.def("record(Tensor?[] tensors, int[] options, Tensor[] allocated, int[] outputs, int[] steps) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ar_kernels_plans, CompositeExplicitAutograd, m) {
+  m.impl("open_driver", TORCH_BOX(&open_driver));
+  m.impl("replay", TORCH_BOX(&replay));
+  m.impl("record", TORCH_BOX(&record));
+}
+
+}  // namespace ar_kernels

@@ -1,0 +1,519 @@
+"""Plans: what the native library repeats of a call, when it may, and that results have the same bits."""
+
+import ctypes
+import itertools
+import shutil
+import subprocess
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from layers import Layer, channels_last
+
+import ar_kernels
+from ar_kernels import native, ops, plans
+
+planned = pytest.mark.skipif(not torch.cuda.is_available() or plans.why_not() is not None, reason="no plans here")
+
+
+# ---------------------------------------------------------------------------------------------- a driver's double
+
+DRIVER = """
+#include <stddef.h>
+struct Kernel { void (*call)(unsigned* grid, void** parameters); size_t count, sizes[8]; int error; };
+static int context;
+int cuLaunchKernel(struct Kernel* f, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned u, unsigned v,
+                   unsigned shared, void* stream, void** parameters, void** extra) {
+  unsigned grid[] = {x, y, z, threads, shared};
+  if (!f->error) f->call(grid, parameters);
+  return f->error;
+}
+int cuFuncGetParamInfo(struct Kernel* f, size_t index, size_t* offset, size_t* size) {
+  if (index >= f->count) return 1;
+  *offset = 0, *size = f->sizes[index];
+  return 0;
+}
+int cuCtxGetCurrent(void** current) { *current = &context; return 0; }
+int cuCtxSetCurrent(void* other) { return other != &context; }
+int cuGetErrorName(int error, const char** name) { *name = "CUDA_ERROR_OF_THE_DOUBLE"; return 0; }
+"""
+
+
+class _Kernel(ctypes.Structure):
+    _fields_ = [
+        ("call", ctypes.c_void_p),
+        ("count", ctypes.c_size_t),
+        ("sizes", ctypes.c_size_t * 8),
+        ("error", ctypes.c_int),
+    ]
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    """The native library opens a driver that runs kernels as Python functions on the CPU's memory."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if native.why_not("cpu") is not None or compiler is None:
+        pytest.skip(str(native.why_not("cpu") or "there is no C compiler"))
+    folder = tmp_path_factory.mktemp("driver")
+    (folder / "driver.c").write_text(DRIVER)
+    library = str(folder / "libdouble.so")
+    subprocess.run([compiler, "-shared", "-fPIC", str(folder / "driver.c"), "-o", library], check=True)
+    assert plans.open_driver(library) == ""
+    yield library
+    if torch.cuda.is_available() and plans.why_not() is None:
+        plans.open_driver(plans.DRIVER)
+
+
+@pytest.fixture
+def toy(driver):
+    """toy(x, y, shift): x + y + shift, y may be None, by plans.run; toy.python counts how often Python did it,
+    toy.launched has the grid, threads and bytes of shared memory of what the driver was given."""
+    pytest.importorskip("triton", reason="the triton package is not installed")
+    from ar_kernels.kernels import launch
+
+    toy = SimpleNamespace(python=0, launched=[], kernels=[], change=lambda kernel: None)
+
+    def add(x, y, out, shift, length):
+        x, y, out = (ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)) for pointer in (x, y, out))
+        for i in range(length):
+            out[i] = x[i] + (y[i] if y else 0) + shift
+
+    def kernel_of(has_y):
+        @ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_void_p))
+        def call(grid, parameters):
+            words = [ctypes.cast(parameters[i], ctypes.POINTER(ctypes.c_int64))[0] for i in range(kernel.count - 2)]
+            x, y, scratch, out, shift, length = words if has_y else (words[0], 0, *words[1:])
+            assert scratch % 16 == 0 and scratch not in (x, y, out)
+            add(x, y, out, shift, length)
+            toy.launched.append(list(grid[:5]))
+
+        kernel = _Kernel(ctypes.cast(call, ctypes.c_void_p), 7 + has_y, (8,) * (3 + has_y) + (4, 4, 8, 8))
+        toy.change(kernel)
+        toy.kernels.append((kernel, call))
+        pointers = {"x": "*fp32", "y": "*fp32" if has_y else "constexpr", "scratch": "*fp32", "out": "*fp32"}
+        metadata = {"num_ctas": 1, "num_warps": 4, "shared": 96, "launch_cooperative_grid": False, "launch_pdl": False}
+        return SimpleNamespace(
+            function=ctypes.addressof(kernel),
+            src=SimpleNamespace(signature={**pointers, "shift": "i32", "length": "i32", "BLOCK": "constexpr"}),
+            metadata=SimpleNamespace(**metadata, global_scratch_size=0, profile_scratch_size=0),
+        )
+
+    def operator(x, y, shift):
+        toy.python += 1
+        scratch = x.new_empty(7)
+        out = x.new_empty(x.shape)
+        tensors = x.contiguous(), y, scratch, out
+        add(tensors[0].data_ptr(), 0 if y is None else y.data_ptr(), out.data_ptr(), shift, x.numel())
+        if launch._recording.recorder is not None:
+            made = SimpleNamespace(grid=(2, 3, 1), sizes=(shift, x.numel()))
+            launch._recording.recorder.add(made, kernel_of(y is not None), tensors)
+        return out, x.new_empty(0)
+
+    toy.number = next(_numbers)
+    toy.operator = operator
+    toy.call = lambda x, y, shift: plans.run(toy.number, lambda *a: toy.operator(*a), launch, [x, y], [shift])[0]
+    return toy
+
+
+def whole(*shape):
+    """Whole numbers: sums of them are exact."""
+    return torch.randint(-9, 9, shape).float()
+
+
+_numbers = itertools.count(1000)  # every test's own: plans outlive it
+
+
+def test_a_plan_repeats_a_call_on_other_tensors(toy):
+    for _ in range(3):
+        x, y = whole(2, 4, 6)
+        assert torch.equal(toy.call(x, y, 5), x + y + 5)
+    assert toy.python == 1 and toy.launched == [[2, 3, 1, 128, 96]] * 2
+
+
+def test_what_a_plan_is_found_by(toy):
+    """Each of these is another plan: None, a shape, strides, an option, a dtype's or a device's is."""
+    x, y = whole(2, 4, 6)
+    wide = whole(4, 12)
+    variants = [(x, y, 5), (x, None, 5), (x, y, 6), (x[:3], y[:3], 5), (x.view(6, 4), y.view(6, 4), 5)]
+    for _ in range(2):
+        for a, b, shift in variants:
+            assert torch.equal(toy.call(a, b, shift), a + (0 if b is None else b) + shift)
+    assert toy.python == len(toy.launched) == len(variants)
+    for _ in range(2):  # contiguous() copies: that is no launch
+        assert torch.equal(toy.call(wide[:, :6], None, 5), wide[:, :6] + 5)
+    assert toy.python == len(variants) + 2
+
+
+def test_unaligned_tensors_and_tensors_in_one_place_have_no_plan(toy):
+    memory = whole(25)
+    x, y = whole(2, 4, 6)
+    for _ in range(2):
+        for a, b in ((memory[1:].view(4, 6), y), (x, memory[1:].view(4, 6)), (x, x)):
+            assert torch.equal(toy.call(a, b, 5), a + b + 5)
+    assert toy.python == 6 and toy.launched == []
+    for _ in range(2):
+        assert torch.equal(toy.call(x, y, 5), x + y + 5)
+    assert toy.python == 7 and len(toy.launched) == 1
+
+
+def test_products_and_conversions_are_repeated(toy):
+    def operator(x, y, shift):
+        toy.python += 1
+        return torch.mm(x, y.to(x.dtype).t()), torch.mm(x.t(), x).double()
+
+    toy.operator = operator
+    for _ in range(3):
+        x, y = torch.randn(4, 6), torch.randn(5, 6, dtype=torch.float64)
+        assert torch.equal(toy.call(x, y, 5), x @ y.float().t())
+    assert toy.python == 1
+
+
+@pytest.mark.parametrize(
+    "what", ["an operation", "a view as a result", "an argument as a result", "one result twice", "nothing"]
+)
+def test_what_is_more_than_launches_has_no_plan(what, toy):
+    plain = toy.operator
+
+    def operator(x, y, shift):
+        out, empty = plain(x, y, shift)
+        if what == "an operation":
+            empty = torch.zeros(3)
+        elif what == "a view as a result":
+            out = out[:2]
+        elif what == "an argument as a result":
+            empty = x
+        elif what == "one result twice":
+            empty = out
+        else:
+            x.new_empty(3)  # never used
+        return out, empty
+
+    toy.operator = operator
+    for _ in range(2):
+        x, y = whole(2, 4, 6)
+        toy.call(x, y, 5)
+    assert toy.python == 2
+
+
+@pytest.mark.parametrize("change", ["cooperative", "clusters", "scratch of Triton's own", "a float"])
+def test_kernels_that_take_more_have_no_plan(change, toy, monkeypatch):
+    from ar_kernels.kernels import launch
+
+    add = launch.Recorder.add
+
+    def changed(recorder, made, kernel, tensors):
+        name, value = {
+            "cooperative": ("launch_cooperative_grid", True),
+            "clusters": ("num_ctas", 2),
+            "scratch of Triton's own": ("global_scratch_size", 64),
+            "a float": ("shared", 0),
+        }[change]
+        setattr(kernel.metadata, name, value)
+        if change == "a float":
+            kernel.src.signature["shift"] = "fp32"
+        add(recorder, made, kernel, tensors)
+
+    monkeypatch.setattr(launch.Recorder, "add", changed)
+    x, y = whole(2, 4, 6)
+    for _ in range(2):
+        toy.call(x, y, 5)
+    assert toy.python == 2
+
+
+def test_a_kernel_that_takes_other_parameters_is_refused(toy):
+    """As of a Triton that hands over something else: nothing is launched with the wrong memory."""
+    x, y = whole(2, 4, 6)
+    for count, size, message in ((7, 8, "CUDA_ERROR_OF_THE_DOUBLE"), (9, 8, "got more"), (8, 4, "must have 8 bytes")):
+
+        def change(kernel, count=count, size=size):
+            kernel.count, kernel.sizes[1] = count, size
+
+        toy.change = change
+        with pytest.raises(RuntimeError, match=message):
+            toy.call(x, y, 5)
+
+
+def test_an_error_of_the_driver_raises(toy):
+    x, y = whole(2, 4, 6)
+    toy.call(x, y, 5)
+    toy.kernels[0][0].error = 700
+    with pytest.raises(RuntimeError, match="cuLaunchKernel failed: CUDA_ERROR_OF_THE_DOUBLE"):
+        toy.call(x, y, 5)
+
+
+@pytest.mark.parametrize(
+    "outputs, steps, message",
+    [
+        ([1], [1, 0, 0, 0, 0, 2], "from 0 to 0"),
+        ([1], [1, 0, 0, 0, 0, 0], "must be one of 1 allocations"),
+        ([0], [1, 0, 0], "ends too early"),
+        ([0], [3], "from 0 to 2"),
+        ([0], [2, 1, 0], "written before it is read"),
+        ([0], [2, 0, 0, 2, 0, 0], "written twice"),
+        ([-1], [1, 0, 0, 0, 1, 0, 2, 0, 0], "written twice"),
+        ([0, 0], [2, 0, 0], "returned twice"),
+    ],
+)
+def test_a_malformed_plan_is_refused(outputs, steps, message, driver):
+    x = torch.randn(4, 4)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.ar_kernels_plans.record([x], [next(_numbers)], [x.to("meta")], outputs, steps)
+
+
+def test_where_memory_is_short_the_ordinary_way_says_so(toy, monkeypatch):
+    """What the library cannot allocate it leaves to Python, so that PyTorch's own error is what is raised."""
+    from ar_kernels.kernels import launch
+
+    like = launch._like
+    scratch = torch.empty(2**55, device="meta")
+    monkeypatch.setattr(launch, "_like", lambda tensor: scratch if tensor.numel() == 7 else like(tensor))
+    for _ in range(2):
+        x, y = whole(2, 4, 6)
+        assert torch.equal(toy.call(x, y, 5), x + y + 5)
+    assert toy.python == 2 and toy.launched == []
+
+
+def test_a_driver_that_is_not_there(driver, tmp_path):
+    assert "no-such-driver" in plans.open_driver(str(tmp_path / "no-such-driver.so"))
+    assert "has no cuLaunchKernel" in plans.open_driver(str(native.PATH))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver here")
+def test_without_a_driver_plans_say_why_and_nothing_uses_them():
+    assert plans.why_not()
+    assert not plans.are_used(torch.zeros(1))
+
+
+# ---------------------------------------------------------------------------------------------- layers on a GPU
+
+
+@pytest.fixture
+def ordinary(monkeypatch):
+    """A function that calls another one with plans switched off."""
+
+    def call(function, *arguments):
+        with monkeypatch.context() as context:
+            context.setattr(plans, "are_used", lambda data: False)
+            return function(*arguments)
+
+    return call
+
+
+@pytest.fixture
+def closed(monkeypatch):
+    """A function that calls another one, which must go by plans alone: a launcher's Python fails."""
+
+    def fail(*arguments):
+        pytest.fail("went through Python")
+
+    def call(function, *arguments):
+        with monkeypatch.context() as context:
+            context.setattr(ops, "_planned_forward", fail)
+            context.setattr(ops, "_planned_backward", fail)
+            return function(*arguments)
+
+    return call
+
+
+def equal(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def step(z, weights, implementation="triton", **options):
+    """One layer's hypothesis and gradients."""
+    tensors = [value.detach().requires_grad_() for value in (z, *weights)]
+    output = ar_kernels.attention_module(*tensors, implementation=implementation, **options)
+    grads = torch.autograd.grad(output.hypothesis.float().square().sum(), tensors)
+    return dict(enumerate((output.hypothesis.detach(), *grads)))
+
+
+def drawn(device, dtype=torch.bfloat16, shape=(2, 64, 7, 7), heads=4, labels=10, taps=(), seed=0):
+    torch.manual_seed(seed)
+    channels = shape[1]
+    z = torch.randn(shape, device=device, dtype=dtype)
+    sizes = (heads, channels, *taps), (labels, heads * channels * (9 if taps else 1)), (heads, channels, *taps)
+    return z, [torch.randn(size, device=device, dtype=dtype) / channels**0.5 for size in sizes]
+
+
+@planned
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("layout", [None, channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("heads, globals, tap", [(1, 0, True), (4, 3, True), (16, 0, False)])
+def test_same_bits(kernel_size, layout, dtype, heads, globals, tap, device, ordinary):
+    """All outputs and gradients of a layer and of attend: launched by Python, recorded, repeated."""
+    layer = Layer(
+        n=2, c=64, h=7, w=9, k=heads, globals=globals, tap=tap, mean=tap, kernel_size=kernel_size, dtype=dtype,
+        device=device,
+    )  # fmt: skip
+    want = ordinary(layer.run, "triton", False, layout)
+    for _ in range(2):
+        equal(layer.run("triton", layout=layout), want)
+
+
+@planned
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(2, 64, 7, 7), (64, 160, 16, 16), (1, 256, 56, 56)], ids=str)
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+def test_the_second_call_needs_no_python(shape, weight_dtype, device, ordinary, closed):
+    """Float32 weights, of autocast, are converted by the plan."""
+    for seed in range(2):
+        z, weights = drawn(device, shape=shape, seed=seed)
+        weights = [weight.to(weight_dtype) for weight in weights]
+        found = (closed if seed else lambda call, *arguments: call(*arguments))(step, z, weights)
+        equal(found, ordinary(step, z, weights))
+
+
+@planned
+@pytest.mark.gpu
+def test_the_second_call_of_3x3_heads_needs_no_python(device, ordinary, closed):
+    """Where no image is split: the splits' sums are PyTorch's."""
+    for seed in range(2):
+        z, weights = drawn(device, taps=(3, 3), seed=seed)
+        found = (closed if seed else lambda call, *arguments: call(*arguments))(step, z, weights)
+        equal(found, ordinary(step, z, weights))
+
+
+@planned
+@pytest.mark.gpu
+def test_what_a_plan_is_not_for_goes_the_ordinary_way(device, ordinary):
+    """Unaligned tensors, tensors in one place, weights that must be copied; each again when it is as usual."""
+    z, weights = drawn(device)
+    step(z, weights)
+    wide = torch.randn(z.numel() + 1, device=device, dtype=z.dtype)
+    unaligned = wide[1:].view_as(z)
+    mask, output, gate = weights
+    turned = mask.t().contiguous().t()
+    for arguments in ((unaligned, weights), (z, [mask, output, mask]), (z, [turned, output, gate]), (z, weights)):
+        for _ in range(2):
+            equal(step(*arguments), ordinary(step, *arguments))
+
+
+@planned
+@pytest.mark.gpu
+def test_without_a_graph(device, ordinary, closed):
+    """Inference goes by the same plan; a tap of it is a view, a mean that was not asked for None."""
+    z, weights = drawn(device)
+
+    def outputs():
+        with torch.no_grad():
+            made = ar_kernels.attention_module(z, *weights, implementation="triton", mean=True, tap=True)
+            pooled = ar_kernels.attend(z, weights[0], implementation="triton")
+        assert pooled.mean is None and pooled.logits is None
+        return {name: value for name, value in made._asdict().items() if value is not None} | {"pooled": pooled.pooled}
+
+    want = ordinary(outputs)
+    equal(outputs(), want)
+    equal(closed(outputs), want)
+
+
+@planned
+@pytest.mark.gpu
+def test_out_of_memory_is_pytorchs_own_error(device):
+    z, weights = drawn(device, shape=(64, 256, 32, 32))  # dZ of 33 MB
+    step(z, weights)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + 2**21) / total, device)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            step(z, weights)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    step(z, weights)
+
+
+@planned
+@pytest.mark.gpu
+def test_an_empty_batch(device):
+    z, weights = drawn(device, shape=(0, 64, 7, 7))
+    for _ in range(2):
+        assert step(z, weights)[0].shape == (0, 10)
+
+
+@planned
+@pytest.mark.gpu
+def test_streams_threads_and_graphs(device, ordinary, closed):
+    z, weights = drawn(device)
+    step(z, weights)
+    want = ordinary(step, z, weights)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        z2 = z * 1
+        found = closed(step, z2, weights)
+    stream.synchronize()
+    equal(found, want)
+
+    found = {}
+    thread = threading.Thread(target=lambda: found.update(closed(step, z, weights)))
+    thread.start()
+    thread.join()
+    equal(found, want)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = closed(step, z, weights)
+    for value in found.values():
+        value.zero_()
+    graph.replay()
+    equal(found, want)
+
+
+@planned
+@pytest.mark.gpu
+def test_hooks_of_triton_see_every_launch(device):
+    import triton
+
+    z, weights = drawn(device)
+    step(z, weights)
+    seen = []
+    triton.knobs.runtime.launch_enter_hook.add(seen.append)
+    try:
+        step(z, weights)
+    finally:
+        triton.knobs.runtime.launch_enter_hook.remove(seen.append)
+    assert len(seen) >= 3
+
+
+@planned
+@pytest.mark.gpu
+def test_another_device(device, ordinary, closed):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    want = {}
+    for name in ("cuda:0", "cuda:1", "cuda:0", "cuda:1"):
+        z, weights = drawn(name)
+        want[name] = ordinary(step, z, weights)
+        equal(step(z, weights), want[name])
+        equal(closed(step, z, weights), want[name])
+    assert torch.cuda.current_device() == 0
+
+
+@planned
+@pytest.mark.gpu
+def test_options_find_their_own_plan(device, ordinary):
+    """Deterministic mode, TF32, no gradients, a frozen map: each is another plan, or none."""
+    z, weights = drawn(device, torch.float32, shape=(2, 64, 40, 40))
+    for _ in range(2):
+        equal(step(z, weights), ordinary(step, z, weights))
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            equal(step(z, weights), ordinary(step, z, weights))
+        finally:
+            torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        equal(step(z, weights), ordinary(step, z, weights))
+        torch.backends.cuda.matmul.allow_tf32 = False
+        tensors = [value.detach().requires_grad_(i > 0) for i, value in enumerate((z, *weights))]
+
+        def frozen(tensors=tensors):
+            output = ar_kernels.attention_module(*tensors, implementation="triton")
+            return dict(enumerate(torch.autograd.grad(output.hypothesis.sum(), tensors[1:])))
+
+        equal(frozen(), ordinary(frozen))
