@@ -57,7 +57,9 @@ class Layer:
             t["global_mask_weight"] = draw(self.globals, self.c, *taps, scale=(2 / fan_in) ** 0.5, dtype=weight)
             t["global_gate_weight"] = draw(self.globals, self.c, *taps, scale=(2 / fan_in) ** 0.5, dtype=weight)
 
-    def run(self, implementation: str, exact: bool = False, layout=None, masks: bool = True) -> dict[str, torch.Tensor]:
+    def run(
+        self, implementation: str, exact: bool = False, layout=None, masks: bool = True, backward: bool = True
+    ) -> dict[str, torch.Tensor]:
         """Outputs and gradients by name; exact computes in float64. layout: a function applied to the feature map."""
         tensors = {name: value.double() if exact else value for name, value in self.tensors.items()}
         if layout is not None:
@@ -74,6 +76,9 @@ class Layer:
         results = {}
         for prefix, outputs in (("module", output._asdict()), ("attend", pooled._asdict())):
             outputs = {name: value for name, value in outputs.items() if value is not None}
+            results |= {f"{prefix}.{name}": value.detach() for name, value in outputs.items()}
+            if not backward:
+                continue
             generator = torch.Generator().manual_seed(self.seed + 1)
             loss = 0.0
             for value in outputs.values():
@@ -81,7 +86,6 @@ class Layer:
                 loss = loss + (value.double() * grad).sum()
             names = [n for n in tensors if prefix == "module" or n in asked]
             grads = torch.autograd.grad(loss, [tensors[name] for name in names], allow_unused=True)
-            results |= {f"{prefix}.{name}": value.detach() for name, value in outputs.items()}
             results |= {f"{prefix}.d_{name}": g for name, g in zip(names, grads) if g is not None}
         return results
 

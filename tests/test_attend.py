@@ -51,6 +51,35 @@ def test_error_budget(shape, layout, dtype, fused, device):
     assert_within_budget(draws, dtype)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "sizes", "layout"),
+    [
+        ("wide_kernel", {"n": 1, "c": 648, "h": 3, "w": 6, "k": 3}, "channels_last"),
+        ("grouped_kernel", {"n": 2, "c": 136, "h": 7, "w": 7, "k": 3}, "contiguous"),
+        ("grouped_kernel", {"n": 1, "c": 642, "h": 2, "w": 6, "k": 8}, "contiguous"),
+        ("grouped_kernel", {"n": 1, "c": 648, "h": 1, "w": 2, "k": 1}, "contiguous"),
+    ],
+)
+def test_forward_kernels_of_many_channels(kernel, sizes, layout, device):
+    """wide_kernel: each warp has channels of its own. grouped_kernel: eight, two and four channels are one row."""
+    attend_forward = pytest.importorskip("ar_kernels.kernels.attend_forward")
+    draws = []
+    for seed in range(2):
+        layer = Layer(**sizes, mean=kernel == "wide_kernel", dtype=torch.bfloat16, device=device, seed=seed)
+        launched = set()
+
+        def spy(launch, *tensors, launched=launched, call=attend_forward.Launch.__call__):
+            launched.add(launch.kernel)
+            return call(launch, *tensors)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attend_forward.Launch, "__call__", spy)
+            runs = [layer.run(name, layout=LAYOUTS[layout], backward=False) for name in ("triton", "eager")]
+        assert getattr(attend_forward, kernel) in launched
+        draws.append((*runs, layer.run("reference", exact=True, backward=False)))
+    assert_within_budget(draws, torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_float32_weights_beside_half_maps(dtype, fused, device):
     """As under autocast: weights are rounded inside, their gradients come back in float32 and unrounded."""

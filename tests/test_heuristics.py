@@ -16,7 +16,7 @@ from ar_kernels.kernels.heuristics import (  # noqa: E402
     next_power_of_2,
     sweep_config,
 )
-from ar_kernels.kernels.tiles import map_strides  # noqa: E402
+from ar_kernels.kernels.tiles import map_strides, row_group  # noqa: E402
 
 CHANNELS = (1, 3, 16, 64, 65, 96, 160, 320, 384, 640, 1024, 2048)
 
@@ -63,6 +63,7 @@ def test_splits_cover_every_position_and_tiles_are_those_of_any_batch(backward, 
                 assert not config.fused or config.held
                 names = (
                     "held",
+                    "wide",
                     "channel_tile",
                     "parts",
                     "head_tile",
@@ -97,6 +98,26 @@ def test_alike_an_image_is_cut_the_same_in_any_batch_and_on_more_processors(chan
             }
             assert len(cuts) == 1
             assert next(iter(cuts)).splits > 1 or positions <= 1024
+
+
+@pytest.mark.parametrize(
+    ("sizes", "strides", "group"),
+    [
+        ((2, 136, 7, 7), (6664, 49, 7, 1), 8),  # 49 elements: only eight channels are whole 16 bytes
+        ((2, 136, 14, 14), (26656, 196, 14, 1), 2),
+        ((2, 136, 12, 12), (19584, 144, 12, 1), 1),  # aligned as they are
+        ((2, 132, 7, 7), (6468, 49, 7, 1), 1),  # no whole number of groups
+        ((2, 136, 15, 15), (30600, 225, 15, 1), 1),  # too long a row
+        ((2, 136, 7, 7), (6664, 1, 952, 136), 1),  # channels_last
+        ((2, 136, 7, 7), (6800, 50, 7, 1), 1),  # a gap between channels
+        ((2, 136, 7, 7), (6665, 49, 7, 1), 1),  # images that start anywhere
+    ],
+)
+def test_channels_that_fill_whole_16_bytes_together_are_one_row(sizes, strides, group):
+    positions = math.prod(sizes[2:])
+    assert row_group(map_strides(sizes, strides, 2), sizes[1], positions, 2) == group
+    cut = sweep_config(256, sizes[1], positions, 4, 2, 1, False, Chip(132, 9, 227 * 1024), group=group)
+    assert cut.group == group and (group == 1 or (cut.splits == 1 and cut.position_tile >= group * positions))
 
 
 @pytest.mark.parametrize("heads", [1, 4, 16])

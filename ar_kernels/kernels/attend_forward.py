@@ -23,13 +23,17 @@ from .heuristics import MOST_REGISTERS, SUMS_OVER_LANES, chip, next_power_of_2, 
 from .launch import Launch
 from .tiles import (
     accumulator,
+    aligned,
     float32_precision,
     load_head_values,
+    load_parts,
     load_rows,
     load_tile,
     map_strides,
     matmul_precision,
     origin,
+    part_channels,
+    row_group,
     split_bounds,
     tanh,
 )
@@ -166,6 +170,56 @@ def held_kernel(
         _store_part(row, heads, m, d, part_m, part_d, ROWS)
 
 
+@triton.jit(do_not_specialize=SIZES)
+def wide_kernel(
+    z, w, b, score_w, score_b,
+    pooled, lse, logits, mean, scores, gates, features, part_m, part_d, part_p,
+    positions, width, stride_n, stride_c, stride_h, stride_w, splits, split_length,
+    C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr,
+    PARTS: tl.constexpr, C_TILE: tl.constexpr, K_TILE: tl.constexpr, S_TILE: tl.constexpr,
+    UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """held_kernel for so many channels that a tile has few positions: there all warps would make the same logits. Here
+    each makes those of its own channels, and the warps' sums are added."""
+    row = tl.program_id(0).to(tl.int64)
+    n, begin, end = split_bounds(row, positions, splits, split_length, S_TILE, UNIT, VECTOR)
+    z_n = z + n * (stride_n.to(tl.int64) * VECTOR)
+    heads = tl.arange(0, K_TILE)
+    parted = part_channels(PARTS, C_TILE)
+    channels = tl.arange(0, PARTS * C_TILE)
+    kind = z.dtype.element_ty
+    bias = load_head_values(b, heads, HEADS, ACC)
+    m = tl.full([K_TILE], float("-inf"), ACC)
+    d = tl.zeros([K_TILE], ACC)
+    real = (parted < C)[:, :, None] & (heads < HEADS)[None, None, :]
+    w_tile = tl.load(w + heads[None, None, :] * C + parted[:, :, None], mask=real, other=0.0).to(kind)
+    p_sums = tl.zeros([PARTS, C_TILE, K_TILE], ACC)
+    for start in range(begin, end, S_TILE):
+        s = start + tl.arange(0, S_TILE)
+        z_tile = load_parts(z_n, s, end, parted, width, stride_c, stride_h, stride_w, C, UNIT, VECTOR, FLAT, WIDE)
+        logit = tl.dot(tl.permute(z_tile, (0, 2, 1)), w_tile, input_precision=PRECISION, out_dtype=ACC)
+        logit = tl.sum(logit, axis=0) + bias[None, :]
+        if logits is not None:
+            _store_logits(logit, n, s, end, heads, logits, positions, HEADS)
+        p, shrink, m, d = _softmax_step(logit, m, d, heads, s < end, HEADS)
+        p = tl.broadcast_to(p.to(kind)[None, :, :], [PARTS, S_TILE, K_TILE])
+        before = p_sums * shrink[None, None, :]
+        p_sums = tl.dot(z_tile, p, before, input_precision=PRECISION, out_dtype=ACC)
+    sums = tl.reshape(p_sums, [PARTS * C_TILE, K_TILE])
+    if splits == 1:  # at run time: another batch size does not compile anew
+        _store_head_sums(n, heads, m, d, lse, HEADS)
+        p_tile = sums / d[None, :]
+        t = _store_pooled(p_tile, n, heads, channels, pooled, mean, score_w, C, HEADS)
+        if features is not None:
+            g = store_gates(t, n, heads, score_w, score_b, scores, gates, HEADS, GATED)
+            _store_features(p_tile, g, n, heads, channels, features, C, GATED)
+    else:
+        targets = part_p + row * (ROWS * C) + heads[None, :] * C + channels[:, None]
+        tl.store(targets, sums, mask=(channels < C)[:, None] & (heads < ROWS)[None, :])
+        _store_part(row, heads, m, d, part_m, part_d, ROWS)
+
+
 @triton.jit
 def _store_part(row, heads, m, d, part_m, part_d, ROWS: tl.constexpr):
     tl.store(part_m + row * ROWS + heads, m, mask=heads < ROWS)
@@ -221,8 +275,8 @@ def chunked_kernel(
         p = p.to(kind)
         if part_p is not None:
             tl.debug_barrier()  # the sums of the tile before are written
-        for first in range(0, C, C_TILE):
-            c = first + channels
+        for step in range(0, C, C_TILE):
+            c = (C - 1) // C_TILE * C_TILE - step + channels  # backwards: what was read last is still in L2
             z_tile = load_tile(z_n, s, end, c, width, stride_c, stride_h, stride_w, C, UNIT, VECTOR, FLAT, WIDE)
             if part_p is None:
                 p_tile = tl.dot(tl.trans(z_tile), p, input_precision=PRECISION, out_dtype=ACC) / d[None, :]
@@ -240,6 +294,94 @@ def chunked_kernel(
             _store_features_of_pooled(pooled, g, n, heads, features, C, C_TILE, HEADS, GATED)
     else:
         _store_part(row, heads, m, d, part_m, part_d, ROWS)
+
+
+@triton.jit
+def _own_channel(full, channel, G: tl.constexpr):  # [F_tile, K_tile · G] → [F_tile, K_tile]
+    """Of a position's products with all G channels' weights the one with its own channel's."""
+    full = tl.reshape(full, [full.shape[0], full.shape[1] // G, G])
+    own = channel[:, None, None] == tl.arange(0, G)[None, None, :]
+    return tl.sum(tl.where(own, full, 0.0), axis=2)
+
+
+@triton.jit
+def _sum_channels(part, channel, s, positions, f, G: tl.constexpr):  # [F_tile, K_tile]
+    """Adds what the G channels of a row have of the same position; both of a pair add the same two numbers, so all G
+    copies are equal to the last bit."""
+    inside = channel < G
+    for i in tl.static_range(3):
+        if G > 1 << i:
+            other = tl.where(inside, s + (channel ^ (1 << i)) * positions, f)
+            part += tl.gather(part, tl.broadcast_to(other[:, None], part.shape), 0)
+    return part
+
+
+@triton.jit
+def _spread(p, channel, G: tl.constexpr):  # [F_tile, K_tile] → [F_tile, K_tile · G], 0 but for the own channel
+    own = channel[:, None, None] == tl.arange(0, G)[None, None, :]
+    spread = tl.where(own, tl.broadcast_to(p[:, :, None], [p.shape[0], p.shape[1], G]), 0.0)
+    return tl.reshape(spread, [p.shape[0], p.shape[1] * G])
+
+
+@triton.jit(do_not_specialize=SIZES)
+def grouped_kernel(
+    z, w, b, score_w, score_b,
+    pooled, lse, logits, mean, scores, gates, features, part_m, part_d, part_p,
+    positions, width, stride_n, stride_c, stride_h, stride_w, splits, split_length,
+    C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
+    C_TILE: tl.constexpr, K_TILE: tl.constexpr, S_TILE: tl.constexpr,
+    UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """chunked_kernel for NCHW whose rows are of no whole 16 bytes. One program: one image.
+
+    GROUP channels are one row of GROUP · positions elements, aligned, and a tile is [S_tile, C_tile] of such rows.
+    Head k has GROUP columns, column k · GROUP + j for the j-th channel of each row; where a column meets an element of
+    another channel, a logit is left out, and a weight of the pool is 0. So nothing has to be moved.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    z_n = z + n * (stride_n.to(tl.int64) * (VECTOR * GROUP))
+    ROW_COUNT: tl.constexpr = C // GROUP
+    length = aligned(positions * GROUP, VECTOR * GROUP)
+    f = tl.arange(0, S_TILE)
+    channel = f // positions
+    s = f - channel * positions
+    heads = tl.arange(0, K_TILE)
+    column = tl.arange(0, K_TILE * GROUP)
+    row_tile = tl.arange(0, C_TILE)
+    kind = z.dtype.element_ty
+    logit = tl.zeros([S_TILE, K_TILE * GROUP], ACC)
+    for first in range(0, ROW_COUNT, C_TILE):
+        r = first + row_tile
+        real = (f < length)[:, None] & (r < ROW_COUNT)[None, :]
+        z_tile = tl.load(z_n + f[:, None] + (r * length)[None, :], mask=real, other=0.0)
+        offsets = (column // GROUP * C + column % GROUP)[None, :] + (r * GROUP)[:, None]
+        real = (column // GROUP < HEADS)[None, :] & (r < ROW_COUNT)[:, None]
+        w_tile = tl.load(w + offsets, mask=real, other=0.0).to(kind)
+        logit = tl.dot(z_tile, w_tile, logit, input_precision=PRECISION, out_dtype=ACC)
+    logit = _sum_channels(_own_channel(logit, channel, GROUP), channel, s, positions, f, GROUP)
+    logit += load_head_values(b, heads, HEADS, ACC)[None, :]
+    if logits is not None:
+        _store_logits(logit, n, f, positions, heads, logits, positions, HEADS)
+    m = tl.full([K_TILE], float("-inf"), ACC)
+    p, _, m, d = _softmax_step(logit, m, tl.zeros([K_TILE], ACC), heads, f < length, HEADS)
+    d /= GROUP  # a power of two
+    p = _spread(p, channel, GROUP).to(kind)
+    t = tl.zeros([K_TILE], ACC)
+    for step in range(0, ROW_COUNT, C_TILE):
+        first = (ROW_COUNT - 1) // C_TILE * C_TILE - step  # backwards: what was read last is still in L2
+        r = first + row_tile
+        real = (f < length)[:, None] & (r < ROW_COUNT)[None, :]
+        z_tile = tl.load(z_n + f[:, None] + (r * length)[None, :], mask=real, other=0.0)
+        p_tile = tl.dot(tl.trans(z_tile), p, input_precision=PRECISION, out_dtype=ACC)
+        p_tile = tl.permute(tl.reshape(p_tile, [C_TILE, K_TILE, GROUP]), (0, 2, 1))
+        p_tile = tl.reshape(p_tile, [C_TILE * GROUP, K_TILE]) / d[None, :]
+        c = first * GROUP + tl.arange(0, C_TILE * GROUP)
+        t += _store_pooled(p_tile, n, heads, c, pooled, mean, score_w, C, HEADS)
+    _store_head_sums(n, heads, m, d, lse, HEADS)
+    if features is not None:
+        g = store_gates(t, n, heads, score_w, score_b, scores, gates, HEADS, GATED)
+        _store_features_of_pooled(pooled, g, n, heads, features, C, C_TILE * GROUP, HEADS, GATED)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -314,8 +456,9 @@ def _plan(
     rows = heads + mean
     z = map_strides(sizes, strides, dtype.itemsize)
     config = sweep_config(
-        images, channels, positions, rows, dtype.itemsize, z.vector, z.unit == "c", chip(device), alike=alike
-    )
+        images, channels, positions, rows, dtype.itemsize, z.vector, z.unit == "c", chip(device), alike=alike,
+        group=1 if mean else row_group(z, channels, positions, dtype.itemsize),  # a mean may be of infinities
+    )  # fmt: skip
     constants = {
         "C": channels,
         "HEADS": heads,
@@ -324,12 +467,16 @@ def _plan(
         "K_TILE": config.head_tile,
         "ACC": accumulator(dtype),
     }
+    kernel, own = chunked_kernel, {}
+    if config.held:
+        kernel, own = wide_kernel if config.wide else held_kernel, {"PARTS": config.parts}
+    elif config.group > 1:
+        kernel, own = grouped_kernel, {"GROUP": config.group}
     sweep = Launch(
-        held_kernel if config.held else chunked_kernel,
+        kernel,
         (images * config.splits,),
-        (positions, sizes[-1], z.n, z.c, z.h, z.w, config.splits, config.split_length),
-        **constants, **({"PARTS": config.parts} if config.held else {}),
-        C_TILE=config.channel_tile, S_TILE=config.position_tile,
+        (positions, sizes[-1], z.n // config.group, z.c, z.h, z.w, config.splits, config.split_length),
+        **constants, **own, C_TILE=config.channel_tile, S_TILE=config.position_tile,
         UNIT=z.unit, VECTOR=z.vector, FLAT=z.flat, WIDE=z.wide,
         PRECISION=matmul_precision(dtype, precision, config.head_tile, chip(device)),
         num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg,

@@ -31,6 +31,8 @@ class SweepConfig:
     held: bool  # all channels of a tile at once; else channels come in chunks, the second time from cache
     channel_tile: int
     parts: int  # held: channel tiles side by side
+    wide: bool  # held, and each warp makes the logits' share of one channel tile
+    group: int  # channels that are loaded as one row; positions and channels of tiles then count such rows'
     head_tile: int
     position_tile: int
     splits: int  # programs that share one image
@@ -99,11 +101,13 @@ def sweep_config(
     backward: bool = False,
     tapped: bool = False,
     alike: bool = False,
+    group: int = 1,
 ) -> SweepConfig:
     """The cut of one sweep. heads counts the mean's row too; itemsize is the feature map's, in bytes; vector is how
     many of its elements load at once; tapped: the backward also reads an upstream gradient. alike: forward, an image is
     cut the same whatever batch it comes in, so that its sums are added in the same order. The backward sums over
-    positions only what it sums over images too, and a tile's place does not depend on the splits: its dZ is alike."""
+    positions only what it sums over images too, and a tile's place does not depend on the splits: its dZ is alike.
+    group: tiles.row_group's."""
     half, hopper = itemsize == 2, chip.capability == 9
     channel_tile, parts = channel_parts(channels, 128 if backward else 256)
     padded = channel_tile * parts
@@ -117,10 +121,25 @@ def sweep_config(
     area = 5120 if backward else 16384
     if not hopper:  # Triton 3.7 fails to compile held tiles for Blackwell's matrix units
         most, area = 0 if backward or chip.capability > 9 else min(most, 512), 8192
-    held = half and head_tile <= 64 and padded <= most and padded * head_tile <= area
+    # A tile of so many channels has few positions, whose logits all warps would make: each takes channels of its own.
+    wide = not backward and half and hopper and channels_last and vector == 8 and head_tile == 8
+    wide = wide and 640 < channels <= 1024
+    held = wide or (half and head_tile <= 64 and padded <= most and padded * head_tile <= area)
+    grouped_heads = max(4, next_power_of_2(heads))
+    if group > 1 and not held and not backward and half and hopper and group * grouped_heads <= 32:
+        length = max(
+            16, next_power_of_2(group * positions)
+        )  # measured: 2048 × 7² (16 rows best) and 1024 × 14² (32 to 64)
+        return SweepConfig(
+            held=False, wide=False, group=group, channel_tile=16 if group * grouped_heads == 32 else 32, parts=0,
+            head_tile=grouped_heads, position_tile=length, splits=1, split_length=length, per_processor=2, fused=False,
+            num_warps=4, num_stages=3, maxnreg=None,
+        )  # fmt: skip
     num_warps, num_stages, per_processor = 4, 3, 2
     if held and not hopper:
         position_tile = max(16, min(128, 8192 // next_power_of_2(padded)))
+    elif wide:
+        channel_tile, parts, position_tile = 256, 4, 16
     elif held and backward:
         position_tile = 128 if padded <= 192 and not channels_last else 64
         if padded > 192 or not channels_last:
@@ -143,6 +162,8 @@ def sweep_config(
         if half and hopper and positions <= (256 if vector > 1 else 64) and head_tile <= 16:  # whole images
             position_tile = max(64, next_power_of_2(positions))
             num_stages = 4 if channels_last else 3
+            if channels_last and not backward and position_tile == 64 and head_tile == 8:
+                channel_tile = min(next_power_of_2(channels), 256)
             if position_tile > 64 or (backward and vector == 1):
                 channel_tile = min(channel_tile, 64)
             if position_tile > 64 or vector == 1:
@@ -166,7 +187,7 @@ def sweep_config(
     if backward:
         splits = busiest_splits(max(images, 1), tiles, per_processor * chip.processors)
     elif alike:
-        splits = -(-tiles // TILES_OF_PROGRAM)
+        splits = -(-tiles // (TILES_OF_PROGRAM * (2 if wide else 1)))  # as many positions: a wide tile has half of them
     elif 4 * images <= chip.processors or (2 * images <= chip.processors and channels * positions * itemsize >= 2**19):
         # A merge follows: worth its launch where most of the chip would idle, with two tiles a program at least.
         splits = max(1, min(-(-tiles // 2), -(-2 * chip.processors // max(images, 1))))
@@ -175,6 +196,8 @@ def sweep_config(
     split_length = -(-tiles // splits) * position_tile
     return SweepConfig(
         held=held,
+        wide=wide,
+        group=1,
         channel_tile=channel_tile,
         parts=parts,
         head_tile=head_tile,

@@ -50,6 +50,19 @@ def map_strides(sizes: Sequence[int], strides: Sequence[int], itemsize: int) -> 
     return MapStrides(divided[0], divided[1], h // vector, divided[2], unit, vector, flat, last >= 2**31)
 
 
+LONGEST_ROW = 512
+"""Elements, of those that row_group makes."""
+
+
+def row_group(z: MapStrides, channels: int, positions: int, itemsize: int) -> int:
+    """How many channels follow each other without a gap and together fill whole 16 bytes, which one channel does not;
+    1 where nothing is gained. 49 positions of half precision: 8 channels make one row of 784 bytes."""
+    group = 16 // itemsize // z.vector
+    dense = z.unit == "s" and z.flat and z.c * z.vector == positions
+    fits = channels % group == 0 and z.n % group == 0 and group * positions <= LONGEST_ROW
+    return group if dense and fits else 1
+
+
 def accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
@@ -73,15 +86,12 @@ def matmul_precision(dtype: torch.dtype, precision: str, head_tile: int, chip: C
 
 
 @triton.jit
-def tile_offsets(
-    positions, channels, width, stride_c, stride_h, stride_w,
+def position_offsets(
+    positions, width, stride_h, stride_w,
     UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip  # [S_tile], [C_tile] → [S_tile, C_tile]
+):  # fmt: skip
     if WIDE:
         positions = positions.to(tl.int64)
-        channels = channels.to(tl.int64)
-    if UNIT != "c":
-        channels = channels * VECTOR * stride_c
     if FLAT:
         rows = positions
         if UNIT != "s":
@@ -91,7 +101,25 @@ def tile_offsets(
         if UNIT != "s":
             rows = rows * VECTOR * stride_w
         rows += positions // width * VECTOR * stride_h
-    return rows[:, None] + channels[None, :]
+    return rows
+
+
+@triton.jit
+def channel_offsets(channels, stride_c, UNIT: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr):
+    if WIDE:
+        channels = channels.to(tl.int64)
+    if UNIT != "c":
+        channels = channels * VECTOR * stride_c
+    return channels
+
+
+@triton.jit
+def tile_offsets(
+    positions, channels, width, stride_c, stride_h, stride_w,
+    UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip  # [S_tile], [C_tile] → [S_tile, C_tile]
+    rows = position_offsets(positions, width, stride_h, stride_w, UNIT, VECTOR, FLAT, WIDE)
+    return rows[:, None] + channel_offsets(channels, stride_c, UNIT, VECTOR, WIDE)[None, :]
 
 
 @triton.jit
@@ -108,6 +136,19 @@ def load_tile(
     else:
         tile = tl.load(z + offsets, mask=real, other=0.0)
     return tile
+
+
+@triton.jit
+def load_parts(
+    z, positions, end, channels, width, stride_c, stride_h, stride_w,
+    C: tl.constexpr, UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """[PARTS, C_tile, S_tile] of an image whose channels [PARTS, C_tile] lie next to each other, 0 outside: in memory's
+    order, so that it is copied ahead of its turn."""
+    rows = position_offsets(positions, width, stride_h, stride_w, UNIT, VECTOR, FLAT, WIDE)
+    offsets = rows[None, None, :] + channel_offsets(channels, stride_c, UNIT, VECTOR, WIDE)[:, :, None]
+    real = (positions < end)[None, None, :] & (channels < C)[:, :, None]
+    return tl.load(z + offsets, mask=real, other=0.0)
 
 
 @triton.jit
@@ -145,6 +186,12 @@ def load_rows(rows, heads, channels, C: tl.constexpr, HEADS: tl.constexpr):
     """[HEADS, C] row by row → [C_tile, K_tile], 0 outside."""
     real = (channels < C)[:, None] & (heads < HEADS)[None, :]
     return tl.load(rows + heads[None, :] * C + channels[:, None], mask=real, other=0.0)
+
+
+@triton.jit
+def part_channels(PARTS: tl.constexpr, C_TILE: tl.constexpr):
+    """[PARTS, C_tile]"""
+    return (tl.arange(0, PARTS) * C_TILE)[:, None] + tl.arange(0, C_TILE)[None, :]
 
 
 @triton.jit
