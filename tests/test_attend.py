@@ -80,6 +80,17 @@ def test_forward_kernels_of_many_channels(kernel, sizes, layout, device):
     assert_within_budget(draws, torch.bfloat16)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # of the interpreter
+def test_an_infinite_element_reaches_no_other_channel_of_its_row(device):
+    """Its logit is -∞ for one head, whose other channels stay finite, and ∞ for the other."""
+    pytest.importorskip("triton")
+    z = torch.randn(2, 136, 7, 7, device=device).bfloat16()
+    w = torch.randn(2, 136, device=device).bfloat16()
+    z[1, 9, 3, 3], w[0, 9], w[1, 9] = float("inf"), -1, 1
+    got, exact = (ar_kernels.attend(z, w, implementation=name).pooled for name in ("triton", "reference"))
+    assert torch.equal(got.isnan(), exact.isnan()) and got.isnan().sum() == 137
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_float32_weights_beside_half_maps(dtype, fused, device):
     """As under autocast: weights are rounded inside, their gradients come back in float32 and unrounded."""

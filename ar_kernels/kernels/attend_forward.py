@@ -6,8 +6,9 @@
 A spatial mean is one more head whose logits are constant: its row of W_H is 0.
 
 Bytes: |Z| read once, O(N·K·C) written. Where all channels of a tile fit on chip (held_kernel), a tile is read once,
-used for both products and dropped. Else (chunked_kernel) it is read twice, the second time from cache; then P is made
-in one go where a tile has all positions of an image, and grows in L2 where it has not.
+used for both products and dropped; wide_kernel does so where all channels leave room for few positions. Else
+(chunked_kernel, grouped_kernel for short rows of NCHW) it is read twice, the second time from cache; then P is made in
+one go where a tile has all positions of an image, and grows in L2 where it has not.
 """
 
 import functools
@@ -323,6 +324,15 @@ def _spread(p, channel, G: tl.constexpr):  # [F_tile, K_tile] → [F_tile, K_til
     return tl.reshape(spread, [p.shape[0], p.shape[1] * G])
 
 
+@triton.jit
+def _store_rows(p_tile, d, n, heads, first, pooled, score_w, C: tl.constexpr, HEADS: tl.constexpr, G: tl.constexpr):
+    """Pooled features of the rows from `first` on, [C_tile, K_tile · G]; returns their part of the scores [K_tile]."""
+    p_tile = tl.permute(tl.reshape(p_tile, [p_tile.shape[0], p_tile.shape[1] // G, G]), (0, 2, 1))
+    p_tile = tl.reshape(p_tile, [p_tile.shape[0] * G, p_tile.shape[2]]) / d[None, :]
+    channels = first * G + tl.arange(0, p_tile.shape[0])
+    return _store_pooled(p_tile, n, heads, channels, pooled, None, score_w, C, HEADS)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def grouped_kernel(
     z, w, b, score_w, score_b,
@@ -368,16 +378,24 @@ def grouped_kernel(
     d /= GROUP  # a power of two
     p = _spread(p, channel, GROUP).to(kind)
     t = tl.zeros([K_TILE], ACC)
-    for step in range(0, ROW_COUNT, C_TILE):
-        first = (ROW_COUNT - 1) // C_TILE * C_TILE - step  # backwards: what was read last is still in L2
-        r = first + row_tile
-        real = (f < length)[:, None] & (r < ROW_COUNT)[None, :]
-        z_tile = tl.load(z_n + f[:, None] + (r * length)[None, :], mask=real, other=0.0)
-        p_tile = tl.dot(tl.trans(z_tile), p, input_precision=PRECISION, out_dtype=ACC)
-        p_tile = tl.permute(tl.reshape(p_tile, [C_TILE, K_TILE, GROUP]), (0, 2, 1))
-        p_tile = tl.reshape(p_tile, [C_TILE * GROUP, K_TILE]) / d[None, :]
-        c = first * GROUP + tl.arange(0, C_TILE * GROUP)
-        t += _store_pooled(p_tile, n, heads, c, pooled, mean, score_w, C, HEADS)
+    if tl.sum(tl.where((f < length)[:, None] & (heads < HEADS)[None, :], logit - logit, 0.0)) == 0:
+        for step in range(0, ROW_COUNT, C_TILE):
+            first = (ROW_COUNT - 1) // C_TILE * C_TILE - step  # backwards: what was read last is still in L2
+            real = (f < length)[:, None] & (first + row_tile < ROW_COUNT)[None, :]
+            z_tile = tl.load(z_n + f[:, None] + ((first + row_tile) * length)[None, :], mask=real, other=0.0)
+            p_tile = tl.dot(tl.trans(z_tile), p, input_precision=PRECISION, out_dtype=ACC)
+            t += _store_rows(p_tile, d, n, heads, first, pooled, score_w, C, HEADS, GROUP)
+    else:  # an infinite element times another channel's 0 must not make NaN of that channel
+        few = tl.arange(0, 16)  # rows, for registers' sake
+        for first in range(0, ROW_COUNT, 16):
+            real = (f < length)[:, None] & (first + few < ROW_COUNT)[None, :]
+            z_tile = tl.load(z_n + f[:, None] + ((first + few) * length)[None, :], mask=real, other=0.0)
+            p_tile = tl.zeros([16, K_TILE * GROUP], ACC)
+            for j in range(GROUP):
+                own = tl.where((channel == j)[:, None], z_tile, 0.0)
+                share = tl.dot(tl.trans(own), p, input_precision=PRECISION, out_dtype=ACC)
+                p_tile = tl.where((column % GROUP == j)[None, :], share, p_tile)
+            t += _store_rows(p_tile, d, n, heads, first, pooled, score_w, C, HEADS, GROUP)
     _store_head_sums(n, heads, m, d, lse, HEADS)
     if features is not None:
         g = store_gates(t, n, heads, score_w, score_b, scores, gates, HEADS, GATED)
@@ -457,7 +475,7 @@ def _plan(
     z = map_strides(sizes, strides, dtype.itemsize)
     config = sweep_config(
         images, channels, positions, rows, dtype.itemsize, z.vector, z.unit == "c", chip(device), alike=alike,
-        group=1 if mean else row_group(z, channels, positions, dtype.itemsize),  # a mean may be of infinities
+        group=1 if mean else row_group(z, channels, positions, dtype.itemsize),  # grouped_kernel makes no mean
     )  # fmt: skip
     constants = {
         "C": channels,
