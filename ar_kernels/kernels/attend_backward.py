@@ -372,8 +372,8 @@ def chunked_kernel(
             ).to(kind)
             fresh = (row == program) & (start == begin)
             tl.debug_barrier()  # this program's earlier sums in dw are written
-            for step in range(0, C, C_TILE):
-                c = (C - 1) // C_TILE * C_TILE - step + channels  # backwards: what was read last is still in L2
+            for first in range(0, C, C_TILE):
+                c = first + channels
                 if dw is not None:
                     offsets = tile_offsets(s, c, width, stride_c, stride_h, stride_w, UNIT, VECTOR, FLAT, WIDE)
                     z_tile = tl.load(z_n + offsets, mask=(s < end)[:, None] & (c < C)[None, :], other=0.0)
