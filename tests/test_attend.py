@@ -60,7 +60,7 @@ def test_error_budget(shape, layout, dtype, fused, device):
         ("grouped_kernel", {"n": 1, "c": 648, "h": 1, "w": 2, "k": 1}, "contiguous"),
     ],
 )
-def test_forward_kernels_of_many_channels(kernel, sizes, layout, device):
+def test_triton_forward_kernels_of_many_channels(kernel, sizes, layout, device):
     """wide_kernel: each warp has channels of its own. grouped_kernel: eight, two and four channels are one row."""
     attend_forward = pytest.importorskip("ar_kernels.kernels.attend_forward")
     draws = []
@@ -81,7 +81,7 @@ def test_forward_kernels_of_many_channels(kernel, sizes, layout, device):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # of the interpreter
-def test_an_infinite_element_reaches_no_other_channel_of_its_row(device):
+def test_triton_lets_an_infinite_element_reach_no_other_channel_of_its_row(device):
     """Its logit is -∞ for one head, whose other channels stay finite, and ∞ for the other."""
     pytest.importorskip("triton")
     z = torch.randn(2, 136, 7, 7, device=device).bfloat16()

@@ -20,6 +20,8 @@ POINTWISE = {
     "aligned rows": {"c": 32, "h": 8, "w": 16},
     "channels in parts": {"c": 160, "h": 4, "w": 8},
     "channels in chunks": {"n": 2, "c": 530, "h": 4, "w": 9},
+    "channels of each warp's own": {"n": 2, "c": 648, "h": 3, "w": 6},
+    "rows of eight channels": {"n": 2, "c": 136, "h": 7, "w": 7, "k": 2},
     "many heads": {"c": 70, "k": 60},
 }
 SPATIAL = {
@@ -68,15 +70,15 @@ def test_attend(taps, shape, layout, dtype, fused, device):
     z = values(n, c, h, w, dtype=dtype, layout=LAYOUTS[layout])
     weight, score_weight = (values(k + 2, c, *kernel, dtype=dtype, scale=0.125) for _ in range(2))
     biases = [values(k + 2, dtype=dtype) for _ in range(2)]
-    last = layout == "channels_last"
+    last, mean = layout == "channels_last", shape != "rows of eight channels"  # which are no rows beside a mean
     if taps == 1:
-        saved = operators.gated_attend(z, weight, biases[0], score_weight, biases[1], k, True, True)
+        saved = operators.gated_attend(z, weight, biases[0], score_weight, biases[1], k, True, mean)
     else:
         saved = operators.gated_attend3x3(z, weight, biases[0], score_weight, biases[1], k, True)
     assert_finite(saved)
     pooled, lse, logits, scores, gates, _, _ = saved
     kept = (pooled, lse, scores, gates) if taps == 1 else (pooled, lse, logits, scores, gates)
-    grads = [values.like(value) for value in (*saved, z)]
+    grads = [values.like(value) if value.numel() else None for value in (*saved, z)]
     for wanted in ((*grads, True, True, True, last), (grads[0], *[None] * 7, True, True, True, last)):
         if taps == 1:
             assert_finite(operators.gated_attend_backward(z, weight, biases[0], score_weight, *kept, *wanted))
