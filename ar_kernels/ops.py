@@ -732,7 +732,7 @@ class _EagerGatedAttend(torch.autograd.Function):
             return received[8], None, None, None, None, None, None, None
         found: Any
         with autocast_off(z):
-            if implementation == "triton" and plans.are_used(z):
+            if implementation == "triton" and plans.are_used(z, grads):
                 found = plans.run(_BACKWARD, _planned_backward, _import_kernels().launch, tensors, options)
             else:
                 found = _eager_backward(functools.partial(_dispatch, implementation), *tensors, *options)

@@ -47,13 +47,18 @@ def _replay() -> Any:
     return getattr(operator, "_op", operator)  # without a Python function in between
 
 
-def are_used(data: Tensor) -> bool:
-    """Whether a call with data may go by a plan: nobody looks on who has to see every operator."""
+_BATCHED = torch._C._dispatch_key_parse("Batched")
+
+
+def are_used(data: Tensor, gradients: Sequence[Tensor | None] = ()) -> bool:
+    """Whether a call with data may go by a plan: nobody looks on who has to see every operator, and gradients are no
+    batches of autograd's is_grads_batched."""
     return (
         data.is_cuda
         and type(data) is Tensor
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
+        and not any([torch._C._dispatch_keys(value).has(_BATCHED) for value in gradients if value is not None])
         and why_not() is None
     )
 

@@ -329,9 +329,12 @@ def _build(command: list[str], folder: Path, **variables: str) -> subprocess.Com
 
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory) -> Path:
-    """What the sdist holds, unpacked: no file of this checkout."""
-    folder = tmp_path_factory.mktemp("sdist")
-    run = _build(["sdist", "--dist-dir", str(folder)], ROOT)
+    """What the sdist holds, unpacked: no file of this checkout. Made of a copy, for it is put together beside setup.py,
+    by several processes of tests at once."""
+    folder, copy = tmp_path_factory.mktemp("sdist"), tmp_path_factory.mktemp("checkout") / "copy"
+    others = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "docs", "benchmarks")
+    shutil.copytree(ROOT, copy, ignore=others)
+    run = _build(["sdist", "--dist-dir", str(folder)], copy)
     assert run.returncode == 0, run.stderr
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
