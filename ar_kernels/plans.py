@@ -3,9 +3,13 @@
 The first call with tensors of some shapes, strides and dtypes goes the ordinary way and is watched. If nothing happened
 but allocations, launches of kernels, matrix products and conversions, the native library keeps that as a plan and
 repeats it from then on.
+
+The environment variable AR_KERNELS_PLANS=1 asks for them. They are not the default: with them the loss of a training on
+two GPUs became NaN in its first ten steps, and it is not known why.
 """
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,12 +21,19 @@ from . import native
 NAMESPACE = "ar_kernels_plans"
 DRIVER = "libcuda.so.1"
 
+asked = os.environ.get("AR_KERNELS_PLANS", "0") == "1"
+
 _library: torch.library.Library | None = None
 
 
-@functools.cache
 def why_not() -> str | None:
-    """What stops plans from being used at all; None if nothing does. Opens the driver, once."""
+    """What stops plans from being used at all; None if nothing does."""
+    return _cannot() if asked else "AR_KERNELS_PLANS=1 asks for them"
+
+
+@functools.cache
+def _cannot() -> str | None:
+    """Opens the driver."""
     if torch.version.hip is not None:
         return "they are for NVIDIA's driver"
     reason = native.why_not("cpu")

@@ -92,7 +92,7 @@ void* current_stream(int32_t device) {
   void* stream = nullptr;
 #if defined(__linux__)
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
 #endif
   return stream;
 }
@@ -148,19 +148,19 @@ std::unordered_map<Numbers, std::shared_ptr<const Plan>, Hash> plans;
 
 int32_t device_type(const Tensor& tensor) {
   int32_t type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
   return type;
 }
 
 int32_t device_index(const Tensor& tensor) {
   int32_t index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
   return index;
 }
 
 int32_t dtype_of(const Tensor& tensor) {
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
   return dtype;
 }
 
@@ -170,15 +170,15 @@ struct Shape {
 
 Shape shape_of(const Tensor& tensor) {
   Shape shape;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor.get(), &shape.dim));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &shape.sizes));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &shape.strides));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor.get(), &shape.dim));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &shape.sizes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &shape.strides));
   return shape;
 }
 
 char* address_of(const Tensor& tensor) {
   void* address;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor.get(), &address));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor.get(), &address));
   return static_cast<char*>(address);
 }
 
@@ -233,9 +233,9 @@ Tensor transpose(const Tensor& tensor) {
   STD_TORCH_CHECK(shape.dim == 2, "a factor must be a matrix, got ", shape.dim, " dimensions");
   const int64_t sizes[] = {shape.sizes[1], shape.sizes[0]}, strides[] = {shape.strides[1], shape.strides[0]};
   int64_t offset;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset));
   AtenTensorHandle turned;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, offset, &turned));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, offset, &turned));
   return Tensor(turned);
 }
 
@@ -385,6 +385,9 @@ void check_kernel(const Step& launch) {
 // there can be no plan.
 void record(Tensors tensors, Numbers options, std::vector<Tensor> allocated, Numbers outputs, Numbers steps) {
   STD_TORCH_CHECK(driver.launch != nullptr, "the driver is not open");
+  STD_TORCH_CHECK(!tensors.empty() && tensors[0].has_value(), "tensors must begin with one, got None or none");
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;  // the current GPU may be another
+  if (device_type(*tensors[0]) == aoti_torch_device_type_cuda()) guard.emplace(device_index(*tensors[0]));
   const auto plan = std::make_shared<Plan>();
   plan->context = current_context();
   for (const Tensor& tensor : allocated) {

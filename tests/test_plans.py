@@ -14,7 +14,14 @@ from layers import Layer, channels_last
 import ar_kernels
 from ar_kernels import native, ops, plans
 
-planned = pytest.mark.skipif(not torch.cuda.is_available() or plans.why_not() is not None, reason="no plans here")
+planned = pytest.mark.skipif(
+    not torch.cuda.is_available() or plans._cannot() is not None, reason=str(plans._cannot() or "there is no GPU")
+)
+
+
+@pytest.fixture(autouse=True)
+def asked_for(monkeypatch):
+    monkeypatch.setattr(plans, "asked", True)
 
 
 # ---------------------------------------------------------------------------------------------- a driver's double
@@ -65,7 +72,7 @@ def double(tmp_path_factory):
 @pytest.fixture
 def driver(double):
     """The native library opens the double, and afterwards the driver that is there again."""
-    before = plans.why_not()
+    before = plans._cannot()
     assert plans.open_driver(double) == ""
     yield double
     if before is None:
@@ -286,6 +293,12 @@ def test_a_driver_that_is_not_there(driver, tmp_path):
     assert "has no cuLaunchKernel" in plans.open_driver(str(native.PATH))
 
 
+def test_only_who_asks_gets_plans(monkeypatch):
+    monkeypatch.setattr(plans, "asked", False)
+    assert plans.why_not() == "AR_KERNELS_PLANS=1 asks for them"
+    assert not plans.are_used(torch.zeros(1))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver here")
 def test_without_a_driver_plans_say_why_and_nothing_uses_them():
     assert plans.why_not()
@@ -425,7 +438,7 @@ def test_out_of_memory_is_pytorchs_own_error(device):
     step(z, weights)
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + 2**21) / total, device)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + 2**21) / total)
     taken = []
     try:
         with pytest.raises(torch.OutOfMemoryError):
@@ -434,7 +447,7 @@ def test_out_of_memory_is_pytorchs_own_error(device):
         with pytest.raises(torch.OutOfMemoryError):
             step(z, weights)
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0)
     del taken
     step(z, weights)
 
