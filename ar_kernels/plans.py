@@ -4,8 +4,8 @@ The first call with tensors of some shapes, strides and dtypes goes the ordinary
 but allocations, launches of kernels, matrix products and conversions, the native library keeps that as a plan and
 repeats it from then on.
 
-The environment variable AR_KERNELS_PLANS=1 asks for them. They are not the default: with them the loss of a training on
-two GPUs became NaN in its first ten steps, and it is not known why.
+The environment variable AR_KERNELS_PLANS=1 asks for them. They are not the default yet: a fault of theirs that made a
+training on two GPUs NaN is mended, but that training has not been run again.
 """
 
 import functools

@@ -232,10 +232,8 @@ Tensor transpose(const Tensor& tensor) {
   const Shape shape = shape_of(tensor);
   STD_TORCH_CHECK(shape.dim == 2, "a factor must be a matrix, got ", shape.dim, " dimensions");
   const int64_t sizes[] = {shape.sizes[1], shape.sizes[0]}, strides[] = {shape.strides[1], shape.strides[0]};
-  int64_t offset;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset));
-  AtenTensorHandle turned;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, offset, &turned));
+  AtenTensorHandle turned;  // the last argument, whatever its name, is added to the tensor's own offset
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, 0, &turned));
   return Tensor(turned);
 }
 

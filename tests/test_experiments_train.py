@@ -372,7 +372,8 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
 @pytest.mark.gpu
 def test_two_gpus_take_steps_one_by_one_and_captured(tmp_path):
     """Over NCCL, in bfloat16 with the regulariser, as `train --capture` trains: losses of the first steps, which are
-    taken one by one, and of the graph's, by plans and without. A training became NaN there with plans."""
+    taken one by one, and of the graph's, by plans and without. A training became NaN there with plans
+    (test_plans::test_factors_that_begin_within_their_storage)."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -380,12 +381,12 @@ def test_two_gpus_take_steps_one_by_one_and_captured(tmp_path):
     for plans in ("0", "1"):
         out = tmp_path / plans
         words = ["train", "--out", str(out), "--data", "random", "--model", "warn-16-4", "--epochs", "1"]
-        words += ["--batch-size", "2500", "--capture", "--no-compile", "--log-every", "1", "--device", "cuda"]
+        words += ["--batch-size", "256", "--capture", "--no-compile", "--log-every", "1", "--device", "cuda"]
         done = subprocess.run(
             [*torchrun, "-m", "ar_kernels.experiments", *words],
             env=os.environ | {"PYTHONPATH": str(ROOT), "AR_KERNELS_PLANS": plans}, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         losses.append([line["loss"] for line in read_metrics(out) if "loss" in line])
-    assert len(losses[0]) == len(losses[1]) == 20
+    assert len(losses[0]) == len(losses[1]) == 195
     assert losses[0][:5] == pytest.approx(losses[1][:5], rel=1e-2)

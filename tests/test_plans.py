@@ -183,6 +183,22 @@ def test_products_and_conversions_are_repeated(toy):
     assert toy.python == 1
 
 
+def test_factors_that_begin_within_their_storage(toy):
+    """As the gradients of stacked hypotheses do. Their offset was once counted twice, which read the wrong numbers and
+    some behind the tensor: a training became NaN."""
+
+    def operator(x, y, shift):
+        toy.python += 1
+        return torch.mm(x.t(), y), torch.mm(y.t(), y)
+
+    toy.operator = operator
+    both = torch.randn(6, 2, 8)
+    for i in (0, 1, 1):  # the second begins 32 bytes on, which is aligned
+        x, y = both[:, i], torch.randn(6, 4)
+        assert torch.equal(toy.call(x, y, 5), x.t() @ y)
+    assert toy.python == 1
+
+
 @pytest.mark.parametrize(
     "what", ["an operation", "a view as a result", "an argument as a result", "one result twice", "nothing"]
 )
@@ -384,6 +400,25 @@ def test_the_second_call_needs_no_python(shape, weight_dtype, device, ordinary, 
     for seed in range(2):
         z, weights = drawn(device, shape=shape, seed=seed)
         weights = [weight.to(weight_dtype) for weight in weights]
+        found = (closed if seed else lambda call, *arguments: call(*arguments))(step, z, weights)
+        equal(found, ordinary(step, z, weights))
+
+
+@planned
+@pytest.mark.gpu
+@pytest.mark.parametrize("layer", [0, 1])
+def test_gradients_of_stacked_hypotheses(layer, device, ordinary, closed):
+    """A network's hypotheses are stacked: the second one's gradient begins within its storage."""
+
+    def step(z, weights):
+        tensors = [value.detach().requires_grad_() for value in (z, *weights)]
+        hypotheses = [torch.ones(z.shape[0], 8, device=device, dtype=z.dtype)] * 2
+        hypotheses[layer] = ar_kernels.attention_module(*tensors, implementation="triton").hypothesis
+        loss = (torch.stack(hypotheses, dim=1) * torch.arange(16, device=device).view(2, 8)).float().square().sum()
+        return dict(enumerate(torch.autograd.grad(loss, tensors)))
+
+    for seed in range(2):
+        z, weights = drawn(device, labels=8, seed=seed)
         found = (closed if seed else lambda call, *arguments: call(*arguments))(step, z, weights)
         equal(found, ordinary(step, z, weights))
 
