@@ -44,7 +44,7 @@ lint:
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m mypy
-	$(if $(strip $(VENV)),$(VENV)/bin/)clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*/*)
+	$(if $(strip $(VENV)),$(VENV)/bin/)clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
 bench:
 	$(python) -m benchmarks $(ARGS)
@@ -54,7 +54,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch comes first: it is not needed to build the package, but to build the native library with it (setup.py).
-$(VENV)/.installed-%: constraints.txt pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*) | $(VENV)/bin/python
+$(VENV)/.installed-%: constraints.txt pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*) | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	touch $@
