@@ -65,7 +65,8 @@ def are_used(data: Tensor, gradients: Sequence[Tensor | None] = ()) -> bool:
     """Whether a call with data may go by a plan: nobody looks on who has to see every operator, and gradients are no
     batches of autograd's is_grads_batched."""
     return (
-        data.is_cuda
+        asked
+        and data.is_cuda
         and type(data) is Tensor
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0

@@ -182,13 +182,13 @@ class Recorder(TorchDispatchMode):
             if slot is None or tensor.numel() == 0:
                 self.possible = False
                 return
-            whole = self._tensors[slot[0]] if slot[0] < self._given else self._allocated[slot[0] - self._given]
+            whole = self._tensors[slot] if slot < self._given else self._allocated[slot - self._given]
             turned = whole.t() if whole.dim() == 2 else whole
             fits = [_layout(tensor) == _layout(value) for value in (whole, turned)]
             if not any(fits) or (kind == 2 and not fits[0]):
                 self.possible = False
                 return
-            step += [slot[0], int(not fits[0])] if kind == 1 else [slot[0]]
+            step += [slot, int(not fits[0])] if kind == 1 else [slot]
         place = self._place(result)
         self._used.add(place)
         self._steps += [*step, place]
@@ -217,22 +217,22 @@ class Recorder(TorchDispatchMode):
                 slot = self._slot(value)
                 if slot is None:
                     return None
-                found += [*slot]
+                found += [slot, 0]
             elif kind[0] in "iu":
                 found += [-1, value]
             else:
                 return None
         return found
 
-    def _slot(self, tensor: Tensor) -> tuple[int, int] | None:
-        """The tensor's slot, and bytes beyond its beginning."""
+    def _slot(self, tensor: Tensor) -> int | None:
+        """The slot that begins where the tensor does; -1 for an empty tensor, None for a part of something."""
         address = tensor.data_ptr()
         if address == 0:
-            return -1, 0
+            return -1
         if address in self._places:
             self._used.add(self._places[address])
-            return self._given + self._places[address], 0
-        return (self._slots[address], 0) if address in self._slots else None  # None: a part of something
+            return self._given + self._places[address]
+        return self._slots.get(address)
 
     def plan(self, outputs: Sequence[Tensor | None]) -> tuple[list[Tensor], list[int], list[int]]:
         """record's last arguments; without steps where no plan is possible."""
@@ -241,9 +241,7 @@ class Recorder(TorchDispatchMode):
         for output, place in zip(full, places):
             if output is None:
                 continue
-            if place < 0:
-                self.possible = False
-            elif output.numel() == self._allocated[place].numel():
+            if place >= 0 and output.numel() == self._allocated[place].numel():
                 self._allocated[place] = _like(output)
             else:
                 self.possible = False
