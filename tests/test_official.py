@@ -809,7 +809,7 @@ def test_swap_leaves_what_only_looks_like_it(layer, reason):
         (
             lambda: official.AttentionModule(4, 3)(torch.zeros(2, 5, 3, 3)),
             ValueError,
-            r"mask_weight must be .* C = 5 to match feature_map, got \[1, 4, 3, 3\]",
+            r"mask_weight must be .* C = 5 to match feature_map .*, got \[1, 4, 3, 3\]",
         ),
         (
             lambda: official.AttentionModule.aggregate([torch.zeros(2, 1, 3)], None, "tanh"),
