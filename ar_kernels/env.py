@@ -30,7 +30,7 @@ def report() -> dict[str, object]:
         "native": {
             "library": str(native.PATH) if native.PATH.exists() else None,
             "note": native.build_note(),
-            "cpu": reasons["cpu"] or f"can run ({native.target() or 'AR_KERNELS_TARGET names nothing that runs here'})",
+            "cpu": reasons["cpu"] or _target(),
             "cuda": reasons["cuda"] or "can run",
             "plans": plans.why_not() or "are used: eager calls of the Triton operators repeat without Python",
         },
@@ -46,31 +46,40 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _target() -> str:
+    name = native.target()
+    return f"can run ({name})" if name else "raises: AR_KERNELS_TARGET names nothing that runs here"
+
+
 def _gpu(index: int) -> str:
     major, minor = torch.cuda.get_device_capability(index)
     return f"{torch.cuda.get_device_name(index)} ({major}.{minor})"
 
 
 def _runs(device: str) -> dict[str, str | None]:
-    """The implementation that would run by default, for each kind of heads and dtype."""
-    chosen = {}
+    """The implementation that would run by default, for each kind of heads and dtype; or what is wrong with the
+    environment variable that chooses."""
+    chosen: dict[str, str | None] = {}
     for heads, size in (("1x1", ()), ("3x3", (3, 3))):
         for dtype in (torch.float32, torch.bfloat16):
             feature_map = torch.empty(1, 8, 4, 4, dtype=dtype, device=device)
             weight = torch.empty(2, 8, *size, dtype=dtype, device=device)
             name = f"{heads} heads, {str(dtype).removeprefix('torch.')}"
-            chosen[name] = functional.explain(feature_map, weight).chosen
+            try:
+                chosen[name] = functional.explain(feature_map, weight).chosen
+            except ValueError as error:
+                chosen[name] = str(error)
     return chosen
 
 
 def _lines(values: dict[str, object], indent: str = "") -> list[str]:
     lines = []
     for name, value in values.items():
-        if isinstance(value, dict):
+        if value and isinstance(value, dict):
             lines += [f"{indent}{name}:", *_lines(value, indent + "  ")]
         else:
-            text = ", ".join(value) or "none" if isinstance(value, list) else "none" if value is None else value
-            lines.append(f"{indent}{name}: {text}")
+            text = ", ".join(value) if isinstance(value, list) else value
+            lines.append(f"{indent}{name}: {'none' if text in (None, '', {}) else text}")
     return lines
 
 

@@ -508,8 +508,8 @@ def _check_mask_weight(feature_map: Tensor, mask_weight: Tensor) -> None:
     spatial = mask_weight.dim() == 4 and tuple(mask_weight.shape[1:]) == (channels, 3, 3)
     if not (pointwise or spatial) or mask_weight.shape[0] == 0:
         raise ValueError(
-            f"mask_weight must be [K, C] or [K, C, 3, 3] with K of at least 1 and C = {channels} to match feature_map, "
-            f"got {_shape(mask_weight)}"
+            f"mask_weight must be [K, C] or [K, C, 3, 3] with K of at least 1 and C = {channels} to match feature_map "
+            f"{_shape(feature_map)}, got {_shape(mask_weight)}"
         )
     if spatial and feature_map.dim() == 3:
         raise ValueError(f"feature_map must be [N, C, H, W] for a mask_weight of 3×3 heads, got {_shape(feature_map)}")

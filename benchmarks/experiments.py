@@ -13,7 +13,7 @@ from .results import save
 
 
 def main(words: list[str] | None = None) -> Path:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.experiments", description=__doc__.split(":")[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="of the result: results/NAME-<device>.json")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON that an experiment wrote")
     parser.add_argument("--folder", type=Path, help="where the result goes; unset: benchmarks/results")

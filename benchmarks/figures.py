@@ -46,7 +46,7 @@ def _label(shard: tuple) -> str:
     return f"{images} × {channels} × {side}², L {labels}"
 
 
-def _axes(figure: Figure, axes, names: list[str]) -> None:
+def _axes(axes, names: list[str]) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(-0.6, len(names) - 0.4)
     axes.grid(axis="x", which="major", color="#dddddd", linewidth=0.8)
@@ -60,7 +60,7 @@ def _rivals(shards: list[tuple[str, dict]], where: str) -> Figure:
     """Time of a layer's forward and backward; a rival under torch.compile hollow, the faster of its modes."""
     figure = Figure(figsize=(9, 1.9 + 0.42 * len(shards)), layout="constrained")
     axes = figure.add_subplot()
-    _axes(figure, axes, [name for name, _ in shards])
+    _axes(axes, [name for name, _ in shards])
     drawn = set()
     for y, (_, rows) in enumerate(shards):
         times = {
@@ -104,7 +104,7 @@ def _floor(shards: list[tuple[str, dict]], where: str) -> Figure:
     figure = Figure(figsize=(9, 1.7 + 0.42 * len(shards)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, direction, floor in zip(panels, ("forward", "backward"), ("reading", "copying")):
-        _axes(figure, axes, [name for name, _ in shards])
+        _axes(axes, [name for name, _ in shards])
         axes.axvline(1, color=GREY, linewidth=1)
         for y, (_, rows) in enumerate(shards):
             bar = attend_bar(direction, next(iter(rows.values()))["bytes"])

@@ -60,7 +60,7 @@ def in_one_thread(call: Callable[[], object], calls: int, count: int, device: st
 
 
 def contenders(problem: Problem) -> list[Contender]:
-    """The layer by ours (default choice, triton, eager) and by every uncompiled rival."""
+    """The layer by ours (the default choice and what else can run) and by every uncompiled rival."""
     ours = [contender for contender in our_contenders(problem) if contender.operation == "layer"]
     return ours + [rival_contender(problem, rival, "eager") for rival in RIVALS]
 

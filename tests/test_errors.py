@@ -35,7 +35,8 @@ RECTIFY = {"hypotheses": zeros(N, 3, L), "scores": zeros(N, 3)}
 
 RANKS = "feature_map must be [N, C, H, W] or [N, C, S], got "
 SIZES = "feature_map must have at least one channel and position, got "
-MASKS = "mask_weight must be [K, C] or [K, C, 3, 3] with K of at least 1 and C = 6 to match feature_map, got "
+MASKS = "mask_weight must be [K, C] or [K, C, 3, 3] with K of at least 1 and C = 6 to match feature_map "
+MASKS += "[2, 6, 3, 4], got "
 FLOATS = " must be float16, bfloat16, float32 or float64, got "
 HYPOTHESES = "hypotheses must be [N, D+1, L] with D+1 and L of at least 1, got "
 OUTPUTS = "output_weight must be [L, K·C] or [K, L, C] with L of at least 1 and K·C = 30 to match mask_weight, got "

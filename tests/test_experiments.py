@@ -423,6 +423,7 @@ def test_the_bar_moves_on_a_terminal_and_prints_lines_elsewhere():
     [
         (["--data", "nowhere"], "error: nowhere/train-images-idx3-ubyte is missing"),
         (["--steps", "0"], "error: steps must be at least 1, got 0"),
+        (["--checkpoint-every", "0"], "error: checkpoint_every must be at least 1, got 0"),
         (["--attention-width", "0"], "error: attention_width must be at least 1, got 0"),
         (["--download"], "error: only mnist and fashion-mnist can be downloaded, got 'digits'"),
     ],
@@ -432,6 +433,13 @@ def test_mistakes_end_in_one_line(tmp_path, capsys, options, message):
     printed = capsys.readouterr()
     assert printed.err.startswith(message) and printed.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "ablate", "clutter", "visualize --run x", "early-exit --run x"])
+def test_a_missing_gpu_ends_in_one_line(monkeypatch, capsys, command):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command_line.main([*command.split(), "--device", "cuda"]) == 1
+    assert capsys.readouterr().err == "error: --device cuda was given and torch sees no CUDA device\n"
 
 
 def test_an_implementation_that_cannot_run_is_refused_before_files_are_touched(tmp_path, capsys):

@@ -136,9 +136,10 @@ def test_the_command_line_knows_all_variants():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--seeds", "0"), "seeds and draws must be at least 1, got 0 and 2"),
+        (("--seeds", "0"), "seeds must be at least 1, got 0"),
+        (("--batch-size", "0"), "batch_size must be at least 1, got 0"),
         (("--capture",), "--capture needs a GPU"),
-        (("--epochs", "0"), "steps must be at least 1, got 0"),
+        (("--epochs", "0"), "epochs must be at least 1, got 0"),
     ],
 )
 def test_mistakes_end_in_one_line(tmp_path, capsys, options, message):

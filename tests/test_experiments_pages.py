@@ -179,4 +179,8 @@ def test_the_report_names_the_papers_numbers_and_what_is_missing(tmp_path, capsy
     for folder, message in ((tmp_path / "gone", "is missing: report looks"), (tmp_path, "holds nothing that")):
         assert command_line.main(["report", str(folder), "--out", str(tmp_path / "page.html")]) == 1
         assert message in capsys.readouterr().err
+    (run / "metrics.jsonl").write_text('{"step": 1, "test_accuracy": 0.5}\n')
+    (run / "checkpoint.pt").write_bytes(b"junk")
+    assert command_line.main(["report", str(tmp_path), "--out", str(tmp_path / "page.html")]) == 1
+    assert "checkpoint.pt is damaged or no checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()

@@ -124,17 +124,9 @@ IN_BFLOAT16 = {"NaN", "∞", "a row of -∞", "an image of ∞", "logits of a he
 """What the interpreter runs of 3×3 heads in bfloat16, which has float32's range and float16's path."""
 
 
-def skip_what_is_not_there(implementation: str, taps: int) -> None:
-    if taps == 9 and implementation == "native":
-        why = ar_kernels.explain(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 3, 3)).reasons["native"]
-        if why != "can run":
-            pytest.skip(why)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("taps", [1, 9])
 def test_classes_of_results(taps, dtype, implementation, device):
-    skip_what_is_not_there(implementation, taps)
     slow = implementation == "triton" and taps == 9 and device.type == "cpu"
     for name, planted in PLANTED.items():
         if taps == 9 and name == "a mask weight ∞":
@@ -164,7 +156,6 @@ def test_classes_where_programs_share_an_image(value, implementation, device):
 @pytest.mark.parametrize("taps", [1, 9])
 def test_other_images_are_untouched(taps, implementation, device):
     """What is not finite stays in its image, and one channel's in that channel's mean."""
-    skip_what_is_not_there(implementation, taps)
     clean, broken = inputs(taps), inputs(taps)
     broken["feature_map"][1, 2, 1, 1] = NAN
     one, other = (run(t, implementation, torch.float32, device) for t in (clean, broken))
@@ -250,7 +241,6 @@ def test_one_position(dtype, implementation, device):
 
 @pytest.mark.parametrize("taps", [1, 9])
 def test_no_images(taps, implementation, device):
-    skip_what_is_not_there(implementation, taps)
     results = run(inputs(taps, (0, 8, 4, 4)), implementation, torch.float32, device)
     expected = run(inputs(taps, (0, 8, 4, 4)), "reference", torch.float32, device)
     for name, truth in expected.items():
@@ -260,7 +250,6 @@ def test_no_images(taps, implementation, device):
 @pytest.mark.parametrize("taps", [1, 9])
 def test_nothing_is_contiguous(taps, implementation, device):
     """The map, every weight and bias, and a map that is one pixel expanded over images and positions."""
-    skip_what_is_not_there(implementation, taps)
 
     def strided(value: torch.Tensor) -> torch.Tensor:
         wide = torch.stack([value, torch.full_like(value, NAN)], dim=-1).transpose(0, -2).contiguous()

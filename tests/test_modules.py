@@ -252,7 +252,7 @@ def test_bad_maps(mode, device):
     module = make(device)
     call = module if mode == "eager" else torch.compile(module, backend="aot_eager")
     cases = [
-        (feature_map(device, 2, 7, 4, 4), ValueError, "C = 7 to match feature_map, got [3, 6]"),
+        (feature_map(device, 2, 7, 4, 4), ValueError, "C = 7 to match feature_map [2, 7, 4, 4], got [3, 6]"),
         (feature_map(device, 2, 6), ValueError, "feature_map must be [N, C, H, W] or [N, C, S], got [2, 6]"),
         (feature_map(device).float(), TypeError, "mask_weight must be torch.float32 to go with feature_map"),
         (feature_map(device).int(), TypeError, "feature_map must be float16, bfloat16, float32 or float64, got"),

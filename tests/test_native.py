@@ -316,6 +316,13 @@ def test_env_reports_what_a_bug_report_needs(capsys):
     assert f"torch: {torch.__version__}" in text and native.build_note() in text
 
 
+def test_env_reports_what_is_wrong_with_its_variables():
+    run = _python("from ar_kernels import env; env.main([])", AR_KERNELS_IMPLEMENTATION="x", AR_KERNELS_TARGET="y")
+    assert run.returncode == 0, run.stderr
+    assert "1x1 heads, float32: AR_KERNELS_IMPLEMENTATION must be one of triton, " in run.stdout
+    assert native.why_not("cpu") or "cpu: raises: AR_KERNELS_TARGET names nothing that runs here" in run.stdout
+
+
 # ---------------------------------------------------------------------------------------------- how it is built
 
 

@@ -276,7 +276,7 @@ def test_double_backward_under_autocast_keeps_float32(fused, device):
 
 
 def test_float32_precision_set_by_the_newer_switch(device):
-    """torch.backends.cuda.matmul.fp32_precision decides too, and does not make the legacy switch raise."""
+    """Nothing reads the legacy switch, which may raise once torch.backends.cuda.matmul.fp32_precision is set."""
     layer = Layer(n=2, c=16, k=3, dtype=torch.float32, device=device)
     before = torch.backends.cuda.matmul.fp32_precision
     try:

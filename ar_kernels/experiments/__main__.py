@@ -5,6 +5,8 @@ import importlib
 import sys
 from collections.abc import Callable
 
+import torch
+
 import ar_kernels
 
 _ON_OFF = argparse.BooleanOptionalAction
@@ -23,11 +25,31 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+_COUNTS = (
+    "steps", "epochs", "batch_size", "test_batch_size", "checkpoint_every", "test_every", "log_every", "seeds", "draws",
+    "at_once", "count", "repeats",
+)  # fmt: skip
+"""Options that must be at least 1."""
+
+
+def _settle(options: argparse.Namespace) -> None:
+    """Checks what is alike in all commands, and picks the device where none was given. Raises ValueError."""
+    for name in _COUNTS:
+        if getattr(options, name, 1) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}")
+    if hasattr(options, "device"):
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda was given and torch sees no CUDA device")
+        options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Tells defaults, where there is one to tell."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return action.help if action.default in (None, False, "") else super()._get_help_string(action)
 
 
 def _command(commands: argparse._SubParsersAction, name: str, help: str, description: str) -> Callable:
@@ -250,6 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command; the exit status. Mistakes of the user come back as one line, not as a traceback."""
     options = _parser().parse_args(arguments)
     try:
+        _settle(options)
         importlib.import_module(f".{options.command.replace('-', '_')}", __package__).run(options)
     except ModuleNotFoundError as error:
         print(f"error: {error.name} is not installed: pip install 'ar_kernels[experiments]'", file=sys.stderr)

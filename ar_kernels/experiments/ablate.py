@@ -98,10 +98,6 @@ class Settings:
 
 def settings_of(options: argparse.Namespace, device: torch.device) -> Settings:
     """Reads the digits. Raises what data.load raises, and ValueError for numbers that make no recipe."""
-    if options.seeds < 1 or options.draws < 1:
-        raise ValueError(f"seeds and draws must be at least 1, got {options.seeds} and {options.draws}")
-    if options.at_once < 1:
-        raise ValueError(f"at_once must be at least 1, got {options.at_once}")
     source = data.load(options.data, download=options.download, root=options.data_root)
     epoch = max(1, len(source.train.images) // options.batch_size)
     recipe = Recipe(

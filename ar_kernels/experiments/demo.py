@@ -34,9 +34,7 @@ def run(options: argparse.Namespace) -> None:
     def say(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda was given and torch sees no CUDA device")
+    device = torch.device(options.device)
     recipe = Recipe(
         steps=options.steps,
         batch_size=options.batch_size,

@@ -263,12 +263,10 @@ def costs(model: nn.Module, image: Tensor, gates: Tensor) -> list[int]:
 
 def run(options: argparse.Namespace) -> None:
     """Tests and draws as __main__ parsed it. Raises ValueError and OSError."""
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(options.device)
     model, net, identity = load_run(options.run, device)
     if not net.is_attentive or len(getattr(model, "attention", ())) < 2:
         raise ValueError(f"{options.run} must be a run with two attended layers or more: the last one is no exit")
-    if options.batch_size < 1 or options.repeats < 1:
-        raise ValueError(f"batch_size and repeats must be at least 1, got {options.batch_size} and {options.repeats}")
     examples = examples_of(net, identity, device, options.data_root, options.batch_size)
     mixed = bool(identity.get("bf16"))
     gates = mean_gates(model, (examples.train(step)[0] for step in range(1, _GATE_BATCHES + 1)), mixed)

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 from rich.console import Console
 
 from . import ablate, clutter, early_exit
 from .figures import curves_png
 from .nets import net_of
 from .pages import escaped, picture, table, write_page
-from .training import Identity, read_metrics
+from .training import Identity, read_checkpoint, read_metrics
 
 PAPER = {
     ("wrn-40-10", "cifar10"): 3.80, ("wrn-40-10", "cifar100"): 18.30,
@@ -31,7 +30,9 @@ SUMMARIES: dict[str, tuple[str, Callable[[dict], list], Callable[[dict], str]]] 
 
 
 def run(options: argparse.Namespace) -> None:
-    """Writes the page that __main__ parsed. Raises FileNotFoundError where a folder or all runs are missing."""
+    """Writes the page that __main__ parsed. Raises FileNotFoundError where a folder or all runs are
+    missing, ValueError for a damaged checkpoint.
+    """
     parts = []
     for folder in map(Path, options.folders):
         if not folder.is_dir():
@@ -66,7 +67,7 @@ def _runs(folder: Path) -> list[str]:
             continue
         lines = [line for line in read_metrics(path.parent) if "test_accuracy" in line]
         if lines:
-            identity = _identity(path)
+            identity = read_checkpoint(path)["identity"]
             rows.append(_row(path.parent, identity, [line["test_accuracy"] for line in lines]))
             if len(lines) > 1:
                 curves[str(path.parent)] = (
@@ -81,10 +82,6 @@ def _runs(folder: Path) -> list[str]:
     if curves:
         parts.append(picture(curves_png(curves, "epoch", "test accuracy, %"), "test accuracy by epoch"))
     return parts
-
-
-def _identity(path: Path) -> Identity:
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["identity"]
 
 
 def _row(folder: Path, identity: Identity, accuracies: list[float]) -> list[str]:

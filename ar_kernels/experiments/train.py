@@ -36,8 +36,6 @@ def _run(options: argparse.Namespace, group: Processes) -> None:
 
     if options.model == "digitnet":
         raise ValueError("model digitnet is for cluttered digits: ablate and demo train it")
-    if min(options.epochs, options.test_every, options.log_every) < 1:
-        raise ValueError("epochs, test_every and log_every must be at least 1")
     on_gpu = group.device.type == "cuda"
     mixed, channels_last, compiled = (
         on_gpu if choice is None else choice for choice in (options.bf16, options.channels_last, options.compile)

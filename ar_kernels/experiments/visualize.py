@@ -26,9 +26,7 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", 
 
 def run(options: argparse.Namespace) -> None:
     """Draws as __main__ parsed it. Raises ValueError and FileNotFoundError."""
-    if options.count < 1:
-        raise ValueError(f"count must be at least 1, got {options.count}")
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(options.device)
     model, net, identity = load_run(options.run, device)
     if not net.is_attentive:
         raise ValueError(f"{options.run} is a run of {net.model} without attention: there are no masks to see")

@@ -343,7 +343,8 @@ def grouped_kernel(
     UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """chunked_kernel for NCHW whose rows are of no whole 16 bytes. One program: one image.
+    """chunked_kernel for NCHW whose rows are of no whole 16 bytes. One program: one image. Its parameters are the other
+    sweeps', so that one launch does for all: it makes no mean, and leaves splits and strides inside an image unused.
 
     GROUP channels are one row of GROUP · positions elements, aligned, and a tile is [S_tile, C_tile] of such rows.
     Head k has GROUP columns, column k · GROUP + j for the j-th channel of each row; where a column meets an element of

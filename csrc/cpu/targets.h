@@ -23,7 +23,7 @@ struct Kernels {
   // weights null: 1.
   void (*weight_sums)(Kind kind, const void* rows, const void* weights, int64_t count, int64_t heads, int64_t channels,
                       void* out, int64_t begin, int64_t end);
-  // Images; memory for twice as many values as there are hypotheses.
+  // Images; memory for three times as many values as there are hypotheses.
   void (*rectify_forward)(const RectifyArguments&, int64_t begin, int64_t end, void* memory);
   void (*rectify_backward)(const RectifyArguments&, int64_t begin, int64_t end, void* memory);
 };
