@@ -1,8 +1,10 @@
 """3×3 heads (docs/math.md): forward two sweeps over the map, backward two more and one write of dZ; no unfold of Z.
 
 All wide work is a plain product of 9·K rows with Z, row tap·K + head. Logits are sums of nine such rows, each shifted
-by its tap: a program keeps the rows of some lines of an image in a scratch of its own, small enough for L2, and adds
-them from there. The same kernel makes dA of the pooled features' gradients. Pooling shifts the masks, which are small.
+by its tap. Where lines are long enough to be tiles, a program adds up three lines of rows where they stand, and shifts
+the sums by one position (line_sums_kernel); else it keeps the rows of some lines in a scratch of its own, in L2, and
+adds them from there (tap_sums_kernel). The same kernels make dA of the pooled features' gradients. Pooling shifts the
+masks, which are small, and so does dW_H, which pools with dℓ.
 """
 
 import functools
@@ -82,18 +84,70 @@ def _tap_row(own, tap, heads, s, y, x, first, end, pitch, height, width, HEADS: 
     return tl.load(at, mask=(heads < HEADS)[:, None] & inside[None, :], other=0.0)
 
 
+@triton.jit
+def _store_sums(
+    total, n, heads, s, real, b, logits, lse, delta, grad_lse, grad_logits, scale, maps, height, width,
+    HEADS: tl.constexpr, OF_IMAGE: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """What becomes of Σ_τ rows[tap τ] · Z_{s+τ}, [K_tile, S_tile], where s is real. Forward: rows W_H, it is the
+    logits. Backward (OF_IMAGE): rows dP of each image, it is dA; a and dℓ = a ⊙ (dA - δ + dlse) + direct, times scale,
+    go into maps [N, H+2, W+2, 2K]. dP and δ, whose parts lie in delta [N, PARTS, K], come scaled."""
+    positions = height * width
+    of_head = heads < HEADS
+    real = of_head[:, None] & real[None, :]
+    row = n * HEADS + heads
+    at = row[:, None] * positions + s[None, :]
+    if OF_IMAGE:
+        log_sum = tl.load(lse + row, mask=of_head, other=0.0)
+        a = tl.exp(tl.load(logits + at, mask=real, other=float("-inf")) - log_sum[:, None])
+        factor = 1.0
+        if scale is not None:
+            factor = tl.load(scale + n)
+        shift = tl.zeros([heads.shape[0]], ACC)
+        for part in range(PARTS):
+            shift += tl.load(delta + (n * PARTS + part) * HEADS + heads, mask=of_head, other=0.0)
+        if grad_lse is not None:
+            shift -= tl.load(grad_lse + row, mask=of_head, other=0.0).to(ACC) * factor
+        dl = a * (total - shift[:, None])
+        if grad_logits is not None:
+            dl += tl.load(grad_logits + at, mask=real, other=0.0).to(ACC) * factor
+        of_image = maps + n * ((height + 2) * (width + 2) * (2 * HEADS))
+        at = of_image + heads[:, None] + (_framed(s, width) * (2 * HEADS))[None, :]
+        tl.store(at, a.to(maps.dtype.element_ty), mask=real)
+        tl.store(at + HEADS, dl.to(maps.dtype.element_ty), mask=real)
+    else:
+        if b is not None:
+            total += tl.load(b + heads, mask=of_head, other=0.0).to(ACC)[:, None]
+        tl.store(logits + at, total, mask=real)
+
+
+@triton.jit
+def _store_frame(maps, n, heads, top, bottom, height, width, HEADS: tl.constexpr, S_TILE: tl.constexpr):
+    """Zeros around an image's maps: the share of lines top..bottom."""
+    frame = (height + 2) * (width + 2)
+    begin = tl.where(top == 0, 0, (top + 1) * (width + 2))
+    end = tl.where(bottom == height, frame, (bottom + 1) * (width + 2))
+    for start in range(begin, end, S_TILE):
+        at = start + tl.arange(0, S_TILE)
+        y, x = at // (width + 2), at % (width + 2)
+        of_frame = ((y == 0) | (y == height + 1) | (x == 0) | (x == width + 1)) & (at < end)
+        at = maps + n * frame * (2 * HEADS) + heads[:, None] + (at * (2 * HEADS))[None, :]
+        zeros = tl.zeros([heads.shape[0], S_TILE], maps.dtype.element_ty)
+        real = (heads < HEADS)[:, None] & of_frame[None, :]
+        tl.store(at, zeros, mask=real)
+        tl.store(at + HEADS, zeros, mask=real)
+
+
 @triton.jit(do_not_specialize=["items", "bands", "lines", "pitch"])
 def tap_sums_kernel(
-    z, weights, b, logits, lse, delta, grad_lse, grad_logits, scale, scratch, maps,
+    z, weights, b, logits, lse, delta, grad_lse, grad_logits, scale, maps, scratch,
     items, bands, lines, pitch, height, width, z_n, z_c, z_h, z_w,
     C: tl.constexpr, HEADS: tl.constexpr, OF_IMAGE: tl.constexpr,
     R_TILE: tl.constexpr, C_TILE: tl.constexpr, S_TILE: tl.constexpr, K_TILE: tl.constexpr, PARTS: tl.constexpr,
     UNROLL: tl.constexpr, UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Σ_τ rows[tap τ] · Z_{s+τ} for the `lines` lines of a band. Forward: rows W_H, the sum is the logits. Backward
-    (OF_IMAGE): rows dP of each image, the sum is dA; writes a and dℓ = a ⊙ (dA - δ + dlse) + direct, times scale, into
-    maps [N, H+2, W+2, 2K]. dP and δ, whose parts lie in delta [N, PARTS, K], come scaled."""
+    """The sums over taps of the `lines` lines of a band, for _store_sums. One program: one band after the other."""
     positions = height * width
     rows = tl.arange(0, R_TILE)
     heads = tl.arange(0, K_TILE)
@@ -134,46 +188,83 @@ def tap_sums_kernel(
             else:
                 for tap in range(9):
                     total += _tap_row(own, tap, heads, s, y, x, first, end, pitch, height, width, HEADS)
-            real = (heads < HEADS)[:, None] & (s < end)[None, :]
-            row = n * HEADS + heads
-            at = row[:, None] * positions + s[None, :]
-            if OF_IMAGE:
-                of_head = heads < HEADS
-                log_sum = tl.load(lse + row, mask=of_head, other=0.0)
-                a = tl.exp(tl.load(logits + at, mask=real, other=float("-inf")) - log_sum[:, None])
-                factor = 1.0
-                if scale is not None:
-                    factor = tl.load(scale + n)
-                shift = tl.zeros([K_TILE], ACC)
-                for part in range(PARTS):
-                    shift += tl.load(delta + (n * PARTS + part) * HEADS + heads, mask=of_head, other=0.0)
-                if grad_lse is not None:
-                    shift -= tl.load(grad_lse + row, mask=of_head, other=0.0).to(ACC) * factor
-                dl = a * (total - shift[:, None])
-                if grad_logits is not None:
-                    dl += tl.load(grad_logits + at, mask=real, other=0.0).to(ACC) * factor
-                first_map = maps + n * ((height + 2) * (width + 2) * (2 * HEADS))
-                at = first_map + heads[:, None] + (_framed(s, width) * (2 * HEADS))[None, :]
-                tl.store(at, a.to(maps.dtype.element_ty), mask=real)
-                tl.store(at + HEADS, dl.to(maps.dtype.element_ty), mask=real)
-            else:
-                if b is not None:
-                    total += tl.load(b + heads, mask=heads < HEADS, other=0.0).to(ACC)[:, None]
-                tl.store(logits + at, total, mask=real)
-        if OF_IMAGE:  # the band's share of the frame
-            frame = (height + 2) * (width + 2)
-            top = tl.where(line == 0, 0, (line + 1) * (width + 2))
-            bottom = tl.where(line + lines >= height, frame, (line + lines + 1) * (width + 2))
-            for start in range(top, bottom, S_TILE):
-                at = start + tl.arange(0, S_TILE)
-                y, x = at // (width + 2), at % (width + 2)
-                of_frame = ((y == 0) | (y == height + 1) | (x == 0) | (x == width + 1)) & (at < bottom)
-                at = maps + n * frame * (2 * HEADS) + heads[:, None] + (at * (2 * HEADS))[None, :]
-                zeros = tl.zeros([K_TILE, S_TILE], maps.dtype.element_ty)
-                real = (heads < HEADS)[:, None] & of_frame[None, :]
-                tl.store(at, zeros, mask=real)
-                tl.store(at + HEADS, zeros, mask=real)
+            _store_sums(
+                total, n, heads, s, s < end, b, logits, lse, delta, grad_lse, grad_logits, scale, maps, height, width,
+                HEADS, OF_IMAGE, PARTS, ACC,
+            )  # fmt: skip
+        if OF_IMAGE:
+            _store_frame(maps, n, heads, line, tl.minimum(line + lines, height), height, width, HEADS, S_TILE)
         tl.debug_barrier()  # before the next item's rows take their place
+
+
+@triton.jit
+def _line_rows(
+    weights, line, channels, C: tl.constexpr, HEADS: tl.constexpr, R_TILE: tl.constexpr, K_TILE: tl.constexpr
+):
+    """The three taps of one line, row column·K_tile + head: [R_tile, C_tile], 0 outside."""
+    rows = tl.arange(0, R_TILE)
+    column, head = rows // K_TILE, rows % K_TILE
+    real = ((column < 3) & (head < HEADS))[:, None] & (channels < C)[None, :]
+    at = ((line * 3 + column) * HEADS + head) * C
+    return tl.load(weights + at[:, None] + channels[None, :], mask=real, other=0.0)
+
+
+@triton.jit(do_not_specialize=["all_lines", "lines", "height"])
+def line_sums_kernel(
+    z, weights, b, logits, lse, delta, grad_lse, grad_logits, scale, maps,
+    all_lines, lines, height, width, z_n, z_c, z_h, z_w,
+    C: tl.constexpr, HEADS: tl.constexpr, OF_IMAGE: tl.constexpr,
+    R_TILE: tl.constexpr, C_TILE: tl.constexpr, S_TILE: tl.constexpr, K_TILE: tl.constexpr, PARTS: tl.constexpr,
+    UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As tap_sums_kernel, of maps whose lines are tiles: no scratch. A line of Z adds to the sums of three lines, where
+    its position is theirs; what is left is a shift by one position, of a few numbers. One program: the `lines` lines
+    that follow each other, of one image or several."""
+    CHUNKS: tl.constexpr = (C + C_TILE - 1) // C_TILE
+    heads = tl.arange(0, K_TILE)
+    x = tl.arange(0, S_TILE)
+    beside = x[:, None] + (tl.arange(0, R_TILE) // K_TILE)[None, :] - 1
+    inside = (beside >= 0) & (beside < width)
+    beside = tl.minimum(tl.maximum(beside, 0), S_TILE - 1)
+    line = tl.program_id(0) * lines
+    stop = tl.minimum(line + lines, all_lines)
+    while line < stop:
+        n = (line // height).to(tl.int64)
+        top = line % height
+        bottom = tl.minimum(height, top + stop - line)
+        w_n = weights
+        if OF_IMAGE:
+            w_n += n * (9 * HEADS * C)
+        of_last = tl.zeros([S_TILE, R_TILE], ACC)  # the line before y, which y completes
+        of_this = tl.zeros([S_TILE, R_TILE], ACC)
+        of_next = tl.zeros([S_TILE, R_TILE], ACC)
+        for step in range(0, (bottom - top + 2) * CHUNKS):  # one loop: loads run ahead over a line's end
+            y = top - 1 + step // CHUNKS
+            end = tl.where((y >= 0) & (y < height), (y + 1) * width, -width)  # of a line that is not there: nothing
+            c = step % CHUNKS * C_TILE + tl.arange(0, C_TILE)
+            z_tile = load_tile(
+                z + n * VECTOR * z_n, y * width + x, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE
+            )
+            w_tile = _line_rows(w_n, 2, c, C, HEADS, R_TILE, K_TILE)
+            of_last = tl.dot(z_tile, tl.trans(w_tile), of_last, input_precision=PRECISION, out_dtype=ACC)
+            w_tile = _line_rows(w_n, 1, c, C, HEADS, R_TILE, K_TILE)
+            of_this = tl.dot(z_tile, tl.trans(w_tile), of_this, input_precision=PRECISION, out_dtype=ACC)
+            w_tile = _line_rows(w_n, 0, c, C, HEADS, R_TILE, K_TILE)
+            of_next = tl.dot(z_tile, tl.trans(w_tile), of_next, input_precision=PRECISION, out_dtype=ACC)
+            if step % CHUNKS == CHUNKS - 1:
+                shifted = tl.where(inside, tl.gather(of_last, beside, 0), 0.0)
+                total = tl.sum(tl.reshape(shifted, [S_TILE, R_TILE // K_TILE, K_TILE]), axis=1)
+                _store_sums(
+                    tl.trans(total), n, heads, (y - 1) * width + x, (x < width) & (y > top), b, logits, lse, delta,
+                    grad_lse, grad_logits, scale, maps, height, width, HEADS, OF_IMAGE, PARTS, ACC,
+                )  # fmt: skip
+                of_last = of_this
+                of_this = of_next
+                of_next = tl.zeros([S_TILE, R_TILE], ACC)
+        if OF_IMAGE:
+            _store_frame(maps, n, heads, top, bottom, height, width, HEADS, S_TILE)
+        line += bottom - top
 
 
 @triton.jit
@@ -606,13 +697,36 @@ def _cut(
 
 
 class _Sums(NamedTuple):
-    """tap_sums_kernel's launch, and the shape of its scratch."""
+    """The launch that sums over taps, and the shape of its scratch, if it needs one."""
 
     launch: Launch
-    scratch: tuple[int, int, int]
+    scratch: tuple[int, int, int] | None
+
+    def __call__(self, lse: Tensor, *tensors: Tensor | None) -> None:
+        """lse: a tensor of the scratch's dtype and device, which is gone afterwards."""
+        self.launch(*tensors, *(() if self.scratch is None else (lse.new_empty(self.scratch),)))
 
 
-def _tap_sums(cut: _Cut, images: int, heads: int, of_image: bool, parts: int = 1) -> _Sums:
+def _sums(cut: _Cut, images: int, heads: int, of_image: bool, parts: int = 1) -> _Sums:
+    # Hopper's matrix units take 64 positions: of shorter lines the products take longer than the scratch does.
+    tile, rows = next_power_of_2(cut.sizes[1]), max(16, 4 * next_power_of_2(heads))  # three columns, and one of zeros
+    if cut.half and cut.hopper and cut.constants["UNIT"] == "c" and tile >= 64 and tile * rows <= 4096:
+        return _line_sums(cut, images, heads, of_image, parts, tile, rows)
+    return _tap_sums(cut, images, heads, of_image, parts)
+
+
+def _line_sums(cut: _Cut, images: int, heads: int, of_image: bool, parts: int, tile: int, rows: int) -> _Sums:
+    height = cut.sizes[0]
+    lines = -(-images * height // (4 * 64 // tile * cut.chip.processors))
+    launch = Launch(
+        line_sums_kernel, (-(-images * height // lines),), (images * height, lines, *cut.sizes),
+        **cut.constants | {"R_TILE": rows}, OF_IMAGE=of_image, C_TILE=64, S_TILE=tile, K_TILE=next_power_of_2(heads),
+        PARTS=parts, num_warps=4, num_stages=cut.stages, maxnreg=cut.maxnreg,
+    )  # fmt: skip
+    return _Sums(launch, None)
+
+
+def _tap_sums(cut: _Cut, images: int, heads: int, of_image: bool, parts: int) -> _Sums:
     height, width = cut.sizes[:2]
     most = 128 if cut.hopper else 64
     tile = min(max(32, 8192 // cut.row_tile), most, max(32, next_power_of_2(height * width))) if cut.half else 32
@@ -684,7 +798,7 @@ def _forward_plan(
     head_tile, acc = next_power_of_2(heads), accumulator(dtype)
     masks = Launch(
         masks_kernel, (images,), tuple(sizes[2:]), HEADS=heads, K_TILE=head_tile,
-        S_TILE=min(max(16, 16384 // head_tile), next_power_of_2(positions)), ACC=acc, num_warps=8,
+        S_TILE=min(max(16, 4096 // head_tile), next_power_of_2(positions)), ACC=acc, num_warps=8,
     )  # fmt: skip
     tile, channel_tile, warps = cut.pooling()
     chunks = -(-channels // channel_tile)
@@ -703,7 +817,7 @@ def _forward_plan(
             K_TILE=head_tile, PARTS=parts, PARTS_TILE=next_power_of_2(parts), TAPS_FIRST=taps_first, ACC=acc,
             num_warps=4, maxnreg=MOST_REGISTERS,
         )  # fmt: skip
-    return _Forward(_tap_sums(cut, images, heads, False), masks, pool, splits, (images, parts, head_tile), gates)
+    return _Forward(_sums(cut, images, heads, False), masks, pool, splits, (images, parts, head_tile), gates)
 
 
 def attend3x3_forward(
@@ -728,9 +842,8 @@ def attend3x3_forward(
         z.shape, z.stride(), z.dtype, z.get_device(), heads, 0 if gates is None else gates.shape[1],
         float32_precision(z.dtype), alike, taps_first,
     )  # fmt: skip
-    scratch = lse.new_empty(plan.sums.scratch)
     rows, score_rows = weight_rows(w, None if plan.gates is None else score_w, z.dtype)
-    plan.sums.launch(z, rows, b, logits, None, None, None, None, None, scratch, None)
+    plan.sums(lse, z, rows, b, logits, None, None, None, None, None, None)
     masks = framed_maps(z, heads)
     plan.masks(logits, lse, masks)
     parts = None if score_rows is None else lse.new_empty(plan.parts)
@@ -789,15 +902,16 @@ def _backward_plan(
     sums = gradient = mask_weights = weights = None
     programs = 0
     if has_dw or dz_strides is not None:
-        sums = _tap_sums(cut, images, heads, True, deltas[1])
+        sums = _sums(cut, images, heads, True, deltas[1])
     if dz_strides is not None:
         dz = map_strides(sizes, dz_strides, dtype.itemsize)
         up = dz if up_strides is None else map_strides(sizes, up_strides, dtype.itemsize)
         row_tile = max(16, next_power_of_2(16 * heads))
         tile = 64 if cut.half and row_tile <= 128 else 32 if cut.half else 16
         # Registers hold the sums of 256 channels on Hopper, half as many elsewhere, beside a tile of another gradient,
-        # and where dZ is not stored as its sums lie.
-        most = 256 >> (not cut.hopper) + (up_strides is not None) + (dz.unit != "c")
+        # where dZ is not stored as its sums lie, and where heads are counted by division.
+        odd = heads != next_power_of_2(heads)
+        most = 256 >> (not cut.hopper) + (up_strides is not None) + (dz.unit != "c") + odd
         channel_tile = cut.channel_tile(64 * most, most, row_tile)
         chunks = -(-channels // channel_tile)
         splits, length = cut.splits(images, chunks, tile)
@@ -827,7 +941,7 @@ def _backward_plan(
         mask_weights = Launch(
             mask_weight_gradient_kernel, (programs, chunks), (images * splits, splits, length, *cut.sizes),
             **cut.constants, C_TILE=channel_tile, S_TILE=tile, num_warps=warps, num_stages=cut.stages,
-            maxnreg=cut.maxnreg,
+            maxnreg=MOST_REGISTERS,
         )  # fmt: skip
     if has_dw or has_dt:
         tile = min(64, next_power_of_2(channels))
@@ -889,9 +1003,7 @@ def attend3x3_backward(
     shares = None
     if plan.sums is not None:
         maps = framed_maps(z, 2 * heads)
-        scratch = lse.new_empty(plan.sums.scratch)
-        plan.sums.launch(z, dp, None, logits, lse, delta, grad_lse, grad_logits, scale, scratch, maps)
-        del scratch  # shares and dz may take its place
+        plan.sums(lse, z, dp, None, logits, lse, delta, grad_lse, grad_logits, scale, maps)
     if plan.mask_weights is not None:
         shares = lse.new_empty(plan.programs, TAPS, heads, channels)
         plan.mask_weights(z, maps, unscale, shares)
