@@ -213,6 +213,8 @@ LAYERS3X3 = [
     (1024, 14, 4, False),
     (320, 16, 8, True),
     (384, 14, 16, False),
+    (256, 56, 4, True),
+    (96, 56, 16, True),
 ]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

@@ -48,6 +48,32 @@ def test_error_budget(shape, layout, dtype, fused, device):
     assert_within_budget(draws, dtype)
 
 
+LINES = {
+    "a line each": {"n": 2, "c": 72, "h": 3, "w": 36, "k": 3},
+    "lines of several images": {"n": 3, "c": 16, "h": 9, "w": 40, "k": 4, "globals": 1},
+    "one long line": {"n": 2, "c": 8, "h": 1, "w": 70, "k": 2},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", LINES)
+def test_error_budget_of_lines_that_are_tiles(shape, dtype, fused, device, monkeypatch):
+    launched = set()
+    if fused == "triton":
+        from ar_kernels.kernels.launch import Launch
+
+        launch = Launch.__call__
+        monkeypatch.setattr(Launch, "__call__", lambda s, *t: (launched.add(s.kernel.__name__), launch(s, *t))[1])
+    draws = []
+    for seed in range(3):
+        layer = Layer(**LINES[shape], kernel_size=3, dtype=dtype, device=device, seed=seed)
+        runs = layer.run(fused, layout=channels_last), layer.run("eager", layout=channels_last)
+        draws.append((*runs, layer.run("reference", exact=True)))
+    assert_within_budget(draws, dtype)
+    if fused == "triton" and (device.type == "cpu" or torch.cuda.get_device_capability(device)[0] == 9):
+        assert "line_sums_kernel" in launched and "tap_sums_kernel" not in launched
+
+
 @pytest.mark.parametrize(("channels", "gated"), [(24, True), (264, True), (264, False)])  # 264: in several programs
 def test_float16_gradients_of_a_mean_loss(channels, gated, fused, device):
     """Far below what float16 holds: their images' powers of two bring them back."""

@@ -29,6 +29,7 @@ SPATIAL = {
     "split over positions": {"n": 1, "c": 40, "h": 17, "w": 19},
     "bands": {"n": 2, "c": 16, "h": 30, "w": 20},
     "a band of each line": {"n": 1, "c": 4, "h": 3, "w": 260},
+    "lines that are tiles": {"n": 2, "c": 72, "h": 3, "w": 40},
     "channels in chunks": {"n": 2, "c": 200, "h": 4, "w": 8},
     "sums over channels by several programs": {"n": 2, "c": 264, "h": 2, "w": 3},
 }

@@ -127,12 +127,58 @@ def test_bands_of_3x3_heads_cover_every_line_and_their_scratch_is_no_larger_than
     for images in (1, 32, 128, 257):
         size, strides = (images, 96, height, width), (96 * height * width, 1, 96 * width, 96)
         cut = attend3x3._cut(torch.Size(size), strides, torch.bfloat16, 0, heads, "ieee")
-        sums = attend3x3._tap_sums(cut, images, heads, of_image=True)
+        sums = attend3x3._tap_sums(cut, images, heads, of_image=True, parts=1)
         items, bands, lines, pitch = sums.launch.sizes[:4]
         assert bands * lines >= height > (bands - 1) * lines and items == images * bands
         assert sums.launch.grid[0] == min(items, 2 * 132)
         assert pitch >= (lines + 2) * width + 32 and sums.scratch == (sums.launch.grid[0], 9 * heads, pitch)
         assert math.prod(sums.scratch) * 4 <= math.prod(size) * 2 or lines == 1
+
+
+@pytest.mark.parametrize("images, height, width", [(1, 1, 33), (3, 5, 64), (256, 56, 56), (2, 300, 256)])
+def test_lines_that_are_tiles_are_shared_among_programs_that_run_at_once(images, height, width, monkeypatch):
+    monkeypatch.setattr(attend3x3, "chip", lambda index: Chip(132, 9, 227 * 1024))
+    size, strides = (images, 96, height, width), (96 * height * width, 1, 96 * width, 96)
+    launch, scratch = attend3x3._sums(
+        attend3x3._cut(torch.Size(size), strides, torch.bfloat16, 0, 4, "ieee"), images, 4, True
+    )
+    all_lines, lines = launch.sizes[:2]
+    tile, programs = launch.constants["S_TILE"], launch.grid[0]
+    assert scratch is None and launch.kernel is attend3x3.line_sums_kernel and tile >= width
+    assert programs * tile <= 4 * 64 * 132 and (programs - 1) * lines < all_lines == images * height <= programs * lines
+
+
+@pytest.mark.parametrize(
+    "width, heads, dtype",
+    [
+        (32, 4, torch.bfloat16),
+        (257, 4, torch.bfloat16),
+        (56, 4, torch.float32),
+        (56, 17, torch.float16),
+        (112, 16, torch.bfloat16),
+    ],
+)
+def test_other_maps_sum_over_taps_in_bands(width, heads, dtype, monkeypatch):
+    monkeypatch.setattr(attend3x3, "chip", lambda index: Chip(132, 9, 227 * 1024))
+    cut = attend3x3._cut(torch.Size((2, 96, 8, width)), (768 * width, 1, 96 * width, 96), dtype, 0, heads, "ieee")
+    assert attend3x3._sums(cut, 2, heads, False).launch.kernel is attend3x3.tap_sums_kernel
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("side", [1, 7, 14, 56])
+@pytest.mark.parametrize("images", [1, 8, 64, 256])
+def test_shares_of_3x3_weights_take_no_more_than_an_eighth_of_dz_or_one_an_image(images, side, itemsize, monkeypatch):
+    monkeypatch.setattr(attend3x3, "chip", lambda index: Chip(132, 9, 227 * 1024))
+    channels, heads = 256, 4
+    size, strides = torch.Size((images, channels, side, side)), (channels * side**2, 1, channels * side, channels)
+    plan = attend3x3._backward_plan.__wrapped__(
+        size, strides, None, strides, {2: torch.bfloat16, 4: torch.float32}[itemsize], 0, heads, heads, True, True,
+        "ieee", True,
+    )  # fmt: skip
+    share, dz = 9 * heads * channels * 4, size.numel() * itemsize
+    assert plan.programs * share <= max(dz // 8, images * share)
+    programs, chunks, _ = plan.mask_weights.grid
+    assert programs == plan.programs >= min(images, 132 // chunks, dz // 8 // share)
 
 
 @pytest.mark.parametrize(

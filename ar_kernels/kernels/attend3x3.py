@@ -1,8 +1,10 @@
 """3×3 heads (docs/math.md): forward two sweeps over the map, backward two more and one write of dZ; no unfold of Z.
 
 All wide work is a plain product of 9·K rows with Z, row tap·K + head. Logits are sums of nine such rows, each shifted
-by its tap: a program keeps the rows of some lines of an image in a scratch of its own, small enough for L2, and adds
-them from there. The same kernel makes dA of the pooled features' gradients. Pooling shifts the masks, which are small.
+by its tap. Where lines are long enough to be tiles, a program adds up three lines of rows where they stand, and shifts
+the sums by one position (line_sums_kernel); else it keeps the rows of some lines in a scratch of its own, in L2, and
+adds them from there (tap_sums_kernel). The same kernels make dA of the pooled features' gradients. Pooling shifts the
+masks, which are small, and so does dW_H, which pools with dℓ.
 """
 
 import functools
@@ -63,13 +65,14 @@ def _framed(s, width):
 
 
 @triton.jit
-def _shifted(maps, rows, s, height, width, HEADS: tl.constexpr):
-    """Row tap·K + k: head k's framed map at s - tap → [R_tile, S_tile]. Rows behind the last tap repeat it, positions
-    past the image its last one: no bounds to check, since they meet zeros or are not stored."""
+def _shifted(maps, rows, s, height, width, HEADS: tl.constexpr, PITCH: tl.constexpr):
+    """Row tap·K + k: head k's framed map at s - tap → [R_tile, S_tile]. A position has PITCH numbers. Rows behind the
+    last tap repeat it, positions past the image its last one: no bounds to check, since they meet zeros or are not
+    stored."""
     tap, head = tl.minimum(rows // HEADS, 8), rows % HEADS
     shift = (tap // 3 - 1) * (width + 2) + tap % 3 - 1
     at = _framed(tl.minimum(s, height * width - 1), width)
-    return tl.load(maps + (head - shift * HEADS)[:, None] + (at * HEADS)[None, :])
+    return tl.load(maps + (head - shift * PITCH)[:, None] + (at * PITCH)[None, :])
 
 
 @triton.jit
@@ -81,18 +84,70 @@ def _tap_row(own, tap, heads, s, y, x, first, end, pitch, height, width, HEADS: 
     return tl.load(at, mask=(heads < HEADS)[:, None] & inside[None, :], other=0.0)
 
 
+@triton.jit
+def _store_sums(
+    total, n, heads, s, real, b, logits, lse, delta, grad_lse, grad_logits, scale, maps, height, width,
+    HEADS: tl.constexpr, OF_IMAGE: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """What becomes of Σ_τ rows[tap τ] · Z_{s+τ}, [K_tile, S_tile], where s is real. Forward: rows W_H, it is the
+    logits. Backward (OF_IMAGE): rows dP of each image, it is dA; a and dℓ = a ⊙ (dA - δ + dlse) + direct, times scale,
+    go into maps [N, H+2, W+2, 2K]. dP and δ, whose parts lie in delta [N, PARTS, K], come scaled."""
+    positions = height * width
+    of_head = heads < HEADS
+    real = of_head[:, None] & real[None, :]
+    row = n * HEADS + heads
+    at = row[:, None] * positions + s[None, :]
+    if OF_IMAGE:
+        log_sum = tl.load(lse + row, mask=of_head, other=0.0)
+        a = tl.exp(tl.load(logits + at, mask=real, other=float("-inf")) - log_sum[:, None])
+        factor = 1.0
+        if scale is not None:
+            factor = tl.load(scale + n)
+        shift = tl.zeros([heads.shape[0]], ACC)
+        for part in range(PARTS):
+            shift += tl.load(delta + (n * PARTS + part) * HEADS + heads, mask=of_head, other=0.0)
+        if grad_lse is not None:
+            shift -= tl.load(grad_lse + row, mask=of_head, other=0.0).to(ACC) * factor
+        dl = a * (total - shift[:, None])
+        if grad_logits is not None:
+            dl += tl.load(grad_logits + at, mask=real, other=0.0).to(ACC) * factor
+        of_image = maps + n * ((height + 2) * (width + 2) * (2 * HEADS))
+        at = of_image + heads[:, None] + (_framed(s, width) * (2 * HEADS))[None, :]
+        tl.store(at, a.to(maps.dtype.element_ty), mask=real)
+        tl.store(at + HEADS, dl.to(maps.dtype.element_ty), mask=real)
+    else:
+        if b is not None:
+            total += tl.load(b + heads, mask=of_head, other=0.0).to(ACC)[:, None]
+        tl.store(logits + at, total, mask=real)
+
+
+@triton.jit
+def _store_frame(maps, n, heads, top, bottom, height, width, HEADS: tl.constexpr, S_TILE: tl.constexpr):
+    """Zeros around an image's maps: the share of lines top..bottom."""
+    frame = (height + 2) * (width + 2)
+    begin = tl.where(top == 0, 0, (top + 1) * (width + 2))
+    end = tl.where(bottom == height, frame, (bottom + 1) * (width + 2))
+    for start in range(begin, end, S_TILE):
+        at = start + tl.arange(0, S_TILE)
+        y, x = at // (width + 2), at % (width + 2)
+        of_frame = ((y == 0) | (y == height + 1) | (x == 0) | (x == width + 1)) & (at < end)
+        at = maps + n * frame * (2 * HEADS) + heads[:, None] + (at * (2 * HEADS))[None, :]
+        zeros = tl.zeros([heads.shape[0], S_TILE], maps.dtype.element_ty)
+        real = (heads < HEADS)[:, None] & of_frame[None, :]
+        tl.store(at, zeros, mask=real)
+        tl.store(at + HEADS, zeros, mask=real)
+
+
 @triton.jit(do_not_specialize=["items", "bands", "lines", "pitch"])
 def tap_sums_kernel(
-    z, weights, b, logits, lse, delta, grad_lse, grad_logits, scale, scratch, maps,
+    z, weights, b, logits, lse, delta, grad_lse, grad_logits, scale, maps, scratch,
     items, bands, lines, pitch, height, width, z_n, z_c, z_h, z_w,
     C: tl.constexpr, HEADS: tl.constexpr, OF_IMAGE: tl.constexpr,
     R_TILE: tl.constexpr, C_TILE: tl.constexpr, S_TILE: tl.constexpr, K_TILE: tl.constexpr, PARTS: tl.constexpr,
     UNROLL: tl.constexpr, UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Σ_τ rows[tap τ] · Z_{s+τ} for the `lines` lines of a band. Forward: rows W_H, the sum is the logits. Backward
-    (OF_IMAGE): rows dP of each image, the sum is dA; writes a and dℓ = a ⊙ (dA - δ + dlse) + direct, times scale, into
-    maps [N, 2, H+2, W+2, K]. dP and δ, whose parts lie in delta [N, PARTS, K], come scaled."""
+    """The sums over taps of the `lines` lines of a band, for _store_sums. One program: one band after the other."""
     positions = height * width
     rows = tl.arange(0, R_TILE)
     heads = tl.arange(0, K_TILE)
@@ -133,46 +188,83 @@ def tap_sums_kernel(
             else:
                 for tap in range(9):
                     total += _tap_row(own, tap, heads, s, y, x, first, end, pitch, height, width, HEADS)
-            real = (heads < HEADS)[:, None] & (s < end)[None, :]
-            row = n * HEADS + heads
-            at = row[:, None] * positions + s[None, :]
-            if OF_IMAGE:
-                of_head = heads < HEADS
-                log_sum = tl.load(lse + row, mask=of_head, other=0.0)
-                a = tl.exp(tl.load(logits + at, mask=real, other=float("-inf")) - log_sum[:, None])
-                factor = 1.0
-                if scale is not None:
-                    factor = tl.load(scale + n)
-                shift = tl.zeros([K_TILE], ACC)
-                for part in range(PARTS):
-                    shift += tl.load(delta + (n * PARTS + part) * HEADS + heads, mask=of_head, other=0.0)
-                if grad_lse is not None:
-                    shift -= tl.load(grad_lse + row, mask=of_head, other=0.0).to(ACC) * factor
-                dl = a * (total - shift[:, None])
-                if grad_logits is not None:
-                    dl += tl.load(grad_logits + at, mask=real, other=0.0).to(ACC) * factor
-                frame = (height + 2) * (width + 2) * HEADS
-                at = maps + 2 * n * frame + heads[:, None] + (_framed(s, width) * HEADS)[None, :]
-                tl.store(at, a.to(maps.dtype.element_ty), mask=real)
-                tl.store(at + frame, dl.to(maps.dtype.element_ty), mask=real)
-            else:
-                if b is not None:
-                    total += tl.load(b + heads, mask=heads < HEADS, other=0.0).to(ACC)[:, None]
-                tl.store(logits + at, total, mask=real)
-        if OF_IMAGE:  # the band's share of the frame
-            frame = (height + 2) * (width + 2)
-            top = tl.where(line == 0, 0, (line + 1) * (width + 2))
-            bottom = tl.where(line + lines >= height, frame, (line + lines + 1) * (width + 2))
-            for start in range(top, bottom, S_TILE):
-                at = start + tl.arange(0, S_TILE)
-                y, x = at // (width + 2), at % (width + 2)
-                of_frame = ((y == 0) | (y == height + 1) | (x == 0) | (x == width + 1)) & (at < bottom)
-                at = maps + 2 * n * frame * HEADS + heads[:, None] + (at * HEADS)[None, :]
-                zeros = tl.zeros([K_TILE, S_TILE], maps.dtype.element_ty)
-                real = (heads < HEADS)[:, None] & of_frame[None, :]
-                tl.store(at, zeros, mask=real)
-                tl.store(at + frame * HEADS, zeros, mask=real)
+            _store_sums(
+                total, n, heads, s, s < end, b, logits, lse, delta, grad_lse, grad_logits, scale, maps, height, width,
+                HEADS, OF_IMAGE, PARTS, ACC,
+            )  # fmt: skip
+        if OF_IMAGE:
+            _store_frame(maps, n, heads, line, tl.minimum(line + lines, height), height, width, HEADS, S_TILE)
         tl.debug_barrier()  # before the next item's rows take their place
+
+
+@triton.jit
+def _line_rows(
+    weights, line, channels, C: tl.constexpr, HEADS: tl.constexpr, R_TILE: tl.constexpr, K_TILE: tl.constexpr
+):
+    """The three taps of one line, row column·K_tile + head: [R_tile, C_tile], 0 outside."""
+    rows = tl.arange(0, R_TILE)
+    column, head = rows // K_TILE, rows % K_TILE
+    real = ((column < 3) & (head < HEADS))[:, None] & (channels < C)[None, :]
+    at = ((line * 3 + column) * HEADS + head) * C
+    return tl.load(weights + at[:, None] + channels[None, :], mask=real, other=0.0)
+
+
+@triton.jit(do_not_specialize=["all_lines", "lines", "height"])
+def line_sums_kernel(
+    z, weights, b, logits, lse, delta, grad_lse, grad_logits, scale, maps,
+    all_lines, lines, height, width, z_n, z_c, z_h, z_w,
+    C: tl.constexpr, HEADS: tl.constexpr, OF_IMAGE: tl.constexpr,
+    R_TILE: tl.constexpr, C_TILE: tl.constexpr, S_TILE: tl.constexpr, K_TILE: tl.constexpr, PARTS: tl.constexpr,
+    UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As tap_sums_kernel, of maps whose lines are tiles: no scratch. A line of Z adds to the sums of three lines, where
+    its position is theirs; what is left is a shift by one position, of a few numbers. One program: the `lines` lines
+    that follow each other, of one image or several."""
+    CHUNKS: tl.constexpr = (C + C_TILE - 1) // C_TILE
+    heads = tl.arange(0, K_TILE)
+    x = tl.arange(0, S_TILE)
+    beside = x[:, None] + (tl.arange(0, R_TILE) // K_TILE)[None, :] - 1
+    inside = (beside >= 0) & (beside < width)
+    beside = tl.minimum(tl.maximum(beside, 0), S_TILE - 1)
+    line = tl.program_id(0) * lines
+    stop = tl.minimum(line + lines, all_lines)
+    while line < stop:
+        n = (line // height).to(tl.int64)
+        top = line % height
+        bottom = tl.minimum(height, top + stop - line)
+        w_n = weights
+        if OF_IMAGE:
+            w_n += n * (9 * HEADS * C)
+        of_last = tl.zeros([S_TILE, R_TILE], ACC)  # the line before y, which y completes
+        of_this = tl.zeros([S_TILE, R_TILE], ACC)
+        of_next = tl.zeros([S_TILE, R_TILE], ACC)
+        for step in range(0, (bottom - top + 2) * CHUNKS):  # one loop: loads run ahead over a line's end
+            y = top - 1 + step // CHUNKS
+            end = tl.where((y >= 0) & (y < height), (y + 1) * width, -width)  # of a line that is not there: nothing
+            c = step % CHUNKS * C_TILE + tl.arange(0, C_TILE)
+            z_tile = load_tile(
+                z + n * VECTOR * z_n, y * width + x, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE
+            )
+            w_tile = _line_rows(w_n, 2, c, C, HEADS, R_TILE, K_TILE)
+            of_last = tl.dot(z_tile, tl.trans(w_tile), of_last, input_precision=PRECISION, out_dtype=ACC)
+            w_tile = _line_rows(w_n, 1, c, C, HEADS, R_TILE, K_TILE)
+            of_this = tl.dot(z_tile, tl.trans(w_tile), of_this, input_precision=PRECISION, out_dtype=ACC)
+            w_tile = _line_rows(w_n, 0, c, C, HEADS, R_TILE, K_TILE)
+            of_next = tl.dot(z_tile, tl.trans(w_tile), of_next, input_precision=PRECISION, out_dtype=ACC)
+            if step % CHUNKS == CHUNKS - 1:
+                shifted = tl.where(inside, tl.gather(of_last, beside, 0), 0.0)
+                total = tl.sum(tl.reshape(shifted, [S_TILE, R_TILE // K_TILE, K_TILE]), axis=1)
+                _store_sums(
+                    tl.trans(total), n, heads, (y - 1) * width + x, (x < width) & (y > top), b, logits, lse, delta,
+                    grad_lse, grad_logits, scale, maps, height, width, HEADS, OF_IMAGE, PARTS, ACC,
+                )  # fmt: skip
+                of_last = of_this
+                of_this = of_next
+                of_next = tl.zeros([S_TILE, R_TILE], ACC)
+        if OF_IMAGE:
+            _store_frame(maps, n, heads, top, bottom, height, width, HEADS, S_TILE)
+        line += bottom - top
 
 
 @triton.jit
@@ -234,7 +326,7 @@ def pool_kernel(
     for start in range(begin, end, S_TILE):
         s = start + tl.arange(0, S_TILE)
         z_tile = load_tile(z + n * VECTOR * z_n, s, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
-        a = _shifted(masks + n * HEADS * ((height + 2) * (width + 2)), rows, s, height, width, HEADS)
+        a = _shifted(masks + n * HEADS * ((height + 2) * (width + 2)), rows, s, height, width, HEADS, HEADS)
         if mean is not None:
             a = tl.where((rows == R_TILE - 1)[:, None], 1.0, a).to(masks.dtype.element_ty)  # past the end Z is 0
         sums = tl.dot(a, z_tile, sums, input_precision=PRECISION, out_dtype=ACC)
@@ -430,63 +522,85 @@ def gate_gradient_kernel(
     tl.store(delta + (n * CHUNKS + tl.program_id(1)) * HEADS + k, part)
 
 
+@triton.jit
+def _gradient_rows(dp, w, rows, channels, C: tl.constexpr, HEADS: tl.constexpr, LAST: tl.constexpr):
+    """Row tap·2K + j, as maps have it: dP of head j, or W_H of head j - K. [R_tile, C_tile], 0 past tap LAST."""
+    tap, j = rows // (2 * HEADS), rows % (2 * HEADS)
+    real = (tap <= LAST)[:, None] & (channels < C)[None, :]
+    of_pooled = (j < HEADS)[:, None]
+    at = ((tap * HEADS + j % HEADS) * C)[:, None] + channels[None, :]
+    return tl.load(dp + at, mask=real & of_pooled, other=0.0) + tl.load(w + at, mask=real & ~of_pooled, other=0.0)
+
+
 @triton.jit(do_not_specialize=["items", "splits", "split_length"])
 def map_gradient_kernel(
-    z, w, dp, maps, unscale, grad_mean, upstream, dz, shares,
-    items, splits, split_length, height, width,
-    z_n, z_c, z_h, z_w, up_n, up_c, up_h, up_w, dz_n, dz_c, dz_w,
+    w, dp, maps, unscale, grad_mean, upstream, dz,
+    items, splits, split_length, height, width, up_n, up_c, up_h, up_w, dz_n, dz_c, dz_w,
+    C: tl.constexpr, HEADS: tl.constexpr, R_TILE: tl.constexpr, LAST_TILE: tl.constexpr, C_TILE: tl.constexpr,
+    S_TILE: tl.constexpr, UP_UNIT: tl.constexpr, UP_VECTOR: tl.constexpr, UP_FLAT: tl.constexpr,
+    DZ_UNIT: tl.constexpr, DZ_VECTOR: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dZ_s = Σ_k Σ_τ (a_{k,s-τ} dP_kτ + dℓ_{k,s-τ} W_kτ) + upstream + dmean/S. One program: some channels of some
+    splits of images, one after the other. Two products: 2K rows of eight taps can be a power of two, of nine never."""
+    positions = height * width
+    c = tl.program_id(1) * C_TILE + tl.arange(0, C_TILE)
+    rows = tl.arange(0, R_TILE)
+    last_rows = 16 * HEADS + tl.arange(0, LAST_TILE)
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        n = (item // splits).to(tl.int64)
+        begin = aligned(item % splits * split_length, S_TILE)
+        end = aligned(tl.minimum(begin + split_length, positions), DZ_VECTOR if DZ_UNIT == "s" else 1)
+        weights = _gradient_rows(dp + n * (9 * HEADS * C), w, rows, c, C, HEADS, 7)
+        last_weights = _gradient_rows(dp + n * (9 * HEADS * C), w, last_rows, c, C, HEADS, 8)
+        of_image = maps + n * ((height + 2) * (width + 2) * (2 * HEADS))
+        for start in range(begin, end, S_TILE):
+            s = start + tl.arange(0, S_TILE)
+            both = _shifted(of_image, rows, s, height, width, 2 * HEADS, 2 * HEADS)
+            last = _shifted(of_image, last_rows, s, height, width, 2 * HEADS, 2 * HEADS)
+            grad = tl.dot(tl.trans(both), weights, input_precision=PRECISION, out_dtype=ACC)
+            grad = tl.dot(tl.trans(last), last_weights, grad, input_precision=PRECISION, out_dtype=ACC)
+            if unscale is not None:
+                grad *= tl.load(unscale + n)
+            if grad_mean is not None:
+                of_mean = tl.load(grad_mean + n * C + c, mask=c < C, other=0.0).to(ACC) / positions
+                grad += of_mean[None, :]
+            if upstream is not None:
+                up = upstream + n * UP_VECTOR * up_n
+                grad += load_tile(up, s, end, c, width, up_c, up_h, up_w, C, UP_UNIT, UP_VECTOR, UP_FLAT, WIDE).to(ACC)
+            offsets = tile_offsets(s, c, width, dz_c, 0, dz_w, DZ_UNIT, DZ_VECTOR, True, WIDE)
+            real = (s < end)[:, None] & (c < C)[None, :]
+            tl.store(dz + n * DZ_VECTOR * dz_n + offsets, grad.to(dz.dtype.element_ty), mask=real)
+
+
+@triton.jit(do_not_specialize=["items", "splits", "split_length"])
+def mask_weight_gradient_kernel(
+    z, maps, unscale, shares,
+    items, splits, split_length, height, width, z_n, z_c, z_h, z_w,
     C: tl.constexpr, HEADS: tl.constexpr, R_TILE: tl.constexpr, C_TILE: tl.constexpr, S_TILE: tl.constexpr,
-    UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr,
-    UP_UNIT: tl.constexpr, UP_VECTOR: tl.constexpr, UP_FLAT: tl.constexpr,
-    DZ_UNIT: tl.constexpr, DZ_VECTOR: tl.constexpr, WIDE: tl.constexpr,
+    UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dZ_s = Σ_k Σ_τ (a_{k,s-τ} dP_kτ + dℓ_{k,s-τ} W_kτ) + upstream + dmean/S, and shares [programs, 9, K, C] of
-    dW = Σ_n Σ_s dℓ_{k,s-τ} Z_s. One program: some channels of some splits of images, one after the other."""
+    """Shares [programs, 9, K, C] of dW_H = Σ_n Σ_s dℓ_{k,s-τ} Z_s. One program: some channels of some splits of images,
+    one after the other."""
     positions = height * width
     rows = tl.arange(0, R_TILE)
     c = tl.program_id(1) * C_TILE + tl.arange(0, C_TILE)
-    kind = z.dtype.element_ty
-    w_tile = _tap_rows(w, rows, c, C, 9 * HEADS)
     share = tl.zeros([R_TILE, C_TILE], ACC)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         n = (item // splits).to(tl.int64)
         begin = aligned(item % splits * split_length, S_TILE)
         end = aligned(tl.minimum(begin + split_length, positions), VECTOR if UNIT == "s" else 1)
-        dp_tile = _tap_rows(dp + n * (9 * HEADS * C), rows, c, C, 9 * HEADS)
-        if unscale is not None:
-            inverse = tl.load(unscale + n)
-        frame = (height + 2) * (width + 2) * HEADS
-        a = maps + 2 * n * frame
+        dl = maps + n * ((height + 2) * (width + 2) * (2 * HEADS)) + HEADS
         for start in range(begin, end, S_TILE):
             s = start + tl.arange(0, S_TILE)
-            dl_rows = _shifted(a + frame, rows, s, height, width, HEADS)
-            if shares is not None:
-                z_tile = load_tile(z + n * VECTOR * z_n, s, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
-                if unscale is None:
-                    share = tl.dot(dl_rows, z_tile, share, input_precision=PRECISION, out_dtype=ACC)
-                else:  # images have scales of their own
-                    share += tl.dot(dl_rows, z_tile, out_dtype=ACC) * inverse
-            if dz is not None:
-                a_rows = _shifted(a, rows, s, height, width, HEADS)
-                grad = tl.dot(tl.trans(a_rows), dp_tile, input_precision=PRECISION, out_dtype=ACC)
-                grad = tl.dot(tl.trans(dl_rows), w_tile, grad, input_precision=PRECISION, out_dtype=ACC)
-                if unscale is not None:
-                    grad *= inverse
-                if grad_mean is not None:
-                    of_mean = tl.load(grad_mean + n * C + c, mask=c < C, other=0.0).to(ACC) / positions
-                    grad += of_mean[None, :]
-                if upstream is not None:
-                    up = upstream + n * UP_VECTOR * up_n
-                    grad += load_tile(up, s, end, c, width, up_c, up_h, up_w, C, UP_UNIT, UP_VECTOR, UP_FLAT, WIDE).to(
-                        ACC
-                    )
-                offsets = tile_offsets(s, c, width, dz_c, 0, dz_w, DZ_UNIT, DZ_VECTOR, True, WIDE)
-                real = (s < end)[:, None] & (c < C)[None, :]
-                tl.store(dz + n * DZ_VECTOR * dz_n + offsets, grad.to(kind), mask=real)
-    if shares is not None:
-        at = shares + tl.program_id(0).to(tl.int64) * (9 * HEADS * C) + rows[:, None] * C + c[None, :]
-        tl.store(at, share, mask=(rows < 9 * HEADS)[:, None] & (c < C)[None, :])
+            z_tile = load_tile(z + n * VECTOR * z_n, s, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
+            dl_rows = _shifted(dl, rows, s, height, width, HEADS, 2 * HEADS)
+            if unscale is None:
+                share = tl.dot(dl_rows, z_tile, share, input_precision=PRECISION, out_dtype=ACC)
+            else:  # images have scales of their own
+                share += tl.dot(dl_rows, z_tile, out_dtype=ACC) * tl.load(unscale + n)
+    at = shares + tl.program_id(0).to(tl.int64) * (9 * HEADS * C) + rows[:, None] * C + c[None, :]
+    tl.store(at, share, mask=(rows < 9 * HEADS)[:, None] & (c < C)[None, :])
 
 
 # ---------------------------------------------------------------------------------------------- launching
@@ -515,9 +629,9 @@ def weight_rows(w: Tensor, score_w: Tensor | None, dtype: torch.dtype) -> tuple[
     return rows, score_rows
 
 
-def framed_maps(z: Tensor, count: int, heads: int) -> Tensor:
-    """[N, count, H+2, W+2, heads] in z's dtype: a position's heads together, so that one load takes several."""
-    return z.new_empty(z.shape[0], count, z.shape[2] + 2, z.shape[3] + 2, heads)
+def framed_maps(z: Tensor, count: int) -> Tensor:
+    """[N, H+2, W+2, count] in z's dtype: a position's numbers together, so that one load takes several."""
+    return z.new_empty(z.shape[0], z.shape[2] + 2, z.shape[3] + 2, count)
 
 
 class _Cut(NamedTuple):
@@ -546,10 +660,19 @@ class _Cut(NamedTuple):
     def maxnreg(self) -> int | None:
         return None if self.hopper and self.half else MOST_REGISTERS
 
-    def channel_tile(self, area: int, most: int) -> int:
-        """A power of two, so wide that row_tile times it is at most `area` sums; fewer of wider elements."""
+    def channel_tile(self, area: int, most: int, rows: int | None = None) -> int:
+        """A power of two, so wide that rows (row_tile) times it is at most `area` numbers; fewer of wider elements."""
         elements = area if self.half else area // self.itemsize
-        return min(most, max(16, next_power_of_2(self.constants["C"])), max(16, elements // self.row_tile))
+        widest = max(16, elements // (rows or self.row_tile))
+        return min(most, max(16, next_power_of_2(self.constants["C"])), widest)
+
+    def pooling(self) -> tuple[int, int, int]:
+        """Positions and channels of a tile, and warps, of kernels that pool the map with shifted maps."""
+        tile = 64 if self.half and self.row_tile <= 128 else 32
+        # Where an image is a few tiles, a program waits for its loads: then several of them on each multiprocessor.
+        few = self.sizes[0] * self.sizes[1] <= 4 * tile
+        small = few and self.half and self.hopper and self.row_tile <= 64 and self.constants["UNIT"] == "c"
+        return tile, self.channel_tile(16384, 128 if small else 256), 4 if small else 8
 
     def splits(self, images: int, chunks: int, tile: int, most: int = 2**31) -> tuple[int, int]:
         """How many programs, at most `most`, share an image's positions, and how many of these each has, a multiple of
@@ -574,13 +697,36 @@ def _cut(
 
 
 class _Sums(NamedTuple):
-    """tap_sums_kernel's launch, and the shape of its scratch."""
+    """The launch that sums over taps, and the shape of its scratch, if it needs one."""
 
     launch: Launch
-    scratch: tuple[int, int, int]
+    scratch: tuple[int, int, int] | None
+
+    def __call__(self, lse: Tensor, *tensors: Tensor | None) -> None:
+        """lse: a tensor of the scratch's dtype and device, which is gone afterwards."""
+        self.launch(*tensors, *(() if self.scratch is None else (lse.new_empty(self.scratch),)))
 
 
-def _tap_sums(cut: _Cut, images: int, heads: int, of_image: bool, parts: int = 1) -> _Sums:
+def _sums(cut: _Cut, images: int, heads: int, of_image: bool, parts: int = 1) -> _Sums:
+    # Hopper's matrix units take 64 positions: of shorter lines the products take longer than the scratch does.
+    tile, rows = next_power_of_2(cut.sizes[1]), max(16, 4 * next_power_of_2(heads))  # three columns, and one of zeros
+    if cut.half and cut.hopper and cut.constants["UNIT"] == "c" and tile >= 64 and tile * rows <= 4096:
+        return _line_sums(cut, images, heads, of_image, parts, tile, rows)
+    return _tap_sums(cut, images, heads, of_image, parts)
+
+
+def _line_sums(cut: _Cut, images: int, heads: int, of_image: bool, parts: int, tile: int, rows: int) -> _Sums:
+    height = cut.sizes[0]
+    lines = -(-images * height // (4 * 64 // tile * cut.chip.processors))
+    launch = Launch(
+        line_sums_kernel, (-(-images * height // lines),), (images * height, lines, *cut.sizes),
+        **cut.constants | {"R_TILE": rows}, OF_IMAGE=of_image, C_TILE=64, S_TILE=tile, K_TILE=next_power_of_2(heads),
+        PARTS=parts, num_warps=4, num_stages=cut.stages, maxnreg=cut.maxnreg,
+    )  # fmt: skip
+    return _Sums(launch, None)
+
+
+def _tap_sums(cut: _Cut, images: int, heads: int, of_image: bool, parts: int) -> _Sums:
     height, width = cut.sizes[:2]
     most = 128 if cut.hopper else 64
     tile = min(max(32, 8192 // cut.row_tile), most, max(32, next_power_of_2(height * width))) if cut.half else 32
@@ -654,17 +800,14 @@ def _forward_plan(
         masks_kernel, (images,), tuple(sizes[2:]), HEADS=heads, K_TILE=head_tile,
         S_TILE=min(max(16, 4096 // head_tile), next_power_of_2(positions)), ACC=acc, num_warps=8,
     )  # fmt: skip
-    tile = 64 if cut.half and cut.row_tile <= 128 else 32
-    # Where an image is a few tiles, a program waits for its loads: then several of them on each multiprocessor.
-    small = cut.half and cut.hopper and cut.row_tile <= 64 and cut.constants["UNIT"] == "c" and positions <= 4 * tile
-    channel_tile = cut.channel_tile(16384, 128 if small else 256)
+    tile, channel_tile, warps = cut.pooling()
     chunks = -(-channels // channel_tile)
     # An image's sums are added in the same order in whatever batch it comes: not split at all, torch.sum has its own.
     splits, length = (1, positions) if alike else cut.splits(images, chunks, tile)
     pool = Launch(
         pool_kernel, (images * splits, chunks), (splits, length, *cut.sizes), **cut.constants,
         C_TILE=channel_tile, S_TILE=tile, K_TILE=head_tile,
-        num_warps=4 if small else 8, num_stages=cut.stages, maxnreg=cut.maxnreg,
+        num_warps=warps, num_stages=cut.stages, maxnreg=cut.maxnreg,
     )  # fmt: skip
     gates, parts = None, splits * chunks
     if gated:
@@ -674,7 +817,7 @@ def _forward_plan(
             K_TILE=head_tile, PARTS=parts, PARTS_TILE=next_power_of_2(parts), TAPS_FIRST=taps_first, ACC=acc,
             num_warps=4, maxnreg=MOST_REGISTERS,
         )  # fmt: skip
-    return _Forward(_tap_sums(cut, images, heads, False), masks, pool, splits, (images, parts, head_tile), gates)
+    return _Forward(_sums(cut, images, heads, False), masks, pool, splits, (images, parts, head_tile), gates)
 
 
 def attend3x3_forward(
@@ -699,10 +842,9 @@ def attend3x3_forward(
         z.shape, z.stride(), z.dtype, z.get_device(), heads, 0 if gates is None else gates.shape[1],
         float32_precision(z.dtype), alike, taps_first,
     )  # fmt: skip
-    scratch = lse.new_empty(plan.sums.scratch)
     rows, score_rows = weight_rows(w, None if plan.gates is None else score_w, z.dtype)
-    plan.sums.launch(z, rows, b, logits, None, None, None, None, None, scratch, None)
-    masks = framed_maps(z, 1, heads)
+    plan.sums(lse, z, rows, b, logits, None, None, None, None, None, None)
+    masks = framed_maps(z, heads)
     plan.masks(logits, lse, masks)
     parts = None if score_rows is None else lse.new_empty(plan.parts)
     if plan.splits == 1:
@@ -725,6 +867,7 @@ class _Backward(NamedTuple):
     gates: Launch
     sums: _Sums | None
     gradient: Launch | None
+    mask_weights: Launch | None
     programs: int  # of the last one, each with its share of dW_H
     weights: Launch | None
 
@@ -756,46 +899,57 @@ def _backward_plan(
         gate_gradient_kernel, (images, chunks, heads), (), K_TILE=next_power_of_2(heads), CHUNKS=chunks,
         CHUNK_TILE=next_power_of_2(chunks), **constants,
     )  # fmt: skip
-    sums = gradient = weights = None
+    sums = gradient = mask_weights = weights = None
     programs = 0
     if has_dw or dz_strides is not None:
-        z = map_strides(sizes, strides, dtype.itemsize)
-        up = z if up_strides is None else map_strides(sizes, up_strides, dtype.itemsize)
-        dz = z if dz_strides is None else map_strides(sizes, dz_strides, dtype.itemsize)
-        if cut.half and cut.hopper:
-            # 128 channels take all registers, and spill where tiles are gathered from NCHW or images have scales.
-            channel_tile = cut.channel_tile(8192, 128 if dtype == torch.bfloat16 and z.unit == "c" else 64)
-            tile = 64 if cut.row_tile <= 128 else 32
-        else:  # registers decide
-            channel_tile = cut.channel_tile(2048, 128)
-            tile = 32 if cut.half and cut.row_tile <= 128 else 16
+        sums = _sums(cut, images, heads, True, deltas[1])
+    if dz_strides is not None:
+        dz = map_strides(sizes, dz_strides, dtype.itemsize)
+        up = dz if up_strides is None else map_strides(sizes, up_strides, dtype.itemsize)
+        row_tile = max(16, next_power_of_2(16 * heads))
+        tile = 64 if cut.half and row_tile <= 128 else 32 if cut.half else 16
+        # Registers hold the sums of 256 channels on Hopper, half as many elsewhere, beside a tile of another gradient,
+        # where dZ is not stored as its sums lie, and where heads are counted by division.
+        odd = heads != next_power_of_2(heads)
+        most = 256 >> (not cut.hopper) + (up_strides is not None) + (dz.unit != "c") + odd
+        channel_tile = cut.channel_tile(64 * most, most, row_tile)
+        chunks = -(-channels // channel_tile)
+        splits, length = cut.splits(images, chunks, tile)
+        gradient = Launch(
+            map_gradient_kernel, (min(images * splits, max(1, 2 * cut.chip.processors // chunks)), chunks),
+            (images * splits, splits, length, *sizes[2:], up.n, up.c, up.h, up.w, dz.n, dz.c, dz.w),
+            C=channels, HEADS=heads, R_TILE=row_tile, LAST_TILE=max(16, next_power_of_2(2 * heads)),
+            C_TILE=channel_tile, S_TILE=tile, UP_UNIT=up.unit, UP_VECTOR=up.vector, UP_FLAT=up.flat, DZ_UNIT=dz.unit,
+            DZ_VECTOR=dz.vector, WIDE=up.wide or dz.wide, ACC=acc,
+            PRECISION=matmul_precision(dtype, precision, row_tile, cut.chip), num_stages=cut.stages,
+            num_warps=4 if cut.hopper and cut.half and row_tile <= 64 else 8, maxnreg=cut.maxnreg,
+        )  # fmt: skip
+    if has_dw:
+        tile, channel_tile, warps = cut.pooling()
         chunks = -(-channels // channel_tile)
         splits, length = cut.splits(images, chunks, tile)
         share = TAPS * heads * channels * max(4, dtype.itemsize)
         most = images * channels * math.prod(sizes[2:]) * dtype.itemsize // 8 // share
-        if has_dw and images * splits > max(images, most):
+        if images * splits > max(images, most):
             # Shares of dW_H are memory, more than an eighth of dZ: fewer of them, and of fewer channels at a time.
             splits, length = cut.splits(images, chunks, tile, max(1, most // images))
             while channel_tile > 16 and 2 * images * splits * chunks <= cut.chip.processors:
                 channel_tile //= 2
                 chunks = -(-channels // channel_tile)
-        programs = min(images * splits, max(1, 2 * cut.chip.processors // chunks))
-        constants = cut.constants | {"WIDE": z.wide or up.wide or dz.wide}
-        gradient = Launch(
-            map_gradient_kernel, (programs, chunks),
-            (images * splits, splits, length, *cut.sizes, up.n, up.c, up.h, up.w, dz.n, dz.c, dz.w), **constants,
-            C_TILE=channel_tile, S_TILE=tile, UP_UNIT=up.unit, UP_VECTOR=up.vector, UP_FLAT=up.flat,
-            DZ_UNIT=dz.unit, DZ_VECTOR=dz.vector, num_stages=2 if cut.half else 1,
-            num_warps=4 if cut.hopper and cut.half and cut.row_tile <= 64 else 8, maxnreg=cut.maxnreg,
+        at_once = cut.chip.processors * (1 if cut.half and warps == 8 else 2)
+        programs = min(images * splits, max(1, at_once // chunks))
+        mask_weights = Launch(
+            mask_weight_gradient_kernel, (programs, chunks), (images * splits, splits, length, *cut.sizes),
+            **cut.constants, C_TILE=channel_tile, S_TILE=tile, num_warps=warps, num_stages=cut.stages,
+            maxnreg=MOST_REGISTERS,
         )  # fmt: skip
-        sums = _tap_sums(cut, images, heads, True, deltas[1])
     if has_dw or has_dt:
         tile = min(64, next_power_of_2(channels))
         weights = Launch(
             weight_sums_kernel, (TAPS * heads * (has_dw + has_dt), -(-channels // tile)), (programs, images),
             C=channels, HEADS=heads, TAPS=TAPS, C_TILE=tile, R_TILE=64, num_warps=4,
         )  # fmt: skip
-    return _Backward(gate_sums, parts, deltas, gates, sums, gradient, programs, weights)
+    return _Backward(gate_sums, parts, deltas, gates, sums, gradient, mask_weights, programs, weights)
 
 
 def attend3x3_backward(
@@ -846,15 +1000,18 @@ def attend3x3_backward(
         pooled, score_rows, scores, gates, grad_features, grad_gates, grad_scores, direct, parts, largest_direct,
         dp, delta, dt, scale, unscale,
     )  # fmt: skip
-    dz = shares = None
-    if plan.gradient is not None:
-        maps = framed_maps(z, 2, heads)
-        scratch = lse.new_empty(plan.sums.scratch)
-        plan.sums.launch(z, dp, None, logits, lse, delta, grad_lse, grad_logits, scale, scratch, maps)
-        del scratch  # dz may take its place
-        dz = None if dz_strides is None else z.new_empty_strided(z.shape, dz_strides)
-        shares = None if dw is None else lse.new_empty(plan.programs, TAPS, heads, channels)
-        plan.gradient(z, rows, dp, maps, unscale, grad_mean, upstream, dz, shares)
+    shares = None
+    if plan.sums is not None:
+        maps = framed_maps(z, 2 * heads)
+        plan.sums(lse, z, dp, None, logits, lse, delta, grad_lse, grad_logits, scale, maps)
+    if plan.mask_weights is not None:
+        shares = lse.new_empty(plan.programs, TAPS, heads, channels)
+        plan.mask_weights(z, maps, unscale, shares)
     if plan.weights is not None:
         plan.weights(shares, pooled, dt, dw, dscore_w, dscore_b)
+    if plan.gradient is None:
+        return None
+    del shares
+    dz = z.new_empty_strided(z.shape, dz_strides)
+    plan.gradient(rows, dp, maps, unscale, grad_mean, upstream, dz)
     return dz
