@@ -4,8 +4,7 @@ The first call with tensors of some shapes, strides and dtypes goes the ordinary
 but allocations, launches of kernels, matrix products and conversions, the native library keeps that as a plan and
 repeats it from then on.
 
-The environment variable AR_KERNELS_PLANS=1 asks for them. They are not the default yet: a fault of theirs that made a
-training on two GPUs NaN is mended, but that training has not been run again.
+The environment variable AR_KERNELS_PLANS=0, read at import, turns them off.
 """
 
 import functools
@@ -21,14 +20,14 @@ from . import native
 NAMESPACE = "ar_kernels_plans"
 DRIVER = "libcuda.so.1"
 
-asked = os.environ.get("AR_KERNELS_PLANS", "0") == "1"
+wanted = os.environ.get("AR_KERNELS_PLANS", "1") != "0"
 
 _library: torch.library.Library | None = None
 
 
 def why_not() -> str | None:
     """What stops plans from being used at all; None if nothing does."""
-    return _cannot() if asked else "AR_KERNELS_PLANS=1 asks for them"
+    return _cannot() if wanted else "AR_KERNELS_PLANS=0 turns them off"
 
 
 @functools.cache
@@ -65,7 +64,7 @@ def are_used(data: Tensor, gradients: Sequence[Tensor | None] = ()) -> bool:
     """Whether a call with data may go by a plan: nobody looks on who has to see every operator, and gradients are no
     batches of autograd's is_grads_batched."""
     return (
-        asked
+        wanted
         and data.is_cuda
         and type(data) is Tensor
         and not torch.compiler.is_compiling()

@@ -20,8 +20,8 @@ planned = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def asked_for(monkeypatch):
-    monkeypatch.setattr(plans, "asked", True)
+def turned_on(monkeypatch):
+    monkeypatch.setattr(plans, "wanted", True)
 
 
 # ---------------------------------------------------------------------------------------------- a driver's double
@@ -309,9 +309,9 @@ def test_a_driver_that_is_not_there(driver, tmp_path):
     assert "has no cuLaunchKernel" in plans.open_driver(str(native.PATH))
 
 
-def test_only_who_asks_gets_plans(monkeypatch):
-    monkeypatch.setattr(plans, "asked", False)
-    assert plans.why_not() == "AR_KERNELS_PLANS=1 asks for them"
+def test_they_can_be_turned_off(monkeypatch):
+    monkeypatch.setattr(plans, "wanted", False)
+    assert plans.why_not() == "AR_KERNELS_PLANS=0 turns them off"
     assert not plans.are_used(torch.zeros(1))
 
 
