@@ -45,13 +45,16 @@ def has_kernels(device_type: str, operator: str = "gated_attend") -> bool:
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{operator}", key)
 
 
-@torch.compiler.assume_constant_result  # Dynamo need not trace how a library is loaded
 def why_not(device_type: str) -> str | None:
     """What stops the library's kernels from running on a type of device ("cpu", "cuda"); None if nothing does."""
     reason = _load()
     if reason is None and not has_kernels(device_type):
         reason = f"the native library has no kernels for {device_type}"
     return reason
+
+
+# Dynamo need not trace how a library is loaded: torch.compiler.assume_constant_result without importing all of it.
+why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def target() -> str:

@@ -2,7 +2,9 @@
 
 A process of its own with an empty Triton cache calls one layer forward and backward on a row of shapes: seconds of each
 first call, the kernels that Triton compiled for it, the binaries that it left in the cache. A second process has the
-same cache, now filled. PyTorch's own start (context, cuBLAS, autograd) is paid before the clock starts.
+same cache, now filled. PyTorch's own start (context, cuBLAS, autograd, which imports SymPy for a gradient that it is
+given) is paid before the clock starts; a process before all these has read Triton's library, which its keys are made
+of, from the disk.
 """
 
 import argparse
@@ -64,7 +66,7 @@ def first_calls(dtype: str, layout: str, device: str) -> list[dict]:
         return torch.randn(shape, device=device, dtype=DTYPES[dtype])
 
     square = normal(64, 64).requires_grad_()
-    torch.autograd.grad(torch.softmax(square @ square, dim=1).sum(), square)
+    torch.autograd.grad(torch.softmax(square @ square, dim=1), square, normal(64, 64))
     weights = [normal(*shape) for shape in ((HEADS, CHANNELS), (LABELS, HEADS * CHANNELS), (HEADS, CHANNELS))]
     weights = [(weight * CHANNELS**-0.5).requires_grad_() for weight in weights]
     rows = []
@@ -106,6 +108,8 @@ def main() -> None:
         return
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
+    with tempfile.TemporaryDirectory() as cache:
+        in_new_process(arguments.dtype, "contiguous", device, cache)
     for layout in arguments.layout or LAYOUTS:
         with tempfile.TemporaryDirectory() as cache:
             for state in ("empty", "filled"):

@@ -57,7 +57,7 @@ HAND_MADE = [
     ("positions past the end count", FORWARD, "logit = tl.where(real[:, None], logit, float(\"-inf\"))", "logit = logit"),
     ("no maximum", FORWARD, "m_new = tl.maximum(m, tl.max(logit, axis=0))", "m_new = tl.maximum(m, 0.0)"),
     ("infinite logits counted from themselves", "ar_kernels/kernels/tiles.py", "return tl.where(tl.abs(m) == float(\"inf\"), 0.0, m)", "return m"),
-    ("parts not rescaled", FORWARD, "p_tile += sums * tl.exp(part - start)[None, :]", "p_tile += sums"),
+    ("parts not rescaled", FORWARD, "return sums * tl.exp(part - start)[None, :]", "return sums"),
     ("gates of unbounded scores", FORWARD, "tl.exp(tanh(t)), 0.0)", "tl.exp(t), 0.0)"),
     ("gates over all heads", FORWARD, "e = tl.where(heads < GATED, tl.exp", "e = tl.where(heads <= GATED, tl.exp"),
     ("the score bias left out", FORWARD, "    if score_b is not None:\n        t +=", "    if False:\n        t +="),

@@ -433,16 +433,10 @@ def test_a_batch_that_needs_no_merge_has_it_compiled(monkeypatch, device):
     from ar_kernels.kernels.heuristics import chip
 
     prepared = []
-
-    def prepare(launch, *tensors):
-        prepared.append(launch.kernel)
-        launch.prepared = True
-
-    monkeypatch.setattr(attend_forward.Launch, "prepare", prepare)
+    monkeypatch.setattr(attend_forward, "prepare", lambda calls: prepared.append([call.kernel for call, _ in calls]))
     attend_forward._plan.cache_clear()
     w = torch.zeros(4, 16, dtype=torch.bfloat16, device=device)
     z = torch.zeros(chip(w.get_device()).processors + 1, 16, 12, 12, dtype=torch.bfloat16, device=device)
-    for _ in range(2):
-        ar_kernels.attend(z, w, implementation="triton")
+    ar_kernels.attend(z, w, implementation="triton")
     attend_forward._plan.cache_clear()
-    assert prepared == [attend_forward.merge_kernel]
+    assert prepared == [[attend_forward.held_kernel, attend_forward.merge_kernel]]

@@ -1,5 +1,7 @@
 """Direct launches of compiled kernels: when they are taken, what they hand over, and that results are the same."""
 
+import contextlib
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -29,7 +31,7 @@ CONSTANTS = {"BLOCK": 128, "NEGATE": True, "num_warps": 4}
 @pytest.fixture
 def calls(monkeypatch):
     """Launches go to lists: `ordinary` (what JITFunction.run was given), `direct` (what a compiled kernel was)."""
-    ordinary, direct = [], []
+    ordinary, direct, loaded = [], [], []
     current = SimpleNamespace(device=0)
     active = SimpleNamespace(get_current_device=lambda: current.device, get_current_stream=lambda device: 7 + device)
     monkeypatch.setattr(launch, "driver", SimpleNamespace(active=active))
@@ -39,6 +41,7 @@ def calls(monkeypatch):
             pass
 
         def __getitem__(self, grid):
+            loaded.append(grid)
             return lambda *arguments: direct.append((grid, arguments))
 
     def run(*arguments, grid, warmup, **options):
@@ -47,7 +50,9 @@ def calls(monkeypatch):
 
     kernel = triton.JITFunction(add, do_not_specialize=["length", "shift"])
     kernel.run = run
-    return SimpleNamespace(kernel=kernel, ordinary=ordinary, direct=direct, current=current)
+    return SimpleNamespace(
+        kernel=kernel, ordinary=ordinary, direct=direct, loaded=loaded, current=current, Compiled=Compiled
+    )
 
 
 def test_the_second_call_is_direct(calls):
@@ -169,13 +174,35 @@ def test_on_a_gpu_later_calls_are_direct(device, monkeypatch):
     assert len(seen) == 1
 
 
-def test_prepare_compiles_once_and_launches_nothing(calls):
+def test_launches_are_prepared_once_and_side_by_side(calls, monkeypatch):
+    """Each compilation waits for the other to begin. Kernels are loaded on the caller's device, none is launched."""
     x, y, out = torch.zeros(3, 256)
-    warm = []
-    calls.kernel.warmup = lambda *arguments, grid, **options: warm.append((grid, arguments, options))
-    call = launch.Launch(calls.kernel, (2,), (256, 3), **CONSTANTS)
-    assert not call.prepared
-    call.prepare(x, y, out)
-    call.prepare(x, y, out)
-    assert call.prepared and warm == [((2, 1, 1), (x, y, out, 256, 3), CONSTANTS)]
+    both, warm, devices = threading.Barrier(2, timeout=30), [], []
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext(devices.append(index)))
+    calls.current.device = 1
+
+    def warmup(*arguments, grid, **options):
+        both.wait()
+        warm.append((grid, arguments, options))
+        return calls.Compiled()
+
+    calls.kernel.warmup = warmup
+    one, other = (launch.Launch(calls.kernel, (grid,), (256, 3), **CONSTANTS) for grid in (2, 3))
+    for _ in range(2):
+        launch.prepare([(one, (x, y, out)), (other, (x, None, out))])
+    assert sorted(warm, key=lambda call: call[0]) == [
+        ((2, 1, 1), (x, y, out, 256, 3), CONSTANTS),
+        ((3, 1, 1), (x, None, out, 256, 3), CONSTANTS),
+    ]
+    assert sorted(calls.loaded) == [(2, 1, 1), (3, 1, 1)] and devices == [1, 1]
     assert calls.ordinary == calls.direct == []
+
+
+def test_a_compilation_that_fails_is_raised_and_tried_again(calls, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    tensors = torch.zeros(3, 256).unbind()
+    call = launch.Launch(calls.kernel, (2,), (256, 3), **CONSTANTS)
+    calls.kernel.warmup = lambda *arguments, **options: pytest.fail("no such instruction")
+    for _ in range(2):
+        with pytest.raises(pytest.fail.Exception, match="no such instruction"):
+            launch.prepare([(call, tensors)])

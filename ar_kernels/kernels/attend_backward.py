@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .heuristics import MOST_REGISTERS, SUMS_OVER_LANES, chip, next_power_of_2, sweep_config
-from .launch import Launch
+from .launch import Launch, prepare
 from .tiles import (
     accumulator,
     float32_precision,
@@ -547,19 +547,24 @@ def attend_backward(
     dt = None if dscore_w is None else lse.new_empty(images, heads)
     shares = None if dw is None else lse.new_empty(plan.programs, heads, channels)
     pairs = delta = unscale = None
+    if plan.pooled is not None and plan.sweep is not None:
+        pairs = z.new_empty(images, heads + has_mean, 2, channels)
+        delta = lse.new_empty(images, heads)
+        unscale = lse.new_empty(images) if z.dtype == torch.float16 else None
+    calls: list[tuple[Launch, tuple[Tensor | None, ...]]] = []
     if plan.pooled is not None:
-        if plan.sweep is not None:
-            pairs = z.new_empty(images, heads + has_mean, 2, channels)
-            delta = lse.new_empty(images, heads)
-            unscale = lse.new_empty(images) if z.dtype == torch.float16 else None
-        plan.pooled(score_w, pooled, scores, gates, *received, w, pairs, delta, dt, unscale)
+        calls.append((plan.pooled, (score_w, pooled, scores, gates, *received, w, pairs, delta, dt, unscale)))
     if plan.sweep is not None:
         if plan.sweep.kernel is held_kernel:
-            plan.sweep(
+            tensors = (
                 z, w, b, score_w, pooled, lse, scores, gates, *received, upstream, dz, shares, dt,
                 pairs, delta, unscale,
             )  # fmt: skip
         else:
-            plan.sweep(z, b, lse, pairs, delta, unscale, grad_logits, upstream, dz, shares)
+            tensors = (z, b, lse, pairs, delta, unscale, grad_logits, upstream, dz, shares)
+        calls.append((plan.sweep, tensors))
     if plan.sums is not None:
-        plan.sums(shares, pooled, dt, dw, dscore_w, dscore_b)
+        calls.append((plan.sums, (shares, pooled, dt, dw, dscore_w, dscore_b)))
+    prepare(calls)
+    for launch, tensors in calls:
+        launch(*tensors)

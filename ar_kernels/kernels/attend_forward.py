@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .heuristics import MOST_REGISTERS, SUMS_OVER_LANES, chip, next_power_of_2, sweep_config
-from .launch import Launch
+from .launch import Launch, prepare
 from .tiles import (
     accumulator,
     aligned,
@@ -403,6 +403,16 @@ def grouped_kernel(
         _store_features_of_pooled(pooled, g, n, heads, features, C, C_TILE * GROUP, HEADS, GATED)
 
 
+@triton.jit
+def _split_sums(j, splits, row, heads, c, start, part_m, part_p, C: tl.constexpr, ROWS: tl.constexpr):
+    """[C_tile, K_tile] of split j, rescaled; 0 from j = splits on. A function, so that Triton reads it once for all."""
+    inside = (heads < ROWS) & (j < splits)
+    part = tl.load(part_m + (row + j) * ROWS + heads, mask=inside, other=float("-inf"))
+    offsets = (row + j) * (ROWS * C) + heads[None, :] * C + c[:, None]
+    sums = tl.load(part_p + offsets, mask=(c < C)[:, None] & inside[None, :], other=0.0)
+    return sums * tl.exp(part - start)[None, :]
+
+
 @triton.jit(do_not_specialize=["splits"])
 def merge_kernel(
     score_w, score_b, pooled, lse, mean, scores, gates, features, part_m, part_d, part_p, splits,
@@ -437,12 +447,7 @@ def merge_kernel(
         p_tile = tl.zeros([C_TILE, K_TILE], ACC)
         for begin in range(0, splits, 8):
             for u in tl.static_range(8):  # loads that don't wait for each other
-                j = begin + u
-                inside = (heads < ROWS) & (j < splits)
-                part = tl.load(part_m + (row + j) * ROWS + heads, mask=inside, other=float("-inf"))
-                offsets = (row + j) * (ROWS * C) + heads[None, :] * C + c[:, None]
-                sums = tl.load(part_p + offsets, mask=(c < C)[:, None] & inside[None, :], other=0.0)
-                p_tile += sums * tl.exp(part - start)[None, :]
+                p_tile += _split_sums(begin + u, splits, row, heads, c, start, part_m, part_p, C, ROWS)
         t += _store_pooled(p_tile / d[None, :], n, heads, c, pooled, mean, score_w, C, HEADS)
     if features is not None:
         g = store_gates(t, n, heads, score_w, score_b, scores, gates, HEADS, GATED)
@@ -538,10 +543,9 @@ def attend_forward(
     if plan.rows:
         rows = heads + (mean is not None)
         parts = tuple(lse.new_empty(plan.rows, rows, *more) for more in ((), (), (channels,)))
-    plan.sweep(z, w, b, score_w, score_b, pooled, lse, logits, mean, scores, gates, features, *parts)
+    calls = [(plan.sweep, (z, w, b, score_w, score_b, pooled, lse, logits, mean, scores, gates, features, *parts))]
     if plan.merge is not None:
-        inputs = (score_w, score_b, pooled, lse, mean, scores, gates, features, *parts)
-        if plan.rows:
-            plan.merge(*inputs)
-        elif not plan.merge.prepared:  # a smaller batch of such maps is not to wait for a compiler
-            plan.merge.prepare(*inputs)
+        calls.append((plan.merge, (score_w, score_b, pooled, lse, mean, scores, gates, features, *parts)))
+    prepare(calls)  # the merge too: a smaller batch of such maps is not to wait for a compiler
+    for launch, tensors in calls[: 2 if plan.rows else 1]:
+        launch(*tensors)

@@ -10,6 +10,7 @@ import functools
 import operator
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -40,11 +41,11 @@ class Launch:
         self.sizes = sizes
         # Registers have no limit to name on AMD.
         self.constants = {k: v for k, v in constants.items() if k != "maxnreg" or torch.version.hip is None}
-        self.prepared = False
         self._compiled: dict[tuple, Callable] = {}
         self._kernels: dict[tuple, CompiledKernel] = {}
         # Triton's interpreter compiles nothing. On ROCm a kernel is specialised by its tensors' sizes too.
         self._direct = isinstance(kernel, triton.JITFunction) and torch.version.hip is None
+        self.prepared = not self._direct
 
     def __call__(self, *tensors: Tensor | None) -> None:
         kernel = self._launch(tensors)
@@ -69,10 +70,12 @@ class Launch:
             run(*addresses, *self._tail)
         return self._kernels.get(kinds)
 
-    def prepare(self, *tensors: Tensor | None) -> None:
-        """Compiles what a call with such tensors will need, once; launches nothing."""
-        if self._direct and not self.prepared:
-            self.kernel.warmup(*tensors, *self.sizes, grid=self.grid, **self.constants)
+    def prepare(self, device: int, *tensors: Tensor | None) -> None:
+        """Compiles and loads what a call with such tensors will need, in any thread; launches nothing."""
+        with torch.cuda.device(device):
+            compiled = self.kernel.warmup(*tensors, *self.sizes, grid=self.grid, **self.constants)
+            if isinstance(compiled, CompiledKernel):
+                compiled[self.grid]
         self.prepared = True
 
     def _ordinary(self, tensors: tuple[Tensor | None, ...]) -> Any:
@@ -90,6 +93,21 @@ class Launch:
                 _hooked.append(self.kernel.pre_run_hooks)
         else:  # a Triton that works in another way
             self._direct = False
+
+
+def prepare(calls: Sequence[tuple[Launch, Sequence[Tensor | None]]]) -> None:
+    """Before the first of these calls: compiles side by side what they need.
+
+    Triton holds Python's lock only while it reads a kernel's source: its passes run at once, and so do the assembler
+    and, in some versions, a C compiler, which are processes.
+    """
+    fresh = [(launch, tensors) for launch, tensors in calls if not launch.prepared]
+    if not fresh:
+        return
+    device = driver.active.get_current_device()
+    with ThreadPoolExecutor(len(fresh)) as pool:
+        for done in [pool.submit(launch.prepare, device, *tensors) for launch, tensors in fresh]:
+            done.result()
 
 
 # ---------------------------------------------------------------------------------------------- recording
