@@ -22,6 +22,7 @@ import ar_kernels
 from ar_kernels.experiments import __main__ as command_line
 from ar_kernels.experiments import data, nets, training
 from ar_kernels.experiments.nets import Net
+from ar_kernels.experiments.parallel import Processes
 from ar_kernels.experiments.training import Recipe, Run, loss_of, read_metrics
 from ar_kernels.models import DigitNet, WideAttentiveResNet
 
@@ -323,9 +324,9 @@ torch.set_num_threads(1)
 out = sys.argv[1]
 if "RANK" in os.environ:
     torch.distributed.init_process_group("gloo")
-with processes("cpu") as group:
+with processes("cpu", bucket_mb=1e-6) as group:  # each gradient by itself
     source = images.random_set(24, 9, group.device, 3)
-    torch.manual_seed(0)
+    torch.manual_seed(group.rank)  # all take the first one's weights
     model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 3))
     batch_of = lambda step: source.train_batch(0, step, 8, group.rank, group.world)
     with Run(out + "/run", {}, writes=group.is_first) as run:
@@ -368,6 +369,28 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
         torch.testing.assert_close(first[0][name], value)
     assert "2 × cpu" in done.stdout and done.stdout.count("Test accuracy after the last epoch") == 1
     assert nets.load_run(tmp_path / "train", torch.device("cpu"))[2]["processes"] == 2
+
+
+def test_a_backward_pass_that_leaves_parameters_out_is_told(monkeypatch):
+    """The next forward pass raises; parameters that are not trained may be left out."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        torch.manual_seed(0)
+        model, images = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 2)), torch.randn(2, 3)
+        model[0].bias.requires_grad_(False)
+        model(images).square().sum().backward()
+        alone = [parameter.grad for parameter in model.parameters()]
+        called = Processes(0, 2, torch.device("cpu")).wrapped(model)
+        for _ in range(2):
+            model.zero_grad()
+            called(images).square().sum().backward()
+            assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), alone) if p.requires_grad)
+        model[0](images).sum().backward()
+        with pytest.raises(RuntimeError, match="must reach all 5 parameters, 4 were left out"):
+            called(images)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,19 +50,58 @@ class Processes:
                 dist.broadcast(buffer, 0)
 
     def wrapped(self, model: nn.Module) -> nn.Module:
-        """The model whose gradients are means over all processes. Running statistics stay each process's own
-        (take_buffers), and gradients live where they are added up.
+        """The model, with every weight and statistic as the first process has it, whose gradients are means over all
+        processes. Running statistics stay each process's own from here on (take_buffers).
         """
-        if self.world == 1:
-            return model
-        devices = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(
-            model,
-            device_ids=devices,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-            bucket_cap_mb=self.bucket_mb,
-        )
+        return model if self.world == 1 else _Averaged(model, self.bucket_mb)
+
+
+class _Averaged(nn.Module):
+    """A model whose gradients are means over all processes by the time backward() returns.
+
+    They are added up where autograd left them, several tensors in one call, while the pass goes on. In place of
+    DistributedDataParallel, which copies every gradient into its bucket first, one kernel a parameter and step: all
+    gradients written and read once more, and in between two convolutions.
+    """
+
+    def __init__(self, model: nn.Module, bucket_mb: float) -> None:
+        super().__init__()
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.detach(), 0)
+        self.model, self._least_bytes = model, bucket_mb * 2**20
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._count = self._left = len(trained)
+        self._waiting: list[Tensor] = []
+        self._sums: list[tuple[dist.Work, list[Tensor]]] = []
+        # gloo has no means: it adds up, and a call of its own divides
+        self._options, self._divisor = dist.AllreduceCoalescedOptions(), dist.get_world_size()
+        self._options.asyncOp = True
+        if dist.get_backend() == "nccl":
+            self._options.reduceOp, self._divisor = dist.ReduceOp.AVG, 1
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(self._take)
+
+    def forward(self, *all: Any, **named: Any) -> Any:
+        """Raises RuntimeError if the last backward pass left a parameter without its gradient: another process may wait
+        for its sum, and those that came may not be added up.
+        """
+        if self._left != self._count:
+            raise RuntimeError(f"a backward pass must reach all {self._count} parameters, {self._left} were left out")
+        return self.model(*all, **named)
+
+    def _take(self, parameter: Tensor) -> None:
+        self._waiting.append(parameter.grad)
+        self._left -= 1
+        if self._left == 0 or sum(gradient.nbytes for gradient in self._waiting) >= self._least_bytes:
+            group = dist.group.WORLD
+            self._sums.append((group.allreduce_coalesced(self._waiting, self._options), self._waiting))
+            self._waiting = []
+        if self._left == 0:
+            for sums, gradients in self._sums:
+                sums.wait()  # NCCL: the stream does, not this thread
+                if self._divisor > 1:
+                    torch._foreach_div_(gradients, self._divisor)
+            self._sums, self._left = [], self._count
 
 
 @contextmanager

@@ -344,12 +344,11 @@ class CapturedStep:
     small launches, so that the GPU sets the pace.
 
     All of it runs on a stream of its own, so that several runs' steps run side by side. The first steps are taken as
-    usual: they make what the graph may not (cuDNN's plans, compiled kernels, momentum; of several processes, the
-    buckets that DistributedDataParallel sorts gradients into and what it times of its first ten steps). The optimizer
-    must be fused: others read the rate back.
+    usual: they make what the graph may not (cuDNN's plans, compiled kernels, momentum, NCCL's connections). The
+    optimizer must be fused: others read the rate back.
     """
 
-    WARM_UP, WARM_UP_OF_SEVERAL = 3, 11
+    WARM_UP = 3
 
     def __init__(
         self,
@@ -357,12 +356,11 @@ class CapturedStep:
         take: Callable[..., Tensor],
         optimizer: torch.optim.Optimizer,
         stream: torch.cuda.Stream,
-        warm_up: int = WARM_UP,
     ) -> None:
         """inputs_of(step): what a step is given, tensors of the same shapes at every step; not captured.
-        take(*inputs): one whole step; the loss. warm_up: how many steps come before the graph.
+        take(*inputs): one whole step; the loss.
         """
-        self._inputs_of, self._take, self._graph, self._left = inputs_of, take, None, warm_up
+        self._inputs_of, self._take, self._graph, self._left = inputs_of, take, None, self.WARM_UP
         self._inputs: tuple[Tensor, ...] = ()  # where replays find theirs
         self._rate, self._stream = torch.zeros((), device=stream.device), stream
         for group in optimizer.param_groups:
@@ -449,19 +447,15 @@ def training_steps(
     captured, pending, device = None, [], next(model.parameters()).device
     if inputs_of is None:
         inputs_of = (lambda step: (torch.full((), step, device=device),)) if capture else (lambda step: (step,))
-    if capture:
-        stream, warm_up = torch.cuda.Stream(device), CapturedStep.WARM_UP
-        if processes is not None and processes.world > 1:
-            warm_up = CapturedStep.WARM_UP_OF_SEVERAL
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # gradients are added up on the stream where the wrapper was made
-                forward = processes.wrapped(forward)
-        captured = CapturedStep(
-            inputs_of, lambda *inputs: _descend(forward, optimizer, batch_of(*inputs), loss, mixed), optimizer, stream,
-            warm_up,
-        )  # fmt: skip
-    elif processes is not None:
+    if processes is not None:
         forward = processes.wrapped(forward)
+    if capture:
+        captured = CapturedStep(
+            inputs_of,
+            lambda *inputs: _descend(forward, optimizer, batch_of(*inputs), loss, mixed),
+            optimizer,
+            torch.cuda.Stream(device),
+        )
     model.train()
     for step in range(run.step + 1, recipe.steps + 1):
         rate = recipe.rate(step)
