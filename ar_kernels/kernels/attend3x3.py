@@ -100,6 +100,9 @@ def _store_sums(
     if OF_IMAGE:
         log_sum = tl.load(lse + row, mask=of_head, other=0.0)
         a = tl.exp(tl.load(logits + at, mask=real, other=float("-inf")) - log_sum[:, None])
+        of_image = maps + n * ((height + 2) * (width + 2) * (2 * HEADS))
+        place = heads[:, None] + (_framed(s, width) * (2 * HEADS))[None, :]
+        tl.store(of_image + place, a.to(maps.dtype.element_ty), mask=real)
         factor = 1.0
         if scale is not None:
             factor = tl.load(scale + n)
@@ -111,10 +114,7 @@ def _store_sums(
         dl = a * (total - shift[:, None])
         if grad_logits is not None:
             dl += tl.load(grad_logits + at, mask=real, other=0.0).to(ACC) * factor
-        of_image = maps + n * ((height + 2) * (width + 2) * (2 * HEADS))
-        at = of_image + heads[:, None] + (_framed(s, width) * (2 * HEADS))[None, :]
-        tl.store(at, a.to(maps.dtype.element_ty), mask=real)
-        tl.store(at + HEADS, dl.to(maps.dtype.element_ty), mask=real)
+        tl.store(of_image + HEADS + place, dl.to(maps.dtype.element_ty), mask=real)
     else:
         if b is not None:
             total += tl.load(b + heads, mask=of_head, other=0.0).to(ACC)[:, None]
@@ -759,7 +759,8 @@ def _tap_sums(cut: _Cut, images: int, heads: int, of_image: bool, parts: int) ->
     launch = Launch(
         tap_sums_kernel, (programs,), (images * bands, bands, lines, pitch, *cut.sizes), **cut.constants,
         OF_IMAGE=of_image, C_TILE=channel_tile, S_TILE=tile, K_TILE=next_power_of_2(heads), PARTS=parts,
-        UNROLL=not cut.chip.amd,  # AMD's scalar registers, which hold the masks of all nine loads, would spill
+        # The masks of all nine loads would spill AMD's scalar registers, and others' where NCHW's addresses are, too.
+        UNROLL=not cut.chip.amd and cut.constants["UNIT"] == "c",
         num_warps=4 if cut.half and cut.row_tile <= 64 else 8, num_stages=cut.stages, maxnreg=cut.maxnreg,
     )  # fmt: skip
     return _Sums(launch, (programs, TAPS * heads, pitch))
