@@ -384,7 +384,7 @@ def test_no_cast_of_float32_weights_under_autocast(fused, device):
     with torch.autocast(device.type, dtype=torch.bfloat16), torch.profiler.profile() as profile:
         ar_kernels.attend(z, w, implementation=fused).pooled.sum().backward()
     names = {event.name for event in profile.events()}
-    assert f"{NAMESPACES[fused]}::gated_attend" in names
+    assert {f"{NAMESPACES[fused]}::gated_attend", "_EagerGatedAttend"} & names  # a plan calls no operator by name
     assert not names & {"aten::to", "aten::_to_copy"}, names
     assert w.grad.dtype == torch.float32
 
