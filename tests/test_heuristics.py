@@ -179,6 +179,9 @@ def test_shares_of_3x3_weights_take_no_more_than_an_eighth_of_dz_or_one_an_image
     assert plan.programs * share <= max(dz // 8, images * share)
     programs, chunks, _ = plan.mask_weights.grid
     assert programs == plan.programs >= min(images, 132 // chunks, dz // 8 // share)
+    programs, chunks, _ = plan.gradient.grid
+    items, splits = plan.gradient.sizes[:2]
+    assert programs == min(items, max(1, 2 * 132 // chunks)) and items == images * splits
 
 
 @pytest.mark.parametrize(

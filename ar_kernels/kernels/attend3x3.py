@@ -861,6 +861,60 @@ def attend3x3_forward(
         plan.gates(pooled, score_b, parts, scores, gates, features)
 
 
+def _map_gradient(
+    cut: _Cut,
+    sizes: torch.Size,
+    up_strides: tuple[int, ...] | None,
+    dz_strides: tuple[int, ...],
+    dtype: torch.dtype,
+    heads: int,
+    precision: str,
+) -> Launch:
+    images, channels = sizes[:2]
+    dz = map_strides(sizes, dz_strides, dtype.itemsize)
+    up = dz if up_strides is None else map_strides(sizes, up_strides, dtype.itemsize)
+    row_tile = max(16, next_power_of_2(16 * heads))
+    tile = 64 if cut.half and row_tile <= 128 else 32 if cut.half else 16
+    # Registers hold the sums of 256 channels on Hopper, half as many elsewhere, beside a tile of another gradient,
+    # where dZ is not stored as its sums lie, and where heads are counted by division.
+    odd = heads != next_power_of_2(heads)
+    most = 256 >> (not cut.hopper) + (up_strides is not None) + (dz.unit != "c") + odd
+    channel_tile = cut.channel_tile(64 * most, most, row_tile)
+    chunks = -(-channels // channel_tile)
+    splits, length = cut.splits(images, chunks, tile)
+    return Launch(
+        map_gradient_kernel, (min(images * splits, max(1, 2 * cut.chip.processors // chunks)), chunks),
+        (images * splits, splits, length, *sizes[2:], up.n, up.c, up.h, up.w, dz.n, dz.c, dz.w),
+        C=channels, HEADS=heads, R_TILE=row_tile, LAST_TILE=max(16, next_power_of_2(2 * heads)), C_TILE=channel_tile,
+        S_TILE=tile, UP_UNIT=up.unit, UP_VECTOR=up.vector, UP_FLAT=up.flat, DZ_UNIT=dz.unit, DZ_VECTOR=dz.vector,
+        WIDE=up.wide or dz.wide, ACC=accumulator(dtype),
+        PRECISION=matmul_precision(dtype, precision, row_tile, cut.chip),
+        num_warps=4 if cut.hopper and cut.half and row_tile <= 64 else 8, num_stages=cut.stages, maxnreg=cut.maxnreg,
+    )  # fmt: skip
+
+
+def _mask_weights(cut: _Cut, sizes: torch.Size, heads: int) -> Launch:
+    """Programs of its first axis each have a share of dW_H."""
+    images, channels = sizes[:2]
+    tile, channel_tile, warps = cut.pooling()
+    chunks = -(-channels // channel_tile)
+    splits, length = cut.splits(images, chunks, tile)
+    share = TAPS * heads * channels * max(4, cut.itemsize)
+    most = sizes.numel() * cut.itemsize // 8 // share
+    if images * splits > max(images, most):
+        # Shares are memory, more than an eighth of dZ: fewer of them, and of fewer channels at a time.
+        splits, length = cut.splits(images, chunks, tile, max(1, most // images))
+        while channel_tile > 16 and 2 * images * splits * chunks <= cut.chip.processors:
+            channel_tile //= 2
+            chunks = -(-channels // channel_tile)
+    at_once = cut.chip.processors * (1 if cut.half and warps == 8 else 2)
+    return Launch(
+        mask_weight_gradient_kernel, (min(images * splits, max(1, at_once // chunks)), chunks),
+        (images * splits, splits, length, *cut.sizes), **cut.constants, C_TILE=channel_tile, S_TILE=tile,
+        num_warps=warps, num_stages=cut.stages, maxnreg=MOST_REGISTERS,
+    )  # fmt: skip
+
+
 class _Backward(NamedTuple):
     gate_sums: Launch
     parts: tuple[int, ...]
@@ -869,7 +923,7 @@ class _Backward(NamedTuple):
     sums: _Sums | None
     gradient: Launch | None
     mask_weights: Launch | None
-    programs: int  # of the last one, each with its share of dW_H
+    programs: int  # of mask_weights, each with its share of dW_H
     weights: Launch | None
 
 
@@ -905,45 +959,10 @@ def _backward_plan(
     if has_dw or dz_strides is not None:
         sums = _sums(cut, images, heads, True, deltas[1])
     if dz_strides is not None:
-        dz = map_strides(sizes, dz_strides, dtype.itemsize)
-        up = dz if up_strides is None else map_strides(sizes, up_strides, dtype.itemsize)
-        row_tile = max(16, next_power_of_2(16 * heads))
-        tile = 64 if cut.half and row_tile <= 128 else 32 if cut.half else 16
-        # Registers hold the sums of 256 channels on Hopper, half as many elsewhere, beside a tile of another gradient,
-        # where dZ is not stored as its sums lie, and where heads are counted by division.
-        odd = heads != next_power_of_2(heads)
-        most = 256 >> (not cut.hopper) + (up_strides is not None) + (dz.unit != "c") + odd
-        channel_tile = cut.channel_tile(64 * most, most, row_tile)
-        chunks = -(-channels // channel_tile)
-        splits, length = cut.splits(images, chunks, tile)
-        gradient = Launch(
-            map_gradient_kernel, (min(images * splits, max(1, 2 * cut.chip.processors // chunks)), chunks),
-            (images * splits, splits, length, *sizes[2:], up.n, up.c, up.h, up.w, dz.n, dz.c, dz.w),
-            C=channels, HEADS=heads, R_TILE=row_tile, LAST_TILE=max(16, next_power_of_2(2 * heads)),
-            C_TILE=channel_tile, S_TILE=tile, UP_UNIT=up.unit, UP_VECTOR=up.vector, UP_FLAT=up.flat, DZ_UNIT=dz.unit,
-            DZ_VECTOR=dz.vector, WIDE=up.wide or dz.wide, ACC=acc,
-            PRECISION=matmul_precision(dtype, precision, row_tile, cut.chip), num_stages=cut.stages,
-            num_warps=4 if cut.hopper and cut.half and row_tile <= 64 else 8, maxnreg=cut.maxnreg,
-        )  # fmt: skip
+        gradient = _map_gradient(cut, sizes, up_strides, dz_strides, dtype, heads, precision)
     if has_dw:
-        tile, channel_tile, warps = cut.pooling()
-        chunks = -(-channels // channel_tile)
-        splits, length = cut.splits(images, chunks, tile)
-        share = TAPS * heads * channels * max(4, dtype.itemsize)
-        most = images * channels * math.prod(sizes[2:]) * dtype.itemsize // 8 // share
-        if images * splits > max(images, most):
-            # Shares of dW_H are memory, more than an eighth of dZ: fewer of them, and of fewer channels at a time.
-            splits, length = cut.splits(images, chunks, tile, max(1, most // images))
-            while channel_tile > 16 and 2 * images * splits * chunks <= cut.chip.processors:
-                channel_tile //= 2
-                chunks = -(-channels // channel_tile)
-        at_once = cut.chip.processors * (1 if cut.half and warps == 8 else 2)
-        programs = min(images * splits, max(1, at_once // chunks))
-        mask_weights = Launch(
-            mask_weight_gradient_kernel, (programs, chunks), (images * splits, splits, length, *cut.sizes),
-            **cut.constants, C_TILE=channel_tile, S_TILE=tile, num_warps=warps, num_stages=cut.stages,
-            maxnreg=MOST_REGISTERS,
-        )  # fmt: skip
+        mask_weights = _mask_weights(cut, sizes, heads)
+        programs = mask_weights.grid[0]
     if has_dw or has_dt:
         tile = min(64, next_power_of_2(channels))
         weights = Launch(
