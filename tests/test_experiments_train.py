@@ -297,7 +297,7 @@ def test_the_command_trains_and_resumes_to_the_same_numbers(tmp_path, monkeypatc
         (["--model", "digitnet"], "model digitnet is for cluttered digits: ablate and demo train it"),
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
         (["--test-batch-size", "0"], "test_batch_size must be at least 1, got 0"),
-        (["--batch-size", "40"], "batch_size must be at most the 24 training images and divisible by 1 processes"),
+        (["--batch-size", "40"], "batch_size must be from 1 to the 24 training images and divisible by 1 processes"),
         (["--pretrained"], "only torchvision's and timm's backbones come pretrained, got warn-10-1"),
         (["--capture"], "--capture needs a GPU, got cpu"),
         (["--bucket", "0"], "bucket must be above 0, got 0.0"),

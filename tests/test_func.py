@@ -42,7 +42,7 @@ def case(request, device):
     """A model in eval mode (norms in training would mix the samples), images, and an implementation around the test."""
     name, implementation = request.param
     if implementation == "triton":
-        pytest.importorskip("triton")
+        pytest.importorskip("triton", reason="the triton package is not installed")
     if implementation == "native":
         from ar_kernels import native
 

@@ -82,7 +82,7 @@ def check_batch_size(batch_size: int, count: int, world: int) -> None:
     """Raises ValueError for a batch that an epoch of `count` images or `world` processes cannot be cut into."""
     if not 1 <= batch_size <= count or batch_size % world:
         raise ValueError(
-            f"batch_size must be at most the {count} training images and divisible by {world} processes, "
+            f"batch_size must be from 1 to the {count} training images and divisible by {world} processes, "
             f"got {batch_size}"
         )
 
