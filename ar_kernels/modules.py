@@ -6,9 +6,14 @@ from torch import Tensor, nn
 from .functional import _FLOATS, _GATINGS, _MIXES, AttentionOutput, _check_implementation, attend, attention_module
 
 
-def _check_positive(name: str, value: object) -> int:
+def _check_int(name: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    return value
+
+
+def _check_positive(name: str, value: object) -> int:
+    value = _check_int(name, value)
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     return value
@@ -22,14 +27,12 @@ def _check_mix(mix: object, gating: object) -> None:
 
 
 def _check_depth(attention_depth: object, most: int) -> None:
-    if not isinstance(attention_depth, int) or isinstance(attention_depth, bool):
-        raise TypeError(f"attention_depth must be an int, got {type(attention_depth).__name__}")
-    if not 0 <= attention_depth <= most:
+    if not 0 <= _check_int("attention_depth", attention_depth) <= most:
         raise ValueError(f"attention_depth must be from 0 to {most}, got {attention_depth}")
 
 
 def _check_kernel_size(kernel_size: object) -> None:
-    if isinstance(kernel_size, bool) or kernel_size not in (1, 3):
+    if not isinstance(kernel_size, int) or isinstance(kernel_size, bool) or kernel_size not in (1, 3):
         raise ValueError(f"kernel_size must be 1 or 3, got {kernel_size!r}")
 
 

@@ -470,6 +470,7 @@ TABLE: list[tuple[Callable, dict, list[tuple[dict, type[Exception], str]]]] = [
             ({"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
             ({"heads": 2.0}, TypeError, "heads must be an int, got float"),
             ({"kernel_size": True}, ValueError, "kernel_size must be 1 or 3, got True"),
+            ({"kernel_size": 3.0}, ValueError, "kernel_size must be 1 or 3, got 3.0"),
             ({"implementation": "cudnn"}, ValueError, f"{NAMES}'cudnn'"),
             ({"dtype": torch.int64}, TypeError, f"{DTYPES}torch.int64"),
             ({"dtype": "float32"}, TypeError, f"{DTYPES}'float32'"),
