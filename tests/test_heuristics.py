@@ -176,9 +176,9 @@ def test_shares_of_3x3_weights_take_no_more_than_an_eighth_of_dz_or_one_an_image
         "ieee", True,
     )  # fmt: skip
     share, dz = 9 * heads * channels * 4, size.numel() * itemsize
-    assert plan.programs * share <= max(dz // 8, images * share)
     programs, chunks, _ = plan.mask_weights.grid
-    assert programs == plan.programs >= min(images, 132 // chunks, dz // 8 // share)
+    assert programs * share <= max(dz // 8, images * share) and plan.weights.sizes == (programs, images)
+    assert programs >= min(images, 132 // chunks, dz // 8 // share)
     programs, chunks, _ = plan.gradient.grid
     items, splits = plan.gradient.sizes[:2]
     assert programs == min(items, max(1, 2 * 132 // chunks)) and items == images * splits

@@ -1,7 +1,7 @@
 """One process or several: torchrun starts them, this module tells them apart. NCCL on GPUs, gloo on CPUs."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -46,14 +46,18 @@ class Processes:
     def take_buffers(self, model: nn.Module) -> None:
         """Gives every process the first one's running statistics."""
         if self.world > 1:
-            for buffer in model.buffers():
-                dist.broadcast(buffer, 0)
+            _take_from_the_first(model.buffers())
 
     def wrapped(self, model: nn.Module) -> nn.Module:
         """The model, with every weight and statistic as the first process has it, whose gradients are means over all
         processes. Running statistics stay each process's own from here on (take_buffers).
         """
         return model if self.world == 1 else _Averaged(model, self.bucket_mb)
+
+
+def _take_from_the_first(tensors: Iterable[Tensor]) -> None:
+    for tensor in tensors:
+        dist.broadcast(tensor.detach(), 0)
 
 
 class _Averaged(nn.Module):
@@ -66,8 +70,7 @@ class _Averaged(nn.Module):
 
     def __init__(self, model: nn.Module, bucket_mb: float) -> None:
         super().__init__()
-        for tensor in (*model.parameters(), *model.buffers()):
-            dist.broadcast(tensor.detach(), 0)
+        _take_from_the_first((*model.parameters(), *model.buffers()))
         self.model, self._least_bytes = model, bucket_mb * 2**20
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._count = self._left = len(trained)
@@ -105,20 +108,17 @@ class _Averaged(nn.Module):
 
 
 @contextmanager
-def processes(device: str | None, patience: timedelta | None = None, bucket_mb: float = 25.0) -> Iterator[Processes]:
+def processes(device: str, patience: timedelta | None = None, bucket_mb: float = 25.0) -> Iterator[Processes]:
     """What torchrun started (in a group of the caller's, where one is initialised), or this process alone.
 
-    device: "cpu", "cuda", or None for a GPU where there is one. patience: how long processes wait for each other.
+    device: "cpu" or "cuda", which must be there. patience: how long processes wait for each other.
     bucket_mb: as Processes has it.
 
-    Raises ValueError where a GPU is asked for and missing, or torchrun started more processes here than there are GPUs.
+    Raises ValueError where torchrun started more processes here than there are GPUs.
     """
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda was given and torch sees no CUDA device")
     rank, world, local = (int(os.environ.get(name, default)) for name, default in _ENVIRONMENT)
     place = torch.device("cpu")
-    if kind == "cuda":
+    if device == "cuda":
         if local >= torch.cuda.device_count():
             raise ValueError(f"torchrun must start one process per GPU, {torch.cuda.device_count()} here, got more")
         place = torch.device("cuda", local if world > 1 else torch.cuda.current_device())
@@ -128,7 +128,7 @@ def processes(device: str | None, patience: timedelta | None = None, bucket_mb: 
         return
     is_ours = not dist.is_initialized()
     if is_ours:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=patience)
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=patience)
     try:
         yield Processes(rank, world, place, bucket_mb)
     finally:

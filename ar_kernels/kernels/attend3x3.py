@@ -877,8 +877,8 @@ def _map_gradient(
     tile = 64 if cut.half and row_tile <= 128 else 32 if cut.half else 16
     # Registers hold the sums of 256 channels on Hopper, half as many elsewhere, beside a tile of another gradient,
     # where dZ is not stored as its sums lie, and where heads are counted by division.
-    odd = heads != next_power_of_2(heads)
-    most = 256 >> (not cut.hopper) + (up_strides is not None) + (dz.unit != "c") + odd
+    divided = heads != next_power_of_2(heads)
+    most = 256 >> (not cut.hopper) + (up_strides is not None) + (dz.unit != "c") + divided
     channel_tile = cut.channel_tile(64 * most, most, row_tile)
     chunks = -(-channels // channel_tile)
     splits, length = cut.splits(images, chunks, tile)
@@ -923,7 +923,6 @@ class _Backward(NamedTuple):
     sums: _Sums | None
     gradient: Launch | None
     mask_weights: Launch | None
-    programs: int  # of mask_weights, each with its share of dW_H
     weights: Launch | None
 
 
@@ -955,21 +954,20 @@ def _backward_plan(
         CHUNK_TILE=next_power_of_2(chunks), **constants,
     )  # fmt: skip
     sums = gradient = mask_weights = weights = None
-    programs = 0
     if has_dw or dz_strides is not None:
         sums = _sums(cut, images, heads, True, deltas[1])
     if dz_strides is not None:
         gradient = _map_gradient(cut, sizes, up_strides, dz_strides, dtype, heads, precision)
     if has_dw:
         mask_weights = _mask_weights(cut, sizes, heads)
-        programs = mask_weights.grid[0]
     if has_dw or has_dt:
         tile = min(64, next_power_of_2(channels))
         weights = Launch(
-            weight_sums_kernel, (TAPS * heads * (has_dw + has_dt), -(-channels // tile)), (programs, images),
+            weight_sums_kernel, (TAPS * heads * (has_dw + has_dt), -(-channels // tile)),
+            (0 if mask_weights is None else mask_weights.grid[0], images),
             C=channels, HEADS=heads, TAPS=TAPS, C_TILE=tile, R_TILE=64, num_warps=4,
         )  # fmt: skip
-    return _Backward(gate_sums, parts, deltas, gates, sums, gradient, mask_weights, programs, weights)
+    return _Backward(gate_sums, parts, deltas, gates, sums, gradient, mask_weights, weights)
 
 
 def attend3x3_backward(
@@ -1025,7 +1023,7 @@ def attend3x3_backward(
         maps = framed_maps(z, 2 * heads)
         plan.sums(lse, z, dp, None, logits, lse, delta, grad_lse, grad_logits, scale, maps)
     if plan.mask_weights is not None:
-        shares = lse.new_empty(plan.programs, TAPS, heads, channels)
+        shares = lse.new_empty(plan.mask_weights.grid[0], TAPS, heads, channels)
         plan.mask_weights(z, maps, unscale, shares)
     if plan.weights is not None:
         plan.weights(shares, pooled, dt, dw, dscore_w, dscore_b)
