@@ -80,7 +80,7 @@ def test_a_step_is_a_function_of_seed_and_step_in_any_number_of_shares(device):
         assert torch.equal(torch.cat([share[1] for share in shares]), labels)
     assert not torch.equal(pictures.train_batch(2, 3, 8)[0], first)
     assert first.shape == (8, 3, 32, 32) and abs(first.mean()) < 0.1 and abs(first.std() - 1) < 0.1
-    with pytest.raises(ValueError, match="at most the 20 training images and divisible by 3 processes, got 8"):
+    with pytest.raises(ValueError, match="from 1 to the 20 training images and divisible by 3 processes, got 8"):
         pictures.train_batch(0, 1, 8, 0, 3)
 
 
