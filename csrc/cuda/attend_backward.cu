@@ -1,0 +1,270 @@
+// The backward sweep of channels_last maps of many channels, on Hopper: one read of the map, one write of its gradient.
+//
+//   l = W_H Z,  dA = dP Z,  a = exp(l + b_H - lse),  dl = a (dA - delta) + direct
+//   dZ = W_H^T dl + dP^T a (+ dP_mean / S) (+ upstream),  dW_H += dl Z^T
+//
+// A tile turns into its dZ where it lies, and leaves by the copy engine.
+//
+// W_H and dP lie side by side, row 2 k and 2 k + 1 of one matrix, and so do dl and a: one product makes l and dA, one
+// makes dZ.
+
+#include "attend_backward.h"
+
+#include <algorithm>
+
+#include "sweep.cuh"
+
+namespace ar_kernels {
+
+namespace {
+
+// kTiles: of 16 positions, in a tile.
+template <class T, int kPlanes, int kTiles>
+__global__ void __launch_bounds__(32 * (kPlanes == 2 && kTiles == 2 ? 12 : kMostWarps), 1)
+    backward_kernel(const __grid_constant__ CUtensorMap z_map, const __grid_constant__ CUtensorMap upstream_map,
+                    const __grid_constant__ CUtensorMap dz_map, const __grid_constant__ BackwardSweep a,
+                    const __grid_constant__ Cut cut) {
+#if AR_HOPPER
+  constexpr int kBlocks = kPlanes * kPlane / 16;  // of 16 channels, of a warp
+  constexpr int kEntries = 16 * kTiles * kHeads;  // positions and heads of a tile
+  extern __shared__ uint8_t unaligned[];
+  uint8_t* memory = unaligned + (-shared_address(unaligned) & 1023);
+  const uint32_t base = shared_address(memory);
+  const bool tapped = a.upstream.data != nullptr;
+  const auto full = [&](int stage) { return base + cut.barriers + 8 * stage; };
+  const int64_t items = static_cast<int64_t>(a.images) * cut.tiles;
+  const int begin = static_cast<int>(items * blockIdx.x / gridDim.x);
+  const int end = static_cast<int>(items * (blockIdx.x + 1) / gridDim.x);
+
+  // One thread asks for all copies.
+  const auto load = [&](int item, int stage) {
+    const uint32_t to = base + stage * cut.stage_bytes, bytes = cut.planes * cut.tile * 2 * kPlane;
+    const int image = item / cut.tiles, position = item % cut.tiles * cut.tile;
+    barrier_arrive_expect(full(stage), bytes * (1 + tapped));
+    tensor_load(to, &z_map, 0, position, 0, image, full(stage), kEvictFirst);
+    if (tapped) tensor_load(to + cut.map_bytes, &upstream_map, 0, position, 0, image, full(stage), kEvictFirst);
+  };
+  const auto store = [&](int item, int stage) {
+    const int image = item / cut.tiles, position = item % cut.tiles * cut.tile;
+    tensor_store(&dz_map, base + stage * cut.stage_bytes, 0, position, 0, image, kEvictNormal);
+    bulk_commit();
+  };
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < cut.stages; ++stage) barrier_init(full(stage), 1);
+    fence_barrier_init();
+    for (int stage = 0; stage < cut.stages && begin + stage < end; ++stage) load(begin + stage, stage);
+  }
+
+  // A lane's place in what a warp has of a matrix: row `row`, columns 2 * column and + 1 (primitives.cuh).
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
+  const int threads = blockDim.x, first_channel = warp * kPlanes * kPlane;
+  float* parts = reinterpret_cast<float*>(memory + cut.parts);       // [warps, 16 kTiles, 2 kHeads]
+  uint32_t* masks = reinterpret_cast<uint32_t*>(memory + cut.rest);  // [16 kTiles, kHeads]: dl and a
+  const uint32_t spare = cut.rest + kEntries * 4;                    // where rows go that are not there
+
+  const auto address = [&](int tile, int b) { return matrix_row(cut, warp * kPlanes + b / 4, b % 4, tile); };
+
+  uint32_t weights[kBlocks][2];     // W_H and dP by rows: the products over channels
+  uint32_t transposes[kBlocks][2];  // the same by columns: dZ
+  uint32_t average[kBlocks][2];     // dP of the mean
+  float sums[kBlocks][4];           // dW_H in even columns
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[b][i] = 0;
+  float scale = 1, inverse = 1, shift = 0, delta = 0;  // of this thread's head, in the sum over warps
+  const float share = a.mean ? 1.f / a.positions : 0.f;
+  const int head = threadIdx.x % kHeads;
+
+  __syncthreads();
+  int image = -1, stage = 0, stage_before = 0;
+  uint32_t parity = 0;
+  for (int item = begin; item < end; ++item) {
+    const int position = item % cut.tiles * cut.tile, count = min(cut.tile, a.positions - position);
+    if (item / cut.tiles != image) {
+      image = item / cut.tiles;
+      const T* pairs = static_cast<const T*>(a.pairs) +
+                       static_cast<int64_t>(image) * (a.heads + a.mean) * 2 * a.channels + first_channel + 2 * column;
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const T* channel = pairs + 16 * b + 8 * half;
+          weights[b][half] = row < 2 * a.heads ? *reinterpret_cast<const uint32_t*>(channel + row * a.channels) : 0;
+          average[b][half] = a.mean ? *reinterpret_cast<const uint32_t*>(channel + (2 * a.heads + 1) * a.channels) : 0;
+        }
+      if (head < a.heads) {
+        shift = a.lse[image * a.heads + head] - (a.b.data == nullptr ? 0.f : value_of(a.b, head));
+        delta = a.delta[image * a.heads + head];
+      }
+      if (a.unscale != nullptr) {  // the sums too come into this image's scale
+        const float before = inverse;
+        inverse = a.unscale[image];
+        scale = 1 / inverse;
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sums[b][i] *= before * scale;
+      }
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) transposes[b][half] = transposed(weights[b][half]);
+    }
+
+    const uint32_t z = base + stage * cut.stage_bytes;
+    barrier_wait(full(stage), parity);
+
+    // l and dA, of this warp's channels.
+    float both[kTiles][2][4];  // two chains of products that don't wait for each other
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) both[tile][i / 4][i % 4] = 0;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        uint32_t fragment[4];
+        load_matrix(fragment, z + address(tile, b));
+        mma<T>(both[tile][b % 2], fragment, weights[b][0], weights[b][1]);
+      }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        *reinterpret_cast<float2*>(parts + ((warp * kTiles + tile) * 16 + 8 * half + row) * 2 * kHeads + 2 * column) =
+            make_float2(both[tile][0][2 * half] + both[tile][1][2 * half],
+                        both[tile][0][2 * half + 1] + both[tile][1][2 * half + 1]);
+    __syncthreads();
+    if (threadIdx.x == 0 && item > begin) store(item - 1, stage_before);
+
+    // Of all channels; dl and a.
+    for (int entry = threadIdx.x; entry < kEntries; entry += threads) {
+      float2 sum = {0, 0};
+#pragma unroll 4
+      for (int other = 0; other < cut.warps; ++other) {
+        const float2 part = *reinterpret_cast<const float2*>(parts + 2 * (other * kEntries + entry));
+        sum = make_float2(sum.x + part.x, sum.y + part.y);
+      }
+      const int s = entry / kHeads;
+      float mask = 0, gradient = 0;
+      if (s < count && head < a.heads) {
+        mask = __expf(sum.x - shift);
+        gradient = mask * (sum.y - delta);
+        if (a.grad_logits != nullptr)
+          gradient +=
+              scale * a.grad_logits[(static_cast<int64_t>(image) * a.heads + head) * a.positions + position + s];
+      }
+      masks[entry] = packed<T>(gradient, mask);
+    }
+    __syncthreads();
+
+    uint32_t by_position[kTiles][2], by_head[kTiles][2];
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        by_position[tile][half] = masks[(16 * tile + 8 * half + row) * kHeads + column];
+        by_head[tile][half] = transposed(by_position[tile][half]);
+      }
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      if (a.dw != nullptr)
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          uint32_t fragment[4];
+          load_matrix_transposed(fragment, z + address(tile, b));
+          const uint32_t by_channel[4] = {fragment[0], fragment[2], fragment[1], fragment[3]};
+          mma<T>(sums[b], by_channel, by_head[tile][0], by_head[tile][1]);
+        }
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        uint32_t gradient[4], upstream[4];
+        if (tapped) load_matrix(upstream, z + cut.map_bytes + address(tile, b));
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float2 mean = unpacked<T>(average[b][half]);
+          float values[4] = {mean.x * share, mean.y * share, mean.x * share, mean.y * share};
+          mma<T>(values, by_position[tile], transposes[b][half]);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            float2 value = {values[2 * i] * inverse, values[2 * i + 1] * inverse};
+            if (tapped) {
+              const float2 more = unpacked<T>(upstream[2 * half + i]);
+              value = make_float2(value.x + more.x, value.y + more.y);
+            }
+            gradient[2 * half + i] = packed<T>(value.x, value.y);
+          }
+        }
+        const bool real = 16 * tile + lane % 16 < cut.tile;
+        store_matrix(real ? z + address(tile, b) : base + spare, gradient);
+      }
+    }
+    fence_proxy_async();
+    if (threadIdx.x == 0 && item > begin && item - 1 + cut.stages < end) {
+      bulk_wait_read<0>();
+      load(item - 1 + cut.stages, stage_before);
+    }
+    stage_before = stage;
+    if (++stage == cut.stages) stage = 0, parity ^= 1;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) store(end - 1, stage_before);
+
+  if (a.dw != nullptr && column < a.heads) {
+    float* dw = a.dw + (static_cast<int64_t>(blockIdx.x) * a.heads + column) * a.channels + first_channel + row;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      dw[16 * b] = sums[b][0] * inverse;
+      dw[16 * b + 8] = sums[b][2] * inverse;
+    }
+  }
+  if (threadIdx.x == 0) bulk_wait_read<0>();
+#endif  // AR_HOPPER
+}
+
+constexpr int kRest = 32 * kHeads * 4 + 16;
+
+Cut backward_cut(const BackwardSweep& a) {
+  return cut_of(a.channels, a.positions, a.upstream.data == nullptr ? 1 : 2, kRest);
+}
+
+template <class T, int kPlanes, int kTiles>
+cudaError_t sweep(const BackwardSweep& a, const Cut& cut, cudaStream_t stream) {
+  CUtensorMap z, upstream, dz;
+  const bool encoded = encode<T>(&z, a.z, a.images, a.positions, cut) &&
+                       encode<T>(&dz, a.dz, a.images, a.positions, cut) &&
+                       encode<T>(&upstream, a.upstream.data == nullptr ? a.z : a.upstream, a.images, a.positions, cut);
+  if (!encoded) return cudaErrorInvalidValue;
+  return launch(backward_kernel<T, kPlanes, kTiles>, backward_programs(a), cut, stream, z, upstream, dz, a, cut);
+}
+
+template <class T>
+cudaError_t sweep(const BackwardSweep& a, cudaStream_t stream) {
+  const Cut cut = backward_cut(a);
+  const bool two = cut.warps < cut.planes;
+  if (cut.tile <= 16) return two ? sweep<T, 2, 1>(a, cut, stream) : sweep<T, 1, 1>(a, cut, stream);
+  return two ? sweep<T, 2, 2>(a, cut, stream) : sweep<T, 1, 2>(a, cut, stream);
+}
+
+}  // namespace
+
+bool can_sweep_backward(const BackwardSweep& a) {
+  if (a.kind != Kind::kHalf && a.kind != Kind::kBFloat16) return false;
+  if (a.heads < 1 || a.heads > kHeads || a.images < 1 || a.dz.data == nullptr) return false;
+  const Cut cut = backward_cut(a);
+  return fits(a.z) && fits(a.upstream) && fits(a.dz) && cut.stages >= 2 &&
+         static_cast<int64_t>(a.images) * cut.tiles < INT32_MAX;
+}
+
+int backward_programs(const BackwardSweep& a) {
+  return static_cast<int>(std::min<int64_t>(static_cast<int64_t>(a.images) * backward_cut(a).tiles, processors()));
+}
+
+cudaError_t sweep_backward(const BackwardSweep& a, cudaStream_t stream) {
+  if (!can_sweep_backward(a)) return cudaErrorInvalidValue;
+  return a.kind == Kind::kHalf ? sweep<__half>(a, stream) : sweep<__nv_bfloat16>(a, stream);
+}
+
+}  // namespace ar_kernels

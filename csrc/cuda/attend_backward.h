@@ -1,0 +1,30 @@
+// The backward sweep of half-precision channels_last maps of many channels on Hopper: what it is told, as plain data.
+#pragma once
+
+#include "sweep.h"
+
+namespace ar_kernels {
+
+struct BackwardSweep {
+  Kind kind;  // of the maps and of pairs: kHalf or kBFloat16
+  int images, channels, positions, heads;
+  ChannelsLast z, upstream, dz;
+  const void* pairs;         // [N, heads (+ 1: the mean's row), 2, C]: W_H and dP
+  bool mean;                 // whether there is such a row
+  Values b;                  // [heads]
+  const float *lse, *delta;  // [N, heads]; δ = Σ_c dP P − dlse
+  const float* unscale;      // [N]: takes what comes of dP out of the image's scale; null: 1
+  const float* grad_logits;  // [N, heads, S] or null
+  float* dw;                 // [backward_programs, heads, C] or null: each program's share of dW_H
+};
+
+// Whether this kernel takes such a sweep, on a GPU that it runs on. What data points to does not count.
+bool can_sweep_backward(const BackwardSweep& a);
+
+// How many programs launch on the current device.
+int backward_programs(const BackwardSweep& a);
+
+// Launches them; cudaErrorInvalidValue where can_sweep_backward is false, or data is not aligned to 16 bytes.
+cudaError_t sweep_backward(const BackwardSweep& a, cudaStream_t stream);
+
+}  // namespace ar_kernels

@@ -1,0 +1,27 @@
+// The forward sweep of half-precision channels_last maps of many channels on Hopper: what it is told, as plain data.
+#pragma once
+
+#include "sweep.h"
+
+namespace ar_kernels {
+
+struct ForwardSweep {
+  Kind kind;  // of the map: kHalf or kBFloat16
+  int images, channels, positions, heads, gated;
+  ChannelsLast z;
+  Values w, b;              // [heads, C], [heads] or null
+  Values score_w, score_b;  // [heads, C], [heads] or null; no gates without score_w
+  float *pooled, *lse;      // [N, heads, C], [N, heads]
+  float *logits, *mean;     // [N, heads, S], [N, C], or null
+  float *scores, *gates;    // [N, heads], [N, gated], or null
+  void* features;           // [N, gated, C] of `kind`, or null
+};
+
+// Whether this kernel takes such a sweep, on a GPU that it runs on. What data points to does not count.
+bool can_sweep_forward(const ForwardSweep& a);
+
+// Launches it on the current device; cudaErrorInvalidValue where can_sweep_forward is false, or the map is not aligned
+// to 16 bytes.
+cudaError_t sweep_forward(const ForwardSweep& a, cudaStream_t stream);
+
+}  // namespace ar_kernels

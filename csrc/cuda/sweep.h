@@ -1,0 +1,23 @@
+// What the Hopper kernels are told of tensors, as plain data.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+#include "../cpu/kind.h"
+
+namespace ar_kernels {
+
+// A small contiguous tensor of float16, bfloat16 or float32; null where there is none.
+struct Values {
+  const void* data;
+  Kind kind;
+};
+
+// A map [N, C, S] whose channels lie side by side; strides of images and positions in elements. Null: there is none.
+struct ChannelsLast {
+  void* data;
+  int64_t image, position;
+};
+
+}  // namespace ar_kernels
