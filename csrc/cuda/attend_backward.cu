@@ -237,7 +237,8 @@ cudaError_t sweep(const BackwardSweep& a, const Cut& cut, cudaStream_t stream) {
                        encode<T>(&dz, a.dz, a.images, a.positions, cut) &&
                        encode<T>(&upstream, a.upstream.data == nullptr ? a.z : a.upstream, a.images, a.positions, cut);
   if (!encoded) return cudaErrorInvalidValue;
-  return launch(backward_kernel<T, kPlanes, kTiles>, backward_programs(a), cut, stream, z, upstream, dz, a, cut);
+  return launch(backward_kernel<T, kPlanes, kTiles>, backward_programs(a), 32 * cut.warps, cut.bytes, stream, z,
+                upstream, dz, a, cut);
 }
 
 template <class T>
@@ -254,7 +255,8 @@ bool can_sweep_backward(const BackwardSweep& a) {
   if (a.kind != Kind::kHalf && a.kind != Kind::kBFloat16) return false;
   if (a.heads < 1 || a.heads > kHeads || a.images < 1 || a.dz.data == nullptr) return false;
   const Cut cut = backward_cut(a);
-  return fits(a.z) && fits(a.upstream) && fits(a.dz) && cut.stages >= 2 &&
+  const bool upstream = a.upstream.data == nullptr || is_channels_last(a.upstream);
+  return is_channels_last(a.z) && upstream && is_channels_last(a.dz) && cut.stages >= 2 &&
          static_cast<int64_t>(a.images) * cut.tiles < INT32_MAX;
 }
 

@@ -8,7 +8,7 @@ namespace ar_kernels {
 struct BackwardSweep {
   Kind kind;  // of the maps and of pairs: kHalf or kBFloat16
   int images, channels, positions, heads;
-  ChannelsLast z, upstream, dz;
+  Map z, upstream, dz;
   const void* pairs;         // [N, heads (+ 1: the mean's row), 2, C]: W_H and dP
   bool mean;                 // whether there is such a row
   Values b;                  // [heads]
@@ -26,5 +26,10 @@ int backward_programs(const BackwardSweep& a);
 
 // Launches them; cudaErrorInvalidValue where can_sweep_backward is false, or data is not aligned to 16 bytes.
 cudaError_t sweep_backward(const BackwardSweep& a, cudaStream_t stream);
+
+// The same of NCHW maps, without an upstream gradient.
+bool can_sweep_backward_rows(const BackwardSweep& a);
+int backward_rows_programs(const BackwardSweep& a);
+cudaError_t sweep_backward_rows(const BackwardSweep& a, cudaStream_t stream);
 
 }  // namespace ar_kernels

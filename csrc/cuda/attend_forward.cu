@@ -9,6 +9,7 @@
 
 #include <algorithm>
 
+#include "gates.cuh"
 #include "sweep.cuh"
 
 namespace ar_kernels {
@@ -16,26 +17,6 @@ namespace ar_kernels {
 namespace {
 
 constexpr int kMean = kHeads;  // the column of the mean
-constexpr uint32_t kAll = 0xffffffff;
-
-// The largest of a warp's values, or NaN where one is.
-__device__ __forceinline__ float warp_maximum(float value) {
-  // Floats as integers of the same order, NaN above all.
-  const int bits = value != value ? 0x7fffffff : __float_as_int(value);
-  const int most = __reduce_max_sync(kAll, bits ^ (bits >> 31 & 0x7fffffff));
-  return __int_as_float(most ^ (most >> 31 & 0x7fffffff));
-}
-
-__device__ __forceinline__ float warp_sum(float value) {
-#pragma unroll
-  for (int lanes = 1; lanes < 32; lanes *= 2) value += __shfl_xor_sync(kAll, value, lanes);
-  return value;
-}
-
-__device__ __forceinline__ float gate_tanh(float t) {
-  const float e = __expf(-2.f * fabsf(t)), y = (1.f - e) / (1.f + e);
-  return t < 0 ? -y : y;
-}
 
 // Two adjacent weights of a row, in the map's dtype.
 template <class T>
@@ -244,19 +225,9 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
       if (row == 0 && k + i < kHeads) score_parts[warp * kHeads + k + i] = t[i];
     }
     __syncthreads();
-    float gates[kHeads], total = 0;
-#pragma unroll
-    for (int j = 0; j < kHeads; ++j) {
-      float score = a.score_b.data != nullptr && j < a.heads ? value_of(a.score_b, j) : 0.f;
-      for (int other = 0; other < warps; ++other) score += score_parts[other * kHeads + j];
-      if (threadIdx.x == 0 && j < a.heads) a.scores[image * a.heads + j] = score;
-      gates[j] = j < a.gated ? __expf(gate_tanh(score)) : 0.f;
-      total += gates[j];
-    }
-#pragma unroll
-    for (int j = 0; j < kHeads; ++j)
-      if (threadIdx.x == 0 && j < a.gated) a.gates[image * a.gated + j] = gates[j] / total;
-    const float gate[2] = {(column == 0 ? gates[0] : gates[2]) / total, (column == 0 ? gates[1] : gates[3]) / total};
+    float gates[kHeads];
+    make_gates(a, image, score_parts, warps, gates);
+    const float gate[2] = {column == 0 ? gates[0] : gates[2], column == 0 ? gates[1] : gates[3]};
     T* features = static_cast<T*>(a.features) + (static_cast<int64_t>(image) * a.gated + k) * a.channels;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
@@ -275,8 +246,8 @@ template <class T, int kPlanes, int kTiles>
 cudaError_t sweep(const ForwardSweep& a, const Cut& cut, cudaStream_t stream) {
   CUtensorMap z;
   if (!encode<T>(&z, a.z, a.images, a.positions, cut)) return cudaErrorInvalidValue;
-  return launch(forward_kernel<T, kPlanes, kTiles>, std::min(a.images, processors()), cut, stream, z, a, cut,
-                layout(cut.warps));
+  return launch(forward_kernel<T, kPlanes, kTiles>, std::min(a.images, processors()), 32 * cut.warps, cut.bytes, stream,
+                z, a, cut, layout(cut.warps));
 }
 
 template <class T>
@@ -292,7 +263,7 @@ cudaError_t sweep(const ForwardSweep& a, cudaStream_t stream) {
 bool can_sweep_forward(const ForwardSweep& a) {
   if (a.kind != Kind::kHalf && a.kind != Kind::kBFloat16) return false;
   if (a.w.kind != a.kind && a.w.kind != Kind::kFloat) return false;
-  if (a.heads < 1 || a.heads > kHeads || a.images < 1 || !fits(a.z)) return false;
+  if (a.heads < 1 || a.heads > kHeads || a.images < 1 || !is_channels_last(a.z)) return false;
   const Cut cut = forward_cut(a);
   return cut.stages >= 2 && static_cast<int64_t>(a.images) * cut.tiles < INT32_MAX;
 }

@@ -8,7 +8,7 @@ namespace ar_kernels {
 struct ForwardSweep {
   Kind kind;  // of the map: kHalf or kBFloat16
   int images, channels, positions, heads, gated;
-  ChannelsLast z;
+  Map z;
   Values w, b;              // [heads, C], [heads] or null
   Values score_w, score_b;  // [heads, C], [heads] or null; no gates without score_w
   float *pooled, *lse;      // [N, heads, C], [N, heads]
@@ -23,5 +23,9 @@ bool can_sweep_forward(const ForwardSweep& a);
 // Launches it on the current device; cudaErrorInvalidValue where can_sweep_forward is false, or the map is not aligned
 // to 16 bytes.
 cudaError_t sweep_forward(const ForwardSweep& a, cudaStream_t stream);
+
+// The same of NCHW maps.
+bool can_sweep_forward_rows(const ForwardSweep& a);
+cudaError_t sweep_forward_rows(const ForwardSweep& a, cudaStream_t stream);
 
 }  // namespace ar_kernels

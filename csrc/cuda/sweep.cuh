@@ -8,14 +8,13 @@
 
 #include "primitives.cuh"
 #include "sweep.h"
+#include "values.cuh"
 
 namespace ar_kernels {
 
-constexpr int kHeads = 4;   // the most; with something beside each, the 8 columns of a product's narrow side
 constexpr int kPlane = 64;  // channels of 128 bytes, as wide as the copy engine's swizzle
 constexpr int kMostWarps = 16;
 constexpr int kMostStages = 6;
-constexpr int kSharedBytes = 227 * 1024;
 constexpr int kTileBytes = 64 * 1024;  // the most of a stage: three fit
 
 // How an image is cut, and where what lies in shared memory.
@@ -50,19 +49,13 @@ inline Cut cut_of(int channels, int positions, int maps, int rest) {
   return cut;
 }
 
-inline bool fits(const ChannelsLast& map) {
-  return map.data == nullptr || (map.image > 0 && map.image % 8 == 0 && map.position > 0 && map.position % 8 == 0);
-}
-
-inline int processors() {
-  int device = 0, count = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
+// Whether the copy engine can bring tiles of it.
+inline bool is_channels_last(const Map& map) {
+  return map.channel == 1 && map.image > 0 && map.image % 8 == 0 && map.position > 0 && map.position % 8 == 0;
 }
 
 template <class T>
-bool encode(CUtensorMap* tensor, const ChannelsLast& map, int images, int positions, const Cut& cut) {
+bool encode(CUtensorMap* tensor, const Map& map, int images, int positions, const Cut& cut) {
   const uint64_t step = sizeof(T);
   return encode_map<T, 4>(
       tensor, map.data,
@@ -71,35 +64,12 @@ bool encode(CUtensorMap* tensor, const ChannelsLast& map, int images, int positi
       {kPlane, static_cast<uint32_t>(cut.tile), static_cast<uint32_t>(cut.planes), 1}, CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
-// One block's launch of a kernel of `programs` of them.
-template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int programs, const Cut& cut, cudaStream_t stream,
-                   const Arguments&... arguments) {
-  const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (error != cudaSuccess) return error;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(programs);
-  config.blockDim = dim3(32 * cut.warps);
-  config.dynamicSmemBytes = cut.bytes;
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
-
 // The offset of a lane's row of 16 positions by 16 channels in a tile: matrices 0 and 1 are positions 0 to 7 and 8 to
 // 15 of the first eight channels, 2 and 3 of the others. Positions that a tile has not are its last one once more: what
 // they make is not used, but another warp may be writing where they would be.
 __device__ __forceinline__ uint32_t matrix_row(const Cut& cut, int plane, int channels16, int positions16) {
   const int lane = threadIdx.x % 32, position = min(16 * positions16 + lane % 16, cut.tile - 1);
   return swizzled(plane * cut.tile + position, channels16 * 2 + lane / 16);
-}
-
-__device__ __forceinline__ float value_of(const Values& values, int index) {
-  switch (values.kind) {
-    case Kind::kHalf: return __half2float(static_cast<const __half*>(values.data)[index]);
-    case Kind::kBFloat16: return __bfloat162float(static_cast<const __nv_bfloat16*>(values.data)[index]);
-    default: return static_cast<const float*>(values.data)[index];
-  }
 }
 
 }  // namespace ar_kernels

@@ -14,10 +14,10 @@ struct Values {
   Kind kind;
 };
 
-// A map [N, C, S] whose channels lie side by side; strides of images and positions in elements. Null: there is none.
-struct ChannelsLast {
+// A map [N, C, S] and its strides in elements; null where there is none.
+struct Map {
   void* data;
-  int64_t image, position;
+  int64_t image, channel, position;
 };
 
 }  // namespace ar_kernels

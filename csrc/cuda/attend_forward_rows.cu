@@ -1,0 +1,137 @@
+// The forward sweep of NCHW maps with rows of any length, on Hopper (rows.cuh): one read of the map from memory, a
+// second one of a part of it from L2.
+//
+//   l = W_H Z + b_H,  A = softmax over positions of l,  P = A Z^T,  lse = log sum exp l
+//   t_k = W_G[k] . P_k + b_G[k],  g = softmax over heads of tanh t,  x = g P
+//
+// The first sweep makes l, the second the rest. The mean over positions is one more row of P, whose weights are 1.
+
+#include <algorithm>
+
+#include "attend_forward.h"
+#include "gates.cuh"
+#include "rows.cuh"
+
+namespace ar_kernels {
+
+namespace {
+
+constexpr int kMean = kHeads;  // the column of the mean
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1)
+    forward_rows_kernel(const __grid_constant__ ForwardSweep a, const __grid_constant__ RowsCut cut) {
+#if AR_HOPPER
+  extern __shared__ __align__(128) uint8_t memory[];
+  const int begin = static_cast<int>(static_cast<int64_t>(a.images) * blockIdx.x / gridDim.x);
+  const int end = static_cast<int>(static_cast<int64_t>(a.images) * (blockIdx.x + 1) / gridDim.x);
+  Slots slots(cut, static_cast<const T*>(a.z.data) + begin * a.z.image, a.z.image * sizeof(T), end - begin, memory);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
+  const int positions = a.positions, channels = a.channels;
+  const OwnRows own(slots, positions);
+  T* weights = reinterpret_cast<T*>(memory + cut.weights);       // [C, 8]
+  T* masks = reinterpret_cast<T*>(memory + cut.masks) + 16 * 8;  // [S, 8], zeros around
+  float* totals = reinterpret_cast<float*>(memory + cut.rest);   // [kHeads]
+  float* score_parts = totals + kHeads;                          // [kWarps, kHeads]
+  for (int i = threadIdx.x; i < 8 * channels; i += kThreads)
+    weights[i] = rounded<T>(i % 8 < a.heads ? value_of(a.w, i % 8 * channels + i / 8) : 0.f);
+  for (int i = threadIdx.x; i < (16 * cut.tiles + 32) * 8; i += kThreads) {
+    const int position = i / 8 - 16;
+    masks[i - 16 * 8] = rounded<T>(i % 8 == kMean && position >= 0 && position < positions ? 1.f : 0.f);
+  }
+  __syncthreads();
+
+  for (int64_t image = begin; image < end; ++image) {
+    sum_over_channels<T>(slots, static_cast<int>(image) - begin, positions);
+    if (warp < a.heads) {  // a warp for each head's softmax
+      const int k = warp;
+      const float bias = a.b.data == nullptr ? 0.f : value_of(a.b, k);
+      float most = -INFINITY, total = 0;
+      for (int position = lane; position < positions; position += 32) {
+        const float2 pair = class_sum(slots, positions, position, k / 2);
+        most = maximum(most, (k % 2 == 0 ? pair.x : pair.y) + bias);
+      }
+      most = warp_maximum(most);
+      const float start = origin(most);
+      for (int position = lane; position < positions; position += 32) {
+        const float2 pair = class_sum(slots, positions, position, k / 2);
+        const float logit = (k % 2 == 0 ? pair.x : pair.y) + bias, mask = __expf(logit - start);
+        if (a.logits != nullptr) a.logits[(image * a.heads + k) * positions + position] = logit;
+        masks[position * 8 + k] = rounded<T>(mask);
+        total += mask;
+      }
+      total = warp_sum(total);
+      if (lane == 0) {
+        totals[k] = total;
+        a.lse[image * a.heads + k] = start + __logf(total);
+      }
+    }
+    __syncthreads();
+
+    // Columns 2 * column and + 1 of P.
+    const int k = 2 * column;
+    const float low = 1 / (k < a.heads ? totals[k] : positions), high = 1 / (k + 1 < a.heads ? totals[k + 1] : 1.f);
+    float* pooled = a.pooled + (image * a.heads + k) * channels;
+    float t[2] = {0, 0};
+    for (int chunk = cut.chunks - 1; chunk >= 0; --chunk) {
+      const int slot = slots.wait(static_cast<int>(image) - begin, chunk, true);
+      float sums[4];
+      own.sum_over_positions<T>(slots, slots.base + slot * cut.chunk_bytes, positions, sums);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int channel = chunk * kChunk + own.first + cut.classes * (row + i / 2 * 8);
+        const float value = sums[i] * (i % 2 == 0 ? low : high);
+        if (k + i % 2 < a.heads) {
+          pooled[i % 2 * channels + channel] = value;
+          if (a.gated > 0) t[i % 2] += value * value_of(a.score_w, (k + i % 2) * channels + channel);
+        }
+        if (k + i % 2 == kMean && a.mean != nullptr) a.mean[image * channels + channel] = value;
+      }
+      __syncthreads();
+      if (threadIdx.x == 0) slots.ask(slot);
+    }
+    if (a.gated == 0) continue;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      for (int lanes = 4; lanes < 32; lanes *= 2) t[i] += __shfl_xor_sync(kAll, t[i], lanes);
+      if (row == 0 && k + i < kHeads) score_parts[warp * kHeads + k + i] = t[i];
+    }
+    __syncthreads();
+    float gates[kHeads];
+    make_gates(a, image, score_parts, kWarps, gates);
+    // Other threads of the block have written some of it.
+    const float* all = a.pooled + image * a.heads * channels;
+    T* features = static_cast<T*>(a.features) + image * a.gated * channels;
+#pragma unroll
+    for (int j = 0; j < kHeads; ++j)
+      if (j < a.gated)
+        for (int channel = threadIdx.x; channel < channels; channel += kThreads)
+          features[j * channels + channel] = rounded<T>(gates[j] * all[j * channels + channel]);
+  }
+#endif  // AR_HOPPER
+}
+
+constexpr int kRest = (kHeads + kWarps * kHeads) * 4;
+
+RowsCut forward_cut(const ForwardSweep& a) { return rows_cut(a.channels, a.positions, kRest); }
+
+template <class T>
+cudaError_t sweep(const ForwardSweep& a, cudaStream_t stream) {
+  const RowsCut cut = forward_cut(a);
+  return launch(forward_rows_kernel<T>, std::min(a.images, processors()), kThreads, cut.bytes, stream, a, cut);
+}
+
+}  // namespace
+
+bool can_sweep_forward_rows(const ForwardSweep& a) {
+  if (a.kind != Kind::kHalf && a.kind != Kind::kBFloat16) return false;
+  if (a.heads < 1 || a.heads > kHeads || a.images < 1) return false;
+  return is_rows(a.z, a.positions) && forward_cut(a).slots >= 2;
+}
+
+cudaError_t sweep_forward_rows(const ForwardSweep& a, cudaStream_t stream) {
+  if (!can_sweep_forward_rows(a)) return cudaErrorInvalidValue;
+  return a.kind == Kind::kHalf ? sweep<__half>(a, stream) : sweep<__nv_bfloat16>(a, stream);
+}
+
+}  // namespace ar_kernels
