@@ -48,12 +48,16 @@ class Calls:
     wavefronts: int
     worst: int
     """Wavefronts of the worst call."""
+    early: int
+    """Rows that ldmatrix read while a copy to them was under way: no mistake if what was read is not looked at."""
 
     def __str__(self) -> str:
         text = f"{Path(self.file).name}:{self.line} {self.name}: {self.calls} calls"
         if self.matrices:
             ideal, mean = self.matrices / self.calls, self.wavefronts / self.calls
             text += f", {ideal:g} matrices each in {mean:.3g} wavefronts, at worst {self.worst}"
+        if self.early:
+            text += f", {self.early} rows read while a copy to them was under way"
         return text
 
 
