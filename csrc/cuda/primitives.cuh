@@ -5,6 +5,8 @@
 // GPUs, which never launch it.
 //
 // Shared memory is addressed by 32-bit numbers (shared_address), as the instructions want them.
+//
+// With AR_EMULATOR defined, tests/emulator has what stands here in PTX, and kernels run on a CPU.
 #pragma once
 
 #include <cuda.h>  // types only: nothing links libcuda
@@ -15,13 +17,25 @@
 
 #include <type_traits>
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if defined(AR_EMULATOR) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
 #define AR_HOPPER 1
 #else
 #define AR_HOPPER 0
 #endif
 
+#ifdef AR_EMULATOR
+#include "primitives.h"
+#endif
+
 namespace ar_kernels {
+
+#ifndef AR_EMULATOR
+
+// The block's dynamic shared memory.
+__device__ __forceinline__ uint8_t* shared_memory() {
+  extern __shared__ uint8_t dynamic_shared_memory[];
+  return dynamic_shared_memory;
+}
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -78,11 +92,6 @@ __device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t 
 }
 
 // ------------------------------------------------------------------------------------------------ copy engine
-
-// How L2 is to treat the lines of a copy; these words are what createpolicy makes of a fraction of 1.
-constexpr uint64_t kEvictNormal = 0x1000000000000000;
-constexpr uint64_t kEvictFirst = 0x12F0000000000000;  // read once
-constexpr uint64_t kEvictLast = 0x14F0000000000000;   // read again soon
 
 // Order of ordinary accesses to shared memory before later ones by the copy engine: each writing thread, then a
 // barrier, then the thread that asks for the copy. Reads need none: a stage that was read may be filled after a
@@ -160,12 +169,6 @@ __device__ __forceinline__ void tensor_store(const CUtensorMap* map, uint32_t fr
 
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
-// With a swizzle of 128 bytes the copy engine stores the 16-byte chunk c of row r (rows of 128 bytes, the box aligned
-// to 1024) where chunk c ^ (r % 8) would be, so that a column of chunks touches all banks. Offset in bytes of a chunk.
-__device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t chunk) {
-  return row * 128 + ((chunk ^ (row & 7)) << 4);
 }
 
 // ------------------------------------------------------------------------------------------------ barriers of warps
@@ -331,7 +334,27 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[2], uint3
   }
 }
 
+// The larger, or NaN where either is: fmaxf would drop it, and with it what the reference makes of the image.
+__device__ __forceinline__ float maximum(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+#endif  // AR_EMULATOR
+
 // ------------------------------------------------------------------------------------------------ values
+
+// How L2 is to treat the lines of a copy; these words are what createpolicy makes of a fraction of 1.
+constexpr uint64_t kEvictNormal = 0x1000000000000000;
+constexpr uint64_t kEvictFirst = 0x12F0000000000000;  // read once
+constexpr uint64_t kEvictLast = 0x14F0000000000000;   // read again soon
+
+// With a swizzle of 128 bytes the copy engine stores the 16-byte chunk c of row r (rows of 128 bytes, the box aligned
+// to 1024) where chunk c ^ (r % 8) would be, so that a column of chunks touches all banks. Offset in bytes of a chunk.
+__device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t chunk) {
+  return row * 128 + ((chunk ^ (row & 7)) << 4);
+}
 
 // Two values of T in a word, the first in its lower half.
 template <class T>
@@ -367,13 +390,6 @@ __device__ __forceinline__ T rounded(float value) {
 
 // What exponents are counted from: the maximum m, or 0 where that is infinite and nothing could be counted.
 __device__ __forceinline__ float origin(float m) { return fabsf(m) == INFINITY ? 0.f : m; }
-
-// The larger, or NaN where either is: fmaxf would drop it, and with it what the reference makes of the image.
-__device__ __forceinline__ float maximum(float a, float b) {
-  float result;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
-  return result;
-}
 
 // ------------------------------------------------------------------------------------------------ tensor maps
 

@@ -1,0 +1,143 @@
+"""Kernels of csrc/cuda on a CPU, thread for thread: emulator.h says what is modelled.
+
+    kernels = emulator.build("csrc/cuda/attend_backward.cu", wrapper='''
+        #include "attend_backward.h"
+        AR_EXPORT int run(const float* x, float* y, int64_t size, double scale) {
+          return ar_kernels::scaled(x, y, static_cast<int>(size), static_cast<float>(scale), nullptr);
+        }''')
+    kernels.run(x, y, x.numel(), 2.0)
+
+Arguments are tensors (or None) for pointers, ints for int64_t, floats for double; a result other than 0 is raised.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parent.parent
+COMPILERS = (os.environ["CXX"],) if os.environ.get("CXX") else ("c++", "g++", "clang++")
+COMPILER = next((name for name in COMPILERS if shutil.which(name)), None)
+
+OPTIONS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-DAR_EMULATOR", f"-I{FOLDER}", f"-I{ROOT / 'csrc' / 'cuda'}"]
+OPTIONS += ["-U_FORTIFY_SOURCE"]  # which takes a jump from one stack to another for a fault
+KERNEL_OPTIONS = ["-O1", "-fno-strict-aliasing", "-ffp-contract=off", "-w"]
+KERNEL_OPTIONS += ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
+
+
+class EmulatorError(RuntimeError):
+    """What the emulator found, and where."""
+
+
+@dataclass
+class Calls:
+    """Of one place in the source: by how many warps a function was called there, over all blocks."""
+
+    file: str
+    line: int
+    name: str
+    calls: int
+    matrices: int
+    """Of ldmatrix and stmatrix: each takes one wavefront where its eight rows lie in different banks."""
+    wavefronts: int
+    worst: int
+    """Wavefronts of the worst call."""
+    early: int
+    """Rows that ldmatrix read while a copy to them was under way: no mistake if what was read is not looked at."""
+
+    def __str__(self) -> str:
+        text = f"{Path(self.file).name}:{self.line} {self.name}: {self.calls} calls"
+        if self.matrices:
+            ideal, mean = self.matrices / self.calls, self.wavefronts / self.calls
+            text += f", {ideal:g} matrices each in {mean:.3g} wavefronts, at worst {self.worst}"
+        if self.early:
+            text += f", {self.early} rows read while a copy to them was under way"
+        return text
+
+
+class Library:
+    """Its attributes are the wrapper's functions."""
+
+    def __init__(self, path: Path):
+        self._library = ctypes.CDLL(str(path), mode=os.RTLD_LOCAL)
+        self._library.emulator_begin.argtypes = [ctypes.c_uint64, ctypes.c_int]
+        self._library.emulator_message.restype = ctypes.c_char_p
+        self._library.emulator_report.restype = ctypes.c_char_p
+
+    def __getattr__(self, name: str):
+        return functools.partial(self.call, name)
+
+    def call(self, function: str, *arguments, seed: int | None = None, processors: int = 132) -> None:
+        """Calls `function` of the wrapper. `seed` 0, the default, lets the threads take turns; any other value is a
+        random order (AR_EMULATOR_SEED, where none is given). Raises EmulatorError with what was found."""
+        seed = int(os.environ.get("AR_EMULATOR_SEED", 0)) if seed is None else seed
+        self._library.emulator_begin(seed, processors)
+        result = getattr(self._library, function)(*map(_converted, arguments))
+        if result != 0:
+            message = self._library.emulator_message().decode()
+            raise EmulatorError(message or f"{function} returned {result}")
+
+    def report(self) -> list[Calls]:
+        """What the last call did, by place in the source."""
+        lines = self._library.emulator_report().decode().splitlines()
+        parts = [line.split("\t") for line in lines]
+        return [Calls(file, int(line), name, *map(int, counts)) for file, line, name, *counts in parts]
+
+
+def _converted(value):
+    if value is None:
+        return ctypes.c_void_p()
+    if hasattr(value, "data_ptr"):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)
+
+
+def build(*sources: str | Path, wrapper: str = "") -> Library:
+    """Compiles files of the repository and a wrapper around them; the same ones once in a process."""
+    texts = [
+        file.read_bytes() for file in sorted([*FOLDER.iterdir(), *(ROOT / "csrc" / "cuda").iterdir()]) if file.is_file()
+    ]
+    texts += [(ROOT / source).read_bytes() for source in sources]
+    key = hashlib.sha256(b"\0".join([*texts, wrapper.encode(), *map(str.encode, map(str, sources))])).hexdigest()
+    return _built(key, tuple(Path(ROOT, source) for source in sources), wrapper)
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="ar_kernels_emulator_")
+
+
+@functools.cache
+def _emulator() -> Path:
+    return _compiled(FOLDER / "emulator.cpp", "emulator", ["-O2", "-Wall", "-Wextra"])
+
+
+@functools.cache
+def _built(key: str, sources: tuple[Path, ...], wrapper: str) -> Library:
+    folder = Path(_folder().name)
+    written = folder / f"wrapper-{key[:16]}.cpp"
+    written.write_text(wrapper, encoding="utf-8")
+    objects = [_emulator()]
+    for i, source in enumerate([*sources, written]):
+        objects.append(_compiled(source, f"{key[:16]}-{i}", KERNEL_OPTIONS))
+    library = folder / f"{key[:16]}.so"
+    _run([str(COMPILER), "-shared", *map(str, objects), "-o", str(library)])
+    return Library(library)
+
+
+def _compiled(source: Path, name: str, options: list[str]) -> Path:
+    output = Path(_folder().name) / f"{name}.o"
+    _run([str(COMPILER), *OPTIONS, *options, "-x", "c++", "-c", str(source), "-o", str(output)])
+    return output
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
