@@ -27,8 +27,8 @@ __global__ void __launch_bounds__(32 * (kPlanes == 2 && kTiles == 2 ? 12 : kMost
 #if AR_HOPPER
   constexpr int kBlocks = kPlanes * kPlane / 16;  // of 16 channels, of a warp
   constexpr int kEntries = 16 * kTiles * kHeads;  // positions and heads of a tile
-  extern __shared__ uint8_t unaligned[];
-  uint8_t* memory = unaligned + (-shared_address(unaligned) & 1023);
+  uint8_t* memory = shared_memory();
+  memory += -shared_address(memory) & 1023;
   const uint32_t base = shared_address(memory);
   const bool tapped = a.upstream.data != nullptr;
   const auto full = [&](int stage) { return base + cut.barriers + 8 * stage; };

@@ -21,7 +21,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     backward_rows_kernel(const __grid_constant__ BackwardSweep a, const __grid_constant__ RowsCut cut) {
 #if AR_HOPPER
-  extern __shared__ __align__(128) uint8_t memory[];
+  uint8_t* memory = shared_memory();
   const int begin = static_cast<int>(static_cast<int64_t>(a.images) * blockIdx.x / gridDim.x);
   const int end = static_cast<int>(static_cast<int64_t>(a.images) * (blockIdx.x + 1) / gridDim.x);
   Slots slots(cut, static_cast<const T*>(a.z.data) + begin * a.z.image, a.z.image * sizeof(T), end - begin, memory);
@@ -160,7 +160,7 @@ cudaError_t sweep(const BackwardSweep& a, cudaStream_t stream) {
 bool can_sweep_backward_rows(const BackwardSweep& a) {
   if (a.kind != Kind::kHalf && a.kind != Kind::kBFloat16) return false;
   if (a.heads < 1 || a.heads > kHeads || a.images < 1 || a.upstream.data != nullptr) return false;
-  return is_rows(a.z, a.positions) && is_rows(a.dz, a.positions) && backward_cut(a).slots >= 2;
+  return is_rows(a.z, a.positions) && is_rows(a.dz, a.positions) && backward_cut(a).slots > 0;
 }
 
 int backward_rows_programs(const BackwardSweep& a) { return std::min(a.images, processors()); }

@@ -51,8 +51,8 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
 #if AR_HOPPER
   constexpr int kBlocks = kPlanes * kPlane / 16;  // of 16 channels, of a warp
   constexpr int kEntries = 16 * kTiles * kHeads;  // positions and heads of a tile
-  extern __shared__ uint8_t unaligned[];
-  uint8_t* memory = unaligned + (-shared_address(unaligned) & 1023);
+  uint8_t* memory = shared_memory();
+  memory += -shared_address(memory) & 1023;
   const uint32_t base = shared_address(memory);
   const auto full = [&](int stage) { return base + cut.barriers + 8 * stage; };
   const int first = static_cast<int>(static_cast<int64_t>(a.images) * blockIdx.x / gridDim.x);
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
   float* parts = reinterpret_cast<float*>(memory + cut.parts);                   // [warps, 16 kTiles, 8]
   float* logits = reinterpret_cast<float*>(memory + cut.rest + offsets.logits);  // [16 kTiles, kHeads]
   float* score_parts = reinterpret_cast<float*>(memory + cut.rest + offsets.scores);
-  const uint32_t own_weights = base + cut.rest + offsets.weights + warp * 32 * 16;  // [16 kTiles, 8]
+  uint4* own_weights = reinterpret_cast<uint4*>(memory + cut.rest + offsets.weights) + 32 * warp;  // [16 kTiles, 8]
   const auto address = [&](int tile, int b) { return matrix_row(cut, warp * kPlanes + b / 4, b % 4, tile); };
 
   uint32_t masks[kBlocks][2];  // W_H
@@ -161,13 +161,13 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
         d[k] = d[k] * shrink[k] + l[k];
       }
       if (lane < 16 * kTiles)
-        store_four(own_weights + 16 * lane, make_uint4(packed<T>(l[0], l[1]), packed<T>(l[2], l[3]),
-                                                       packed<T>(lane < count ? 1.f : 0.f, 0.f), 0));
+        own_weights[lane] =
+            make_uint4(packed<T>(l[0], l[1]), packed<T>(l[2], l[3]), packed<T>(lane < count ? 1.f : 0.f, 0.f), 0);
       __syncwarp();
       uint32_t weights[kTiles][2];  // [positions, columns]
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile)
-        load_matrix_transposed(weights[tile], own_weights + 16 * (16 * tile + lane % 16));
+        load_matrix_transposed(weights[tile], shared_address(own_weights + 16 * tile + lane % 16));
       if (shrinks) {  // alike in all lanes
         const float low = column == 0 ? shrink[0] : column == 1 ? shrink[2] : 1.f;
         const float high = column == 0 ? shrink[1] : column == 1 ? shrink[3] : 1.f;

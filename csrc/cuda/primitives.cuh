@@ -283,13 +283,6 @@ __device__ __forceinline__ void store_matrix_transposed(uint32_t row, const uint
                : "memory");
 }
 
-// Four words to shared memory.
-__device__ __forceinline__ void store_four(uint32_t to, uint4 words) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words.x), "r"(words.y), "r"(words.z),
-               "r"(words.w)
-               : "memory");
-}
-
 // The transpose of a matrix that is spread over a warp as load_matrix leaves it.
 __device__ __forceinline__ uint32_t transposed(uint32_t matrix) {
   uint32_t result;

@@ -34,12 +34,13 @@ struct RowsCut {
   int barriers, rest, bytes;
 };
 
+// No slots: it does not fit.
 inline RowsCut rows_cut(int channels, int positions, int rest) {
   RowsCut cut = {};
   cut.classes = positions % 8 == 0 ? 1 : positions % 4 == 0 ? 2 : positions % 2 == 0 ? 4 : 8;
   const int shift = cut.classes == 1 ? 0 : 8 - 8 / cut.classes;  // the most
   cut.tiles = (positions + shift + 15) / 16;
-  if (channels % kChunk != 0 || cut.tiles > kColumnTiles * kWarps / cut.classes) return cut;
+  if (channels < kChunk || channels % kChunk != 0 || cut.tiles > kColumnTiles * kWarps / cut.classes) return cut;
   cut.chunks = channels / kChunk;
   cut.chunk_bytes = 2 * kChunk * positions;
   const int weights = 16 * channels, sums = cut.classes * cut.tiles * 16 * 8 * 4, masks = (16 * cut.tiles + 32) * 16;
@@ -47,6 +48,7 @@ inline RowsCut rows_cut(int channels, int positions, int rest) {
   const int slots = (kSharedBytes - others - 64) / cut.chunk_bytes;  // the last rows' columns reach beyond their slot
   cut.slots = slots < kLoads / 2 ? slots : kLoads / 2;
   if (cut.slots > cut.chunks) cut.slots = cut.chunks;
+  if (cut.slots == 1 && cut.chunks > 1) cut.slots = 0;  // nothing could be on its way
   cut.weights = cut.slots * cut.chunk_bytes;
   cut.sums = cut.weights + weights;
   cut.masks = cut.sums + sums;

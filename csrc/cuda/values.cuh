@@ -19,8 +19,7 @@ inline int processors() {
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int programs, int threads, int bytes, cudaStream_t stream,
                    const Arguments&... arguments) {
-  const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(programs);

@@ -123,6 +123,15 @@ T __shfl_up_sync(uint32_t mask, T value, int lanes, int width = 32, emulator::Si
   return emulator::shuffle("__shfl_up_sync", mask, value, lane % width < lanes ? lane : lane - lanes);
 }
 
+inline int __reduce_max_sync(uint32_t mask, int value, emulator::Site site = emulator::Site::here()) {
+  for (int lanes = 1; lanes < 32; lanes *= 2) {
+    emulator::enter("__reduce_max_sync", site);
+    const int other = emulator::shuffle("__reduce_max_sync", mask, value, emulator::lane() ^ lanes);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
 inline int __any_sync(uint32_t mask, int predicate, emulator::Site site = emulator::Site::here()) {
   emulator::enter("__any_sync", site);
   return emulator::vote("__any_sync", mask, predicate != 0) != 0;
@@ -190,6 +199,15 @@ inline float __uint_as_float(uint32_t bits) {
   float value;
   memcpy(&value, &bits, 4);
   return value;
+}
+inline int __float_as_int(float value) { return static_cast<int>(__float_as_uint(value)); }
+inline float __int_as_float(int bits) { return __uint_as_float(static_cast<uint32_t>(bits)); }
+// Bytes of two words, y the upper one; each four bits of the selector name one.
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
+  const uint64_t both = static_cast<uint64_t>(y) << 32 | x;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) result |= (both >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return result;
 }
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<uint32_t>(bits)); }
