@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         low[i] = __byte_perm(words[2 * i], words[2 * i + 1], 0x5410);
         high[i] = __byte_perm(words[2 * i], words[2 * i + 1], 0x7632);
       }
-      weights[channel] = make_uint4(low[0], low[1], low[2], low[3]);
-      weights[channel + 1] = make_uint4(high[0], high[1], high[2], high[3]);
+      weights[weight_place(channel, cut.classes)] = make_uint4(low[0], low[1], low[2], low[3]);
+      weights[weight_place(channel + 1, cut.classes)] = make_uint4(high[0], high[1], high[2], high[3]);
     }
     const float inverse = a.unscale == nullptr ? 1.f : a.unscale[image];
     const float shift = head < a.heads ? a.lse[image * a.heads + head] - bias : 0.f;
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
 
       uint32_t weight[2];
-      load_matrix(weight, slots.base + cut.weights + 16 * (chunk * kChunk + own.first + cut.classes * (lane % 16)));
+      load_matrix(weight, own.weights + 16 * (chunk * kChunk + lane % 16));
       float2 mean = {0, 0};  // of this lane's two channels
       if (a.mean) {
         const T* channel = pairs + (2 * a.heads + 1) * channels + chunk * kChunk + own.first;

@@ -34,7 +34,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   float* totals = reinterpret_cast<float*>(memory + cut.rest);   // [kHeads]
   float* score_parts = totals + kHeads;                          // [kWarps, kHeads]
   for (int i = threadIdx.x; i < 8 * channels; i += kThreads)
-    weights[i] = rounded<T>(i % 8 < a.heads ? value_of(a.w, i % 8 * channels + i / 8) : 0.f);
+    weights[8 * weight_place(i / 8, cut.classes) + i % 8] =
+        rounded<T>(i % 8 < a.heads ? value_of(a.w, i % 8 * channels + i / 8) : 0.f);
   for (int i = threadIdx.x; i < (16 * cut.tiles + 32) * 8; i += kThreads) {
     const int position = i / 8 - 16;
     masks[i - 16 * 8] = rounded<T>(i % 8 == kMean && position >= 0 && position < positions ? 1.f : 0.f);

@@ -27,7 +27,7 @@ constexpr int kLoads = 32;       // barriers and places in the table of slots: t
 struct RowsCut {
   int classes, tiles;  // of rows; of 16 columns, of a row
   int chunks, chunk_bytes, slots;
-  int weights;  // [C, 8] of 16 bits
+  int weights;  // [chunks, kChunk, 8] of 16 bits, class by class: matrices touch all banks
   int sums;     // [classes, 16 tiles, 8] floats
   int masks;    // [16 + S + 16 rounded up, 8] of 16 bits: zeros before and behind
   int table;    // [kLoads] ints: the slot of each load
@@ -120,6 +120,12 @@ struct Slots {
 // Elements between a 16-byte block's begin and that of a row of a class.
 __device__ __forceinline__ int shift_of(int row_class, int positions) { return row_class * positions & 7; }
 
+// Where a channel's weights are.
+__device__ __forceinline__ int weight_place(int channel, int classes) {
+  const int of_chunk = channel % kChunk;
+  return channel - of_chunk + of_chunk % classes * (kChunk / classes) + of_chunk / classes;
+}
+
 // The first sweep: sums[class, column, 8] = Σ_c weights[c] z[c], of the rows of each class. Ends with a barrier.
 template <class T>
 __device__ __forceinline__ void sum_over_channels(Slots& slots, int image, int positions) {
@@ -137,10 +143,10 @@ __device__ __forceinline__ void sum_over_channels(Slots& slots, int image, int p
   for (int chunk = 0; chunk < cut.chunks; ++chunk) {
     const int slot = slots.wait(image, chunk, false);
     const uint32_t z = slots.base + slot * cut.chunk_bytes + lane_offset;
-    const uint32_t weights = slots.base + cut.weights + 16 * (chunk * kChunk + cut.classes * (lane % 16) + row_class);
+    const uint32_t weights = slots.base + cut.weights + 16 * (chunk * kChunk + row_class * (kChunk / cut.classes));
     for (int block = 0; block < groups; ++block) {
       uint32_t weight[2];
-      load_matrix_transposed(weight, weights + block * 16 * cut.classes * 16);
+      load_matrix_transposed(weight, weights + 16 * (16 * block + lane % 16));
 #pragma unroll
       for (int u = 0; u < kColumnTiles; ++u) {
         const int tile = group + groups * u;
@@ -184,13 +190,15 @@ __device__ __forceinline__ float2 class_sum(const Slots& slots, int positions, i
 // In the second sweep a warp has 16 channels of a chunk, `classes` apart.
 struct OwnRows {
   int row_class, first, shift;  // first: channel, in the chunk
-  uint32_t masks;               // address of what belongs to column 0
+  uint32_t weights;             // address of the first one's, in the first chunk
+  uint32_t masks;               // of what belongs to column 0
 
   __device__ OwnRows(const Slots& slots, int positions) {
     const int warp = threadIdx.x / 32, classes = slots.cut.classes;
     row_class = warp % classes;
     first = 16 * classes * (warp / classes) + row_class;
     shift = shift_of(row_class, positions);
+    weights = slots.base + slots.cut.weights + 16 * weight_place(first, classes);
     masks = slots.base + slots.cut.masks + 16 * (16 - shift);
   }
 
