@@ -27,8 +27,8 @@ CSRC = Path("csrc")
 TORCH_VERSION = "0x020b000000000000"
 """The oldest torch that the library loads in: 2.11."""
 
-CUDA_ARCHS = "80;90a"
-"""Compiled for by default: Ampere and what follows it, as PTX beyond; Hopper with what only it has."""
+CUDA_ARCHS = "90a"
+"""Compiled for by default: what csrc/cuda has is for Hopper alone."""
 
 PER_TARGET = (
     "attend_forward.cpp",

@@ -1,9 +1,11 @@
-"""The sweeps of csrc/cuda, thread for thread in the emulator, against the formulas in float64."""
-
-import pytest
-import torch
+"""The sweeps of csrc/cuda, thread for thread in the emulator: against the formulas in float64, and in whole layers."""
 
 import emulator
+import pytest
+import torch
+from layers import channels_last
+
+import ar_kernels
 
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="there is no C++ compiler for csrc/cuda's emulator")
 
@@ -161,3 +163,82 @@ def test_forward(kernels, dtype, rows, images, channels, positions, heads, gated
         g = t[:, :gated].tanh().softmax(1)
         torch.testing.assert_close(gates.double(), g, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(features.double(), g[:, :, None] * pooled[:, :gated].double(), rtol=eps, atol=eps)
+
+
+class Operators:
+    """ar_kernels_native's sweeps as the emulator runs them."""
+
+    def __init__(self, kernels):
+        self.kernels = kernels
+        self.called = []
+
+    def forward_sweep(self, z, sizes, strides, heads, chip):
+        return self.forward
+
+    def backward_sweep(self, z, sizes, strides, up_strides, dz_strides, heads, chip):
+        positions = sizes[2] * sizes[3]
+        programs = torch.zeros(1, dtype=torch.int64)
+        empty = [None, None, None, z.unit == "s", None, 0, *[None] * 6]
+        self.kernels.backward(0, sizes[0], sizes[1], positions, heads, *empty, programs, processors=2)
+        return self.backward, int(programs)
+
+    def forward(self, z, w, b, score_w, score_b, pooled, lse, logits, mean, scores, gates, features):
+        self.called.append("forward")
+        images, channels, height, width = z.shape
+        heads, gated = w.shape[0], 0 if gates is None else gates.shape[1]
+        self.kernels.forward(
+            KINDS[z.dtype], images, channels, height * width, heads, gated, z, z.stride(3) == 1, w, KINDS[w.dtype],
+            *[None if value is None else value.float() for value in (b, score_w, score_b)],
+            pooled, lse, logits, mean, scores, gates, features, processors=2,
+        )  # fmt: skip
+
+    def backward(self, z, b, lse, pairs, delta, unscale, grad_logits, upstream, dz, dw):
+        self.called.append("backward")
+        images, channels, height, width = z.shape
+        heads = lse.shape[1]
+        self.kernels.backward(
+            KINDS[z.dtype], images, channels, height * width, heads, z, upstream, dz, z.stride(3) == 1, pairs,
+            pairs.shape[1] > heads, None if b is None else b.float(), lse, delta, unscale, grad_logits, dw, torch.zeros(1, dtype=torch.int64),
+            processors=2,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout_of", [channels_last, torch.Tensor.contiguous])
+def test_layers_take_them(kernels, layout_of, dtype, monkeypatch):
+    """A layer's outputs and gradients, sweep by sweep from the emulator, as close to float64's as Triton's are."""
+    hopper = pytest.importorskip("ar_kernels.kernels.hopper", reason="the triton package is not installed")
+    torch.manual_seed(0)
+    tap = layout_of is channels_last
+    z = layout_of(torch.randn(3, 256, 7, 7).to(dtype))
+    attention = ar_kernels.AttentionModule(256, 10, heads=4).to(dtype)
+    grads = torch.randn(3, 10), torch.randn(3, 4, 7, 7), layout_of(torch.randn(3, 256, 7, 7))
+
+    def step(module, z):
+        z = z.detach().requires_grad_()
+        layer = module(z, masks=True, tap=tap)
+        wanted = (layer.hypothesis, layer.masks, layer.feature_map)[: 2 + tap]
+        parameters = dict(module.named_parameters())
+        given = [grad.to(value) for grad, value in zip(grads, wanted)]
+        return [*wanted[:2], *torch.autograd.grad(wanted, [z, *parameters.values()], given)]
+
+    with ar_kernels.use_implementation("reference"):
+        expected = step(attention.double(), z.double())
+    attention = attention.to(dtype)
+    with ar_kernels.use_implementation("triton"):
+        plain = step(attention, z)
+        operators = Operators(kernels)
+        monkeypatch.setattr(hopper, "can_read", lambda *maps: True)
+        monkeypatch.setattr(hopper, "forward_sweep", operators.forward_sweep)
+        monkeypatch.setattr(hopper, "backward_sweep", operators.backward_sweep)
+        from ar_kernels.kernels import attend_backward, attend_forward
+
+        for module in (attend_forward, attend_backward):
+            module._plan.cache_clear()
+        found = step(attention, z)
+        for module in (attend_forward, attend_backward):
+            module._plan.cache_clear()
+    assert operators.called == ["forward", "backward"]
+    for i, (value, other, exact) in enumerate(zip(found, plain, expected, strict=True)):
+        error, allowed = [(one.detach().double() - exact.detach()).abs().max() for one in (value, other)]
+        assert error <= 1.5 * allowed + 1e-6, i

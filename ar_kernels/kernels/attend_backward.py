@@ -19,13 +19,14 @@ scales by 1/N: dP is scaled per image by a power of two, and what comes of it sc
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import hopper
 from .heuristics import MOST_REGISTERS, SUMS_OVER_LANES, chip, next_power_of_2, sweep_config
 from .launch import Launch, prepare
 from .tiles import (
@@ -444,6 +445,7 @@ class _Plan(NamedTuple):
 
     pooled: Launch | None  # None: the sweep does it
     sweep: Launch | None
+    native: Any  # in place of sweep: an operator of the library built from csrc
     sums: Launch | None
     programs: int  # of the sweep, each with its share of dW_H
 
@@ -462,6 +464,7 @@ def _plan(
     has_dw: bool,
     has_dt: bool,
     precision: str,
+    native: bool,
 ) -> _Plan:
     images, channels = sizes[:2]
     positions = math.prod(sizes[2:])
@@ -476,8 +479,10 @@ def _plan(
         images, channels, positions, rows, dtype.itemsize, z.vector, z.unit == "c", chip(device),
         backward=True, tapped=up_strides is not None,
     )  # fmt: skip
-    sweep, programs = None, 0
-    if has_dw or dz_strides is not None:
+    sweep, operator, programs = None, None, 0
+    if native:
+        operator, programs = hopper.backward_sweep(z, sizes, strides, up_strides, dz_strides, heads, chip(device))
+    if operator is None and (has_dw or dz_strides is not None):
         items = images * config.splits
         programs = min(items, config.per_processor * processors)
         own = {"PARTS": config.parts, "SCALED": dtype == torch.float16} | of_pooled if config.held else constants
@@ -509,7 +514,7 @@ def _plan(
             weight_sums_kernel, (heads * (has_dw + has_dt), -(-channels // tile)), (programs, images),
             C=channels, HEADS=heads, TAPS=1, C_TILE=tile, R_TILE=256, num_warps=4,
         )  # fmt: skip
-    return _Plan(pooled, sweep, sums, programs)
+    return _Plan(pooled, sweep, operator, sums, programs)
 
 
 def attend_backward(
@@ -541,19 +546,21 @@ def attend_backward(
         z.shape, z.stride(),
         None if upstream is None else upstream.stride(), None if dz is None else dz.stride(),
         z.dtype, z.get_device(), heads, 0 if gates is None else gates.shape[1], has_mean,
-        dw is not None, dscore_w is not None, float32_precision(z.dtype),
+        dw is not None, dscore_w is not None, float32_precision(z.dtype), hopper.can_read(z, upstream, dz),
     )  # fmt: skip
     received = (grad_features, grad_gates, grad_scores, grad_pooled, grad_lse, grad_mean, grad_logits)
     dt = None if dscore_w is None else lse.new_empty(images, heads)
     shares = None if dw is None else lse.new_empty(plan.programs, heads, channels)
     pairs = delta = unscale = None
-    if plan.pooled is not None and plan.sweep is not None:
+    if plan.pooled is not None and (plan.sweep is not None or plan.native is not None):
         pairs = z.new_empty(images, heads + has_mean, 2, channels)
         delta = lse.new_empty(images, heads)
         unscale = lse.new_empty(images) if z.dtype == torch.float16 else None
-    calls: list[tuple[Launch, tuple[Tensor | None, ...]]] = []
+    calls: list[tuple[Any, tuple[Tensor | None, ...]]] = []
     if plan.pooled is not None:
         calls.append((plan.pooled, (score_w, pooled, scores, gates, *received, w, pairs, delta, dt, unscale)))
+    if plan.native is not None:
+        calls.append((plan.native, (z, b, lse, pairs, delta, unscale, grad_logits, upstream, dz, shares)))
     if plan.sweep is not None:
         if plan.sweep.kernel is held_kernel:
             tensors = (
@@ -565,6 +572,6 @@ def attend_backward(
         calls.append((plan.sweep, tensors))
     if plan.sums is not None:
         calls.append((plan.sums, (shares, pooled, dt, dw, dscore_w, dscore_b)))
-    prepare(calls)
+    prepare([call for call in calls if isinstance(call[0], Launch)])
     for launch, tensors in calls:
         launch(*tensors)

@@ -13,13 +13,14 @@ one go where a tile has all positions of an image, and grows in L2 where it has 
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import hopper
 from .heuristics import MOST_REGISTERS, SUMS_OVER_LANES, chip, next_power_of_2, sweep_config
 from .launch import Launch, prepare
 from .tiles import (
@@ -457,7 +458,8 @@ def merge_kernel(
 class _Plan(NamedTuple):
     """What is launched for maps of one shape, strides and dtype."""
 
-    sweep: Launch
+    sweep: Launch | None  # None: `native` does it
+    native: Any  # an operator of the library built from csrc
     merge: Launch | None  # None: no batch of such maps needs one
     rows: int  # (image, split), where the sweep writes parts that are to be merged; else 0
     gets_parts: bool  # or the kernel is compiled without
@@ -474,11 +476,15 @@ def _plan(
     mean: bool,
     precision: str,
     alike: bool,
+    native: bool,
 ) -> _Plan:
     images, channels = sizes[:2]
     positions = math.prod(sizes[2:])
     rows = heads + mean
     z = map_strides(sizes, strides, dtype.itemsize)
+    operator = hopper.forward_sweep(z, sizes, strides, heads, chip(device)) if native else None
+    if operator is not None:
+        return _Plan(None, operator, None, 0, False)
     config = sweep_config(
         images, channels, positions, rows, dtype.itemsize, z.vector, z.unit == "c", chip(device), alike=alike,
         group=1 if mean else row_group(z, channels, positions, dtype.itemsize),  # grouped_kernel makes no mean
@@ -514,7 +520,7 @@ def _plan(
             num_warps=4, maxnreg=MOST_REGISTERS, **SUMS_OVER_LANES,
         )  # fmt: skip
     merges = config.splits > 1 or not (config.held or whole)
-    return _Plan(sweep, merge, images * config.splits if merges else 0, not whole)
+    return _Plan(sweep, None, merge, images * config.splits if merges else 0, not whole)
 
 
 def attend_forward(
@@ -537,7 +543,11 @@ def attend_forward(
     plan = _plan(
         z.shape, z.stride(), z.dtype, z.get_device(), heads,
         0 if gates is None else gates.shape[1], mean is not None, float32_precision(z.dtype), alike,
+        hopper.can_read(z) and w.dtype in (z.dtype, torch.float32),
     )  # fmt: skip
+    if plan.sweep is None:
+        plan.native(z, w, b, score_w, score_b, pooled, lse, logits, mean, scores, gates, features)
+        return
     # Not to compile anew for a batch that needs no merge, a held sweep always gets pointers; these it does not follow.
     parts = (lse, lse, lse) if plan.gets_parts else (None, None, None)
     if plan.rows:

@@ -237,8 +237,8 @@ cudaError_t sweep(const BackwardSweep& a, const Cut& cut, cudaStream_t stream) {
                        encode<T>(&dz, a.dz, a.images, a.positions, cut) &&
                        encode<T>(&upstream, a.upstream.data == nullptr ? a.z : a.upstream, a.images, a.positions, cut);
   if (!encoded) return cudaErrorInvalidValue;
-  return launch(backward_kernel<T, kPlanes, kTiles>, backward_programs(a), 32 * cut.warps, cut.bytes, stream, z,
-                upstream, dz, a, cut);
+  return launch<backward_kernel<T, kPlanes, kTiles>>(backward_programs(a), 32 * cut.warps, cut.bytes, stream, z,
+                                                     upstream, dz, a, cut);
 }
 
 template <class T>

@@ -152,7 +152,7 @@ RowsCut backward_cut(const BackwardSweep& a) { return rows_cut(a.channels, a.pos
 template <class T>
 cudaError_t sweep(const BackwardSweep& a, cudaStream_t stream) {
   const RowsCut cut = backward_cut(a);
-  return launch(backward_rows_kernel<T>, backward_rows_programs(a), kThreads, cut.bytes, stream, a, cut);
+  return launch<backward_rows_kernel<T>>(backward_rows_programs(a), kThreads, cut.bytes, stream, a, cut);
 }
 
 }  // namespace

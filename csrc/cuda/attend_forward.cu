@@ -246,8 +246,8 @@ template <class T, int kPlanes, int kTiles>
 cudaError_t sweep(const ForwardSweep& a, const Cut& cut, cudaStream_t stream) {
   CUtensorMap z;
   if (!encode<T>(&z, a.z, a.images, a.positions, cut)) return cudaErrorInvalidValue;
-  return launch(forward_kernel<T, kPlanes, kTiles>, std::min(a.images, processors()), 32 * cut.warps, cut.bytes, stream,
-                z, a, cut, layout(cut.warps));
+  return launch<forward_kernel<T, kPlanes, kTiles>>(std::min(a.images, processors()), 32 * cut.warps, cut.bytes, stream,
+                                                    z, a, cut, layout(cut.warps));
 }
 
 template <class T>

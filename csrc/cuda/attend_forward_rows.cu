@@ -119,7 +119,7 @@ RowsCut forward_cut(const ForwardSweep& a) { return rows_cut(a.channels, a.posit
 template <class T>
 cudaError_t sweep(const ForwardSweep& a, cudaStream_t stream) {
   const RowsCut cut = forward_cut(a);
-  return launch(forward_rows_kernel<T>, std::min(a.images, processors()), kThreads, cut.bytes, stream, a, cut);
+  return launch<forward_rows_kernel<T>>(std::min(a.images, processors()), kThreads, cut.bytes, stream, a, cut);
 }
 
 }  // namespace

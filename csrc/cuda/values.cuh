@@ -1,6 +1,8 @@
 // Numbers as memory has them, and a block's launch: for both kinds of sweeps.
 #pragma once
 
+#include <atomic>
+
 #include "primitives.cuh"
 #include "sweep.h"
 
@@ -16,17 +18,35 @@ inline int processors() {
   return count;
 }
 
-template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int programs, int threads, int bytes, cudaStream_t stream,
-                   const Arguments&... arguments) {
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+// Whether a kernel may be launched on the current device, with all the shared memory there is; asked once.
+template <auto kKernel>
+cudaError_t prepare() {
+  static std::atomic<uint64_t> prepared = 0;
+  int device = 0, major = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const uint64_t bit = uint64_t{1} << (device % 64);
+  if (error != cudaSuccess || (prepared & bit) != 0) return error;
+  cudaFuncAttributes attributes;
+  error = cudaFuncGetAttributes(&attributes, kKernel);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  // Compiled for older GPUs it is empty.
+  if (error == cudaSuccess && (major != 9 || attributes.ptxVersion < 90)) error = cudaErrorInvalidDeviceFunction;
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error == cudaSuccess) prepared |= bit;
+  return error;
+}
+
+template <auto kKernel, class... Arguments>
+cudaError_t launch(int programs, int threads, int bytes, cudaStream_t stream, const Arguments&... arguments) {
+  const cudaError_t error = prepare<kKernel>();
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(programs);
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  return cudaLaunchKernelEx(&config, kKernel, arguments...);
 }
 
 __device__ __forceinline__ float value_of(__half value) { return __half2float(value); }

@@ -1,0 +1,220 @@
+// The sweeps as operators: what kernels get to know of tensors. ar_kernels/kernels/hopper.py calls them.
+
+#define USE_CUDA 1  // the shims of streams are declared then
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <vector>
+
+#include "../checks.h"
+#include "attend_backward.h"
+#include "attend_forward.h"
+
+// Weak: the library also loads where torch has no CUDA.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+
+namespace ar_kernels {
+
+namespace {
+
+using MaybeTensor = std::optional<Tensor>;
+using Numbers = std::vector<int64_t>;
+
+constexpr int64_t kFewest = 1, kMost = 1 << 30;  // of what the kernels count in 32 bits
+
+bool kind_of(ScalarType dtype, Kind* kind) {
+  switch (dtype) {
+    case ScalarType::Half: *kind = Kind::kHalf; return true;
+    case ScalarType::BFloat16: *kind = Kind::kBFloat16; return true;
+    case ScalarType::Float: *kind = Kind::kFloat; return true;
+    default: return false;
+  }
+}
+
+// No strides where positions do not all follow each other at the same distance.
+Map map_of(const Numbers& sizes, const Numbers& strides, void* data) {
+  if (sizes.size() == 3) return {data, strides[0], strides[1], strides[2]};
+  const bool one_column = sizes[3] == 1;
+  if (!one_column && sizes[2] > 1 && strides[2] != sizes[3] * strides[3]) return {data, 0, 0, 0};
+  return {data, strides[0], strides[1], one_column ? strides[2] : strides[3]};
+}
+
+Numbers numbers(const torch::headeronly::IntHeaderOnlyArrayRef& values) { return {values.begin(), values.end()}; }
+
+Map map_of(const Tensor& z) {
+  return map_of(numbers(z.sizes()), numbers(z.strides()), const_cast<void*>(z.const_data_ptr()));
+}
+
+template <class Sweep>
+bool set_sizes(Sweep* a, const Numbers& sizes, int64_t heads) {
+  const int64_t positions = sizes.size() == 3 ? sizes[2] : sizes[2] * sizes[3];
+  for (const int64_t size : {sizes[0], sizes[1], positions})
+    if (size < kFewest || size > kMost) return false;
+  a->images = static_cast<int>(sizes[0]);
+  a->channels = static_cast<int>(sizes[1]);
+  a->positions = static_cast<int>(positions);
+  a->heads = static_cast<int>(heads);
+  return heads <= kMost;
+}
+
+Values values_of(const char* name, const MaybeTensor& tensor) {
+  Values values = {nullptr, Kind::kFloat};
+  if (!tensor.has_value()) return values;
+  values.data = tensor->const_data_ptr();
+  STD_TORCH_CHECK(kind_of(tensor->scalar_type(), &values.kind) && tensor->is_contiguous(), name,
+                  " must be contiguous and float16, bfloat16 or float32, got ",
+                  torch::headeronly::toString(tensor->scalar_type()));
+  return values;
+}
+
+float* floats(const char* name, const MaybeTensor& tensor) {
+  if (!tensor.has_value()) return nullptr;
+  STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float && tensor->is_contiguous(), name,
+                  " must be contiguous and float32, got ", torch::headeronly::toString(tensor->scalar_type()));
+  return static_cast<float*>(const_cast<void*>(tensor->const_data_ptr()));
+}
+
+cudaStream_t stream_of(const Tensor& z) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(z.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+void check_started(const char* name, cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, name, " did not start: ", cudaGetErrorString(error));
+}
+
+// Whether a half-precision map of such sizes and strides has a forward sweep here.
+bool sweep_forward_fits(Numbers sizes, Numbers strides, int64_t heads) {
+  ForwardSweep a = {};
+  a.kind = a.w.kind = Kind::kHalf;
+  a.z = map_of(sizes, strides, nullptr);
+  return set_sizes(&a, sizes, heads) && (can_sweep_forward(a) || can_sweep_forward_rows(a));
+}
+
+void sweep_forward_(const Tensor& z, const Tensor& w, const MaybeTensor& b, const MaybeTensor& score_w,
+                    const MaybeTensor& score_b, const Tensor& pooled, const Tensor& lse, const MaybeTensor& logits,
+                    const MaybeTensor& mean, const MaybeTensor& scores, const MaybeTensor& gates,
+                    const MaybeTensor& features) {
+  check_map("z", z);
+  const Numbers sizes = numbers(z.sizes());
+  ForwardSweep a = {};
+  STD_TORCH_CHECK(kind_of(z.scalar_type(), &a.kind) && set_sizes(&a, sizes, w.size(0)), "z is too large, got ",
+                  shape_of(z));
+  const int64_t images = a.images, channels = a.channels, heads = a.heads;
+  check_shape("w", w, {heads, channels});
+  check_shape("b", b, {heads});
+  check_shape("score_w", score_w, {heads, channels});
+  check_shape("score_b", score_b, {heads});
+  check_shape("pooled", pooled, {images, heads, channels});
+  check_shape("lse", lse, {images, heads});
+  check_shape("logits", logits, {images, heads, a.positions});
+  check_shape("mean", mean, {images, channels});
+  if (gates.has_value()) {
+    const int64_t gated = gates->dim() == 2 ? gates->size(1) : 0;
+    STD_TORCH_CHECK(gated <= heads && score_w.has_value() && scores.has_value() && features.has_value(),
+                    "gates [N, K'] must come with score_w, scores and features, and K' at most K = ", heads);
+    check_shape("scores", scores, {images, heads});
+    check_shape("gates", gates, {images, gated});
+    check_shape("features", features, {images, gated * channels});
+    check_dtype("features", features, "z", z);
+    a.gated = static_cast<int>(gated);
+    a.scores = floats("scores", scores);
+    a.gates = floats("gates", gates);
+    a.features = features->mutable_data_ptr();
+  }
+  a.z = map_of(z);
+  a.w = values_of("w", w);
+  a.b = values_of("b", b);
+  a.score_w = values_of("score_w", score_w);
+  a.score_b = values_of("score_b", score_b);
+  a.pooled = floats("pooled", pooled);
+  a.lse = floats("lse", lse);
+  a.logits = floats("logits", logits);
+  a.mean = floats("mean", mean);
+  const torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
+  check_started("sweep_forward_",
+                can_sweep_forward(a) ? sweep_forward(a, stream_of(z)) : sweep_forward_rows(a, stream_of(z)));
+}
+
+// How many shares of dW_H the backward sweep of such maps makes on the current device; 0: there is none here.
+int64_t sweep_backward_programs(Numbers sizes, Numbers strides, std::optional<Numbers> upstream, Numbers dz,
+                                int64_t heads) {
+  static char there = 0;  // what is not null counts, not where it is
+  BackwardSweep a = {};
+  a.kind = Kind::kHalf;
+  if (!set_sizes(&a, sizes, heads)) return 0;
+  a.z = map_of(sizes, strides, &there);
+  a.dz = map_of(sizes, dz, &there);
+  if (upstream.has_value()) a.upstream = map_of(sizes, *upstream, &there);
+  return can_sweep_backward(a) ? backward_programs(a) : can_sweep_backward_rows(a) ? backward_rows_programs(a) : 0;
+}
+
+void sweep_backward_(const Tensor& z, const MaybeTensor& b, const Tensor& lse, const Tensor& pairs, const Tensor& delta,
+                     const MaybeTensor& unscale, const MaybeTensor& grad_logits, const MaybeTensor& upstream,
+                     const Tensor& dz, const MaybeTensor& dw) {
+  check_map("z", z);
+  check_like("dz", dz, "z", z);
+  if (upstream.has_value()) check_like("upstream", *upstream, "z", z);
+  BackwardSweep a = {};
+  const int64_t heads = lse.dim() == 2 ? lse.size(1) : 0;
+  STD_TORCH_CHECK(kind_of(z.scalar_type(), &a.kind) && set_sizes(&a, numbers(z.sizes()), heads), "z is too large, got ",
+                  shape_of(z));
+  const int64_t images = a.images, channels = a.channels;
+  a.mean = pairs.dim() == 4 && pairs.size(1) == heads + 1;
+  check_shape("b", b, {heads});
+  check_shape("lse", lse, {images, heads});
+  check_shape("pairs", pairs, {images, heads + a.mean, 2, channels});
+  check_dtype("pairs", pairs, "z", z);
+  check_shape("delta", delta, {images, heads});
+  check_shape("unscale", unscale, {images});
+  check_shape("grad_logits", grad_logits, {images, heads, a.positions});
+  a.z = map_of(z);
+  a.dz = map_of(dz);
+  if (upstream.has_value()) a.upstream = map_of(*upstream);
+  a.pairs = pairs.const_data_ptr();
+  a.b = values_of("b", b);
+  a.lse = floats("lse", lse);
+  a.delta = floats("delta", delta);
+  a.unscale = floats("unscale", unscale);
+  a.grad_logits = floats("grad_logits", grad_logits);
+  a.dw = floats("dw", dw);
+  const torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
+  const bool channels_last = can_sweep_backward(a);
+  if (dw.has_value())
+    check_shape("dw", *dw, {channels_last ? backward_programs(a) : backward_rows_programs(a), heads, channels});
+  check_started("sweep_backward_",
+                channels_last ? sweep_backward(a, stream_of(z)) : sweep_backward_rows(a, stream_of(z)));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ar_kernels_native, m) {
+  m.def("sweep_forward_fits(int[] sizes, int[] strides, int heads) -> bool");
+  m.def(
+      "sweep_forward_(Tensor z, Tensor w, Tensor? b, Tensor? score_w, Tensor? score_b, Tensor(a!) pooled, "
+      "Tensor(b!) lse, Tensor(c!)? logits, Tensor(d!)? mean, Tensor(e!)? scores, Tensor(f!)? gates, "
+      "Tensor(g!)? features) -> ()");
+  m.def(
+      "sweep_backward_programs(int[] sizes, int[] strides, int[]? upstream_strides, int[] dz_strides, int heads) -> "
+      "int");
+  m.def(
+      "sweep_backward_(Tensor z, Tensor? b, Tensor lse, Tensor pairs, Tensor delta, Tensor? unscale, "
+      "Tensor? grad_logits, Tensor? upstream, Tensor(a!) dz, Tensor(b!)? dw) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ar_kernels_native, CompositeExplicitAutograd, m) {
+  m.impl("sweep_forward_fits", TORCH_BOX(&sweep_forward_fits));
+  m.impl("sweep_backward_programs", TORCH_BOX(&sweep_backward_programs));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ar_kernels_native, CUDA, m) {
+  m.impl("sweep_forward_", TORCH_BOX(&sweep_forward_));
+  m.impl("sweep_backward_", TORCH_BOX(&sweep_backward_));
+}
+
+}  // namespace ar_kernels
