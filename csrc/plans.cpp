@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <array>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -110,14 +111,26 @@ struct Parameter {
   int64_t slot, value;
 };
 
-enum class Kind : int64_t { kLaunch = 0, kProduct = 1, kConversion = 2 };
+enum class Kind : int64_t { kLaunch = 0, kProduct = 1, kConversion = 2, kOperator = 3 };
+
+// Operators of csrc/cuda that a plan may have, which fill tensors and return nothing. arguments: t for a tensor, ? for
+// one that may be None.
+struct Operator {
+  const char *name, *arguments;
+};
+
+constexpr Operator kOperators[] = {
+    {"ar_kernels_native::sweep_forward_", "tt???tt?????"},
+    {"ar_kernels_native::sweep_backward_", "t?ttt???t?"},
+};
 
 struct Step {
   Kind kind;
   // A launch of a kernel.
   void* function;
   unsigned grid[3], threads, shared;
-  std::vector<Parameter> parameters;
+  std::vector<Parameter> parameters;  // or an operator's: slots, -1 for None
+  const Operator* called;
   // PyTorch's product of two slots, each as it is or transposed, or one slot in the dtype of the result.
   int64_t from[2];
   bool transposed[2];
@@ -270,6 +283,8 @@ class Run {
     for (const size_t i : step.before) keep(i, allocate(plan_.allocations[i], type_, index_));
     if (step.kind == Kind::kLaunch) {
       launch(step);
+    } else if (step.kind == Kind::kOperator) {
+      call(step);
     } else if (step.kind == Kind::kProduct) {
       keep(step.result, product(factor(step, 0), factor(step, 1)));
     } else {
@@ -312,6 +327,18 @@ class Run {
     check(driver.launch(step.function, step.grid[0], step.grid[1], step.grid[2], step.threads, 1, 1, step.shared,
                         stream_, parameters_.data(), nullptr),
           "cuLaunchKernel");
+  }
+
+  void call(const Step& step) const {
+    std::vector<StableIValue> stack;
+    for (size_t i = 0; i < step.parameters.size(); ++i) {
+      const int64_t at = step.parameters[i].slot;
+      if (step.called->arguments[i] == 't')
+        stack.push_back(torch::stable::detail::from(slot(at)));
+      else
+        stack.push_back(torch::stable::detail::from(at < 0 ? std::optional<Tensor>() : std::optional(slot(at))));
+    }
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(step.called->name, "", stack.data(), TORCH_ABI_VERSION));
   }
 
   const Plan& plan_;
@@ -379,8 +406,8 @@ void check_kernel(const Step& launch) {
 // Keeps what a call with these tensors and options did. allocated: tensors like those that it allocated, on any device.
 // outputs: which of them it returned, -1 for an empty one. steps: each a Kind and, of a launch, the kernel's handle,
 // the grid, warps, bytes of shared memory, the number of parameters, and of each parameter its slot and value; of a
-// product, two slots, each with whether it is transposed, and the result; of a conversion, a slot and the result. None:
-// there can be no plan.
+// product, two slots, each with whether it is transposed, and the result; of a conversion, a slot and the result; of an
+// operator, its number and a slot for each argument. None: there can be no plan.
 void record(Tensors tensors, Numbers options, std::vector<Tensor> allocated, Numbers outputs, Numbers steps) {
   STD_TORCH_CHECK(driver.launch != nullptr, "the driver is not open");
   STD_TORCH_CHECK(!tensors.empty() && tensors[0].has_value(), "tensors must begin with one, got None or none");
@@ -405,7 +432,7 @@ void record(Tensors tensors, Numbers options, std::vector<Tensor> allocated, Num
   };
   while (!reader.done()) {
     Step step = {};
-    step.kind = static_cast<Kind>(reader.next(0, 2));
+    step.kind = static_cast<Kind>(reader.next(0, 3));
     if (step.kind == Kind::kLaunch) {
       step.function = reinterpret_cast<void*>(reader.next());
       for (unsigned& size : step.grid) size = static_cast<unsigned>(reader.next(1, INT32_MAX));
@@ -417,6 +444,14 @@ void record(Tensors tensors, Numbers options, std::vector<Tensor> allocated, Num
         use(slot, step);
       }
       check_kernel(step);
+    } else if (step.kind == Kind::kOperator) {
+      step.called = &kOperators[reader.next(0, std::size(kOperators) - 1)];
+      for (const char* argument = step.called->arguments; *argument != 0; ++argument) {
+        const int64_t slot = reader.next(*argument == 't' ? 0 : -1, given + made - 1);
+        STD_TORCH_CHECK(slot < 0 || slot >= given || tensors[slot].has_value(), "slot ", slot, " must have a tensor");
+        step.parameters.push_back({slot, 0});
+        use(slot, step);
+      }
     } else {
       for (int i = 0; i < (step.kind == Kind::kProduct ? 2 : 1); ++i) {
         step.from[i] = reader.next(0, given + made - 1);

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from . import launch
 from .heuristics import Chip
 from .tiles import MapStrides
 
@@ -26,8 +27,11 @@ FEWEST_CHANNELS = 768
 @functools.cache
 def _operators() -> Any:
     """torch.ops.ar_kernels_native, or None where it has no such kernels."""
-    able = native.why_not("cpu") is None and native.has_kernels("cuda", "sweep_forward_")
-    return torch.ops.ar_kernels_native if able else None
+    if native.why_not("cpu") is not None or not native.has_kernels("cuda", "sweep_forward_"):
+        return None
+    found = torch.ops.ar_kernels_native
+    launch.operators += [found.sweep_forward_.default, found.sweep_backward_.default]
+    return found
 
 
 def can_read(*maps: Tensor | None) -> bool:

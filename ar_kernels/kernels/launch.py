@@ -145,11 +145,15 @@ _ALLOCATIONS = (
 )
 
 
+operators: list[Any] = []
+"""Of csrc/cuda, in the order in which csrc/plans.cpp has them; none where the library has none."""
+
+
 class Recorder(TorchDispatchMode):
     """What a call with `tensors` allocates and launches within the block, for csrc/plans.cpp to repeat.
 
-    That is possible if nothing else happens but PyTorch's matrix products and conversions, and every kernel takes
-    pointers and integers alone.
+    That is possible if nothing else happens but PyTorch's matrix products and conversions and `operators`, and every
+    kernel takes pointers and integers alone.
     """
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
@@ -181,6 +185,8 @@ class Recorder(TorchDispatchMode):
                 self._place(result)
         elif func is torch.ops.aten.mm.default:
             self._step(1, args, result)
+        elif func in operators:
+            self._operator(operators.index(func), args)
         elif func is torch.ops.aten._to_copy.default and kwargs == {"dtype": result.dtype}:
             self._step(2, args, result)
         elif not (func.is_view and isinstance(result, Tensor) and _share_memory(result, args[0])):
@@ -200,7 +206,7 @@ class Recorder(TorchDispatchMode):
             if slot is None or tensor.numel() == 0:
                 self.possible = False
                 return
-            whole = self._tensors[slot] if slot < self._given else self._allocated[slot - self._given]
+            whole = self._whole(slot)
             turned = whole.t() if whole.dim() == 2 else whole
             fits = [_layout(tensor) == _layout(value) for value in (whole, turned)]
             if not any(fits) or (kind == 2 and not fits[0]):
@@ -210,6 +216,22 @@ class Recorder(TorchDispatchMode):
         place = self._place(result)
         self._used.add(place)
         self._steps += [*step, place]
+
+    def _operator(self, number: int, tensors: Sequence[Tensor | None]) -> None:
+        """One of `operators` (3)."""
+        step = [3, number]
+        for tensor in tensors:
+            slot = -1 if tensor is None else self._slot(tensor)
+            if tensor is not None and (slot is None or slot < 0 or _layout(tensor) != _layout(self._whole(slot))):
+                self.possible = False
+                return
+            step.append(-1 if slot is None else slot)
+        self._steps += step
+
+    def _whole(self, slot: int) -> Tensor:
+        tensor = self._tensors[slot] if slot < self._given else self._allocated[slot - self._given]
+        assert tensor is not None
+        return tensor
 
     def add(self, launch: Launch, kernel: CompiledKernel | None, tensors: Sequence[Tensor | None]) -> None:
         parameters = None if kernel is None else self._parameters(launch, kernel, tensors)
