@@ -16,6 +16,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,13 @@ def _converted(value):
     if hasattr(value, "data_ptr"):
         return ctypes.c_void_p(value.data_ptr())
     return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)
+
+
+def why_not() -> str | None:
+    """What is missing to build and run kernels, or None."""
+    if sys.platform != "linux":
+        return "the emulator runs on Linux"
+    return None if COMPILER else "there is no C++ compiler"
 
 
 def build(*sources: str | Path, wrapper: str = "") -> Library:
