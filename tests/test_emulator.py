@@ -83,11 +83,20 @@ def test_boxes(tiny, rank, at, swizzle, width, start):
     assert torch.equal(back, copied)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_runs_of_bytes(tiny, seed):
+    x = torch.randn(100)
+    y, again = torch.zeros_like(x), torch.zeros_like(x)
+    tiny.bulk(x, y, again, x.nbytes, 0, seed=seed, strict=seed % 2 == 1)
+    assert torch.equal(y, 3 * x) and torch.equal(again, 3 * x)
+
+
+@pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("seed", range(8))
-def test_a_pipeline(tiny, seed):
+def test_a_pipeline(tiny, seed, strict):
     x = torch.randn(5, 64, 64).half()
     y = torch.empty_like(x)
-    tiny.pipeline(x, y, 5, 0, seed=seed)
+    tiny.pipeline(x, y, 5, 0, seed=seed, strict=strict)
     assert torch.equal(y, 2 * x)
     (reads,) = (place for place in tiny.report() if place.name == "load_matrix")
     assert (reads.calls, reads.matrices, reads.wavefronts, reads.early) == (80, 320, 320, 0)
@@ -146,8 +155,8 @@ def test_clusters(tiny, blocks, seed):
         ("kOutside", r"16 bytes at offset \d+ lie outside of the block's 32816 bytes"),
         ("kUnaligned", r"offset \d+ in shared memory is not a multiple of 16\n  block 0, warp \d, lane 5"),
         ("kOnlySome", r"other lanes of the warp wait in load_matrix|all 32 lanes must come"),
-        ("kPointerOutside", r"at offset 33792"),
-        ("kPointerUnaligned", "an access that is not aligned"),
+        ("kPointerOutside", r"an access at offset 33792 of block 0's 32816 bytes .*, at tiny.cu:\d+, after:"),
+        ("kPointerUnaligned", r"an access that is not aligned, .*, at tiny.cu:\d+, after:"),
         ("kDivergent", "load_matrix: other lanes of the warp are at tiny.cu"),
         ("kNamedHalf", r"deadlock: (.|\n)*warp 1, 16 lanes from 0 to 15: named_sync at tiny.cu"),
     ],
@@ -165,6 +174,28 @@ def test_mistakes_in_a_pipeline(tiny, mistake, message):
             found.append(str(error))
     print(*found, sep="\n")
     assert any(re.search(message or ".", each) for each in found)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("kNoPlainFence", r"written before tiny.cu:\d+ by warp 1, whose lane 8 has not passed fence_proxy_async since"),
+        ("kWritesUnderCopy", "offset 128 is written while a copy to it is under way"),
+        ("kNoBulkWait", "the result is wrong"),
+    ],
+)
+def test_mistakes_with_plain_writes(tiny, mistake, message):
+    x, y = torch.randn(100), torch.zeros(100)
+    found = []
+    for seed in range(10):
+        again = torch.zeros(100)
+        try:
+            tiny.bulk(x, y.zero_(), again, x.nbytes, MISTAKES[mistake], seed=seed, strict=True)
+            found.append("the result is wrong" if not torch.equal(again, 3 * x) else "")
+        except emulator.EmulatorError as error:
+            found.append(str(error))
+    print(*found, sep="\n")
+    assert any(re.search(message, each) for each in found)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,8 +29,11 @@ COMPILER = next((name for name in COMPILERS if shutil.which(name)), None)
 
 OPTIONS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-DAR_EMULATOR", f"-I{FOLDER}", f"-I{ROOT / 'csrc' / 'cuda'}"]
 OPTIONS += ["-U_FORTIFY_SOURCE"]  # which takes a jump from one stack to another for a fault
-KERNEL_OPTIONS = ["-O1", "-fno-strict-aliasing", "-ffp-contract=off", "-w"]
-KERNEL_OPTIONS += ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
+KERNEL_OPTIONS = ["-O1", "-g1", "-fno-strict-aliasing", "-ffp-contract=off", "-w"]
+KERNEL_OPTIONS += [
+    "-fsanitize=alignment,bounds,shift-exponent,signed-integer-overflow",
+    "-fsanitize-undefined-trap-on-error",
+]
 
 
 class EmulatorError(RuntimeError):
@@ -67,22 +71,37 @@ class Library:
 
     def __init__(self, path: Path):
         self._library = ctypes.CDLL(str(path), mode=os.RTLD_LOCAL)
-        self._library.emulator_begin.argtypes = [ctypes.c_uint64, ctypes.c_int]
+        self._library.emulator_begin.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_int]
         self._library.emulator_message.restype = ctypes.c_char_p
         self._library.emulator_report.restype = ctypes.c_char_p
 
     def __getattr__(self, name: str):
         return functools.partial(self.call, name)
 
-    def call(self, function: str, *arguments, seed: int | None = None, processors: int = 132) -> None:
-        """Calls `function` of the wrapper. `seed` 0, the default, lets the threads take turns; any other value is a
-        random order (AR_EMULATOR_SEED, where none is given). Raises EmulatorError with what was found."""
+    def call(
+        self, function: str, *arguments, seed: int | None = None, strict: bool | None = None, processors: int = 132
+    ) -> None:
+        """Calls `function` of the wrapper. Raises EmulatorError with what was found.
+
+        `seed` 0, the default, lets the threads take turns; any other value is a random order. `strict` also sees what
+        is written through pointers, and so whether it is fenced before the copy engine comes, and not written under a
+        copy; that takes ten times as long. Where they are not given, AR_EMULATOR_SEED and AR_EMULATOR_STRICT say."""
         seed = int(os.environ.get("AR_EMULATOR_SEED", 0)) if seed is None else seed
-        self._library.emulator_begin(seed, processors)
+        strict = os.environ.get("AR_EMULATOR_STRICT") == "1" if strict is None else strict
+        self._library.emulator_begin(seed, processors, strict)
         result = getattr(self._library, function)(*map(_converted, arguments))
         if result != 0:
-            message = self._library.emulator_message().decode()
-            raise EmulatorError(message or f"{function} returned {result}")
+            message = self._library.emulator_message().decode() or f"{function} returned {result}"
+            raise EmulatorError(re.sub(r"<(\d+)>", lambda match: self._line(int(match[1])), message))
+
+    def _line(self, address: int) -> str:
+        """Of the source, where binutils can tell."""
+        if shutil.which("addr2line"):
+            command = ["addr2line", "-e", self._library._name, hex(address)]
+            line = subprocess.run(command, capture_output=True, text=True).stdout.split(" ")[0].strip()
+            if "?" not in line:
+                return line.rpartition("/")[2]
+        return f"instruction {address:#x}"
 
     def report(self) -> list[Calls]:
         """What the last call did, by place in the source."""
@@ -135,7 +154,7 @@ def _built(key: str, sources: tuple[Path, ...], wrapper: str) -> Library:
     for i, source in enumerate([*sources, written]):
         objects.append(_compiled(source, f"{key[:16]}-{i}", KERNEL_OPTIONS))
     library = folder / f"{key[:16]}.so"
-    _run([str(COMPILER), "-shared", *map(str, objects), "-o", str(library)])
+    _run([str(COMPILER), "-shared", *map(str, objects), "-o", str(library), "-ldl"])
     return Library(library)
 
 

@@ -137,6 +137,37 @@ enum Mistake {
   kNamedHalf,  // half a warp at a named barrier
 };
 
+// y = 3 x of one run of bytes, which plain loads and stores see in shared memory; and back again, from the global one.
+enum BulkMistake { kNoneOfBulk, kNoPlainFence, kWritesUnderCopy, kNoBulkWait };
+
+__global__ void bulk_kernel(const float* x, float* y, float* again, int bytes, int mistake) {
+  float* memory = reinterpret_cast<float*>(shared_memory() + 128);
+  const uint32_t barrier = shared_address(shared_memory());
+  if (threadIdx.x == 0) {
+    barrier_init(barrier, 1);
+    fence_barrier_init();
+    barrier_arrive_expect(barrier, bytes);
+    bulk_load(shared_address(memory), x, bytes, barrier, kEvictFirst);
+    if (mistake == kWritesUnderCopy) memory[1] = 0;
+  }
+  __syncthreads();
+  while (!barrier_passed(barrier, 0)) {
+  }
+  for (int i = threadIdx.x; i < bytes / 4; i += blockDim.x) memory[i] *= 3;
+  if (mistake != kNoPlainFence || threadIdx.x != 40) fence_proxy_async();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    bulk_store(y, shared_address(memory), bytes, kEvictFirst);
+    bulk_commit();
+    if (mistake == kNoBulkWait)
+      bulk_wait_read<0>();
+    else
+      bulk_wait<0>();
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < bytes / 4; i += blockDim.x) again[i] = y[i];
+}
+
 // y = 2 x of [tiles, 64, 64]: warp 0 brings tiles through two stages, warps 1 and 2 double them, one of their threads
 // asks for the way back.
 constexpr uint32_t kTile = 64 * 64 * 2;
@@ -338,6 +369,10 @@ AR_EXPORT int pipeline(const void* from, void* to, int64_t tiles, int64_t mistak
       return cudaErrorInvalidValue;
   return launch(pipeline_kernel, 1, 96, 4 * kTile + 48, 1, maps[0], maps[1], static_cast<int>(tiles),
                 static_cast<int>(mistake));
+}
+
+AR_EXPORT int bulk(const float* x, float* y, float* again, int64_t bytes, int64_t mistake) {
+  return launch(bulk_kernel, 1, 64, 128 + bytes, 1, x, y, again, static_cast<int>(bytes), static_cast<int>(mistake));
 }
 
 AR_EXPORT int turns(int* to, int64_t threads, int64_t count) {
