@@ -1,6 +1,9 @@
-"""tests/emulator runs what csrc/cuda is made of as a GPU would, and finds the mistakes that a GPU hides."""
+"""tests/emulator runs what csrc/cuda is made of as a GPU would, and finds the mistakes that a GPU hides.
+
+With --device cuda the right answers are a GPU's: whether the emulator is right about them."""
 
 import re
+import shutil
 from pathlib import Path
 
 import emulator
@@ -22,34 +25,57 @@ def tiny() -> emulator.Library:
     return emulator.build(TINY)
 
 
+@pytest.fixture(scope="module")
+def either(request: pytest.FixtureRequest) -> emulator.Library | emulator.OnGpu:
+    if request.config.getoption("--device") == "cpu":
+        return request.getfixturevalue("tiny")
+    if not shutil.which("nvcc") or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs nvcc and a Hopper GPU")
+    return emulator.build_for_gpu(TINY)
+
+
+def test_nothing_is_missing():
+    """What primitives.cuh has in PTX, the emulator has as well."""
+
+    def functions(file: Path) -> set[str]:
+        return set(
+            re.findall(r"^(?:\w+ )*?(?:void|bool|float4?|u?int\w+\*?) (\w+)\(", file.read_text("utf-8"), re.MULTILINE)
+        )
+
+    primitives = emulator.ROOT / "csrc" / "cuda" / "primitives.cuh"
+    missing = functions(primitives) - functions(emulator.FOLDER / "primitives.h")
+    assert missing == {"swizzled", "packed", "origin", "encode_map"}  # not in PTX
+    assert {"mma", "shared_memory", "load_four_from_cluster"} <= functions(primitives)
+
+
 # ---------------------------------------------------------------------------------------------- right answers
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_halves_round_as_torch_rounds(tiny, dtype):
+def test_halves_round_as_torch_rounds(either, dtype):
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).float()
     every = torch.cat([every * factor for factor in (1.0, 1 + 2**-9, 1 + 2**-11, 1 + 3 * 2**-12, 0.3)])
     bits, back = torch.empty(every.shape, dtype=dtype), torch.empty_like(every)
-    tiny.convert(every, bits, back, every.numel() // 2, int(dtype == torch.float16))
+    either.convert(every, bits, back, every.numel() // 2, int(dtype == torch.float16))
     assert torch.equal(bits.nan_to_num(7), every.to(dtype).nan_to_num(7))
     assert torch.equal(back.nan_to_num(7), every.to(dtype).float().nan_to_num(7))
 
 
 @pytest.mark.parametrize("depth", [16, 8])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_products_of_fragments(tiny, dtype, depth):
+def test_products_of_fragments(either, dtype, depth):
     """Small integers, so that every order of the sums gives the same."""
     a, b = (torch.randint(-9, 9, size).to(dtype) for size in ((16, 16), (16, 8)))
     c = torch.empty(16, 8)
-    tiny.product(a, b, c, depth, int(dtype == torch.float16))
+    either.product(a, b, c, depth, int(dtype == torch.float16))
     assert torch.equal(c, a.float() @ b.float())
 
 
 @pytest.mark.parametrize("how", range(4))
-def test_transposes(tiny, how):
+def test_transposes(either, how):
     matrix = torch.arange(256, dtype=torch.int16).reshape(16, 16)
     result = torch.empty_like(matrix)
-    tiny.transpose(matrix, result, how)
+    either.transpose(matrix, result, how)
     assert torch.equal(result, matrix.T)
 
 
@@ -57,7 +83,7 @@ def test_transposes(tiny, how):
 @pytest.mark.parametrize("swizzle, width", [(0, 24), (1, 16), (2, 32), (3, 64)])
 @pytest.mark.parametrize("at", [(0, 0, 0, 0), (8, -2, 3, 1), (40, 3, -1, 1), (-70, 0, 0, 0)], ids=str)
 @pytest.mark.parametrize("rank", [3, 4])
-def test_boxes(tiny, rank, at, swizzle, width, start):
+def test_boxes(either, rank, at, swizzle, width, start):
     """Zeros come from outside of the tensor, nothing goes there; 16-byte chunks lie where bits of their address say."""
     sizes, box = (72, 7, 5, 3), (width, 5, 3, 2)
     if rank == 3:
@@ -72,7 +98,7 @@ def test_boxes(tiny, rank, at, swizzle, width, start):
     raw = torch.empty(expected.numel() // 8, 8).half()
     back = torch.full_like(tensor, 7)
     lists = [torch.tensor(sizes), torch.tensor(box), torch.tensor(at, dtype=torch.int32)]
-    tiny.box(tensor, back, *lists, raw, rank, swizzle, start)
+    either.box(tensor, back, *lists, raw, rank, swizzle, start)
     address = torch.arange(raw.shape[0]) * 16 + start
     place = (address ^ ((address >> 7 & (1 << swizzle) - 1) << 4)) - start
     assert torch.equal(raw[place // 16].flatten(), expected.flatten())
@@ -84,54 +110,56 @@ def test_boxes(tiny, rank, at, swizzle, width, start):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_runs_of_bytes(tiny, seed):
+def test_runs_of_bytes(either, seed):
     x = torch.randn(100)
     y, again = torch.zeros_like(x), torch.zeros_like(x)
-    tiny.bulk(x, y, again, x.nbytes, 0, seed=seed, strict=seed % 2 == 1)
+    either.bulk(x, y, again, x.nbytes, 0, seed=seed, strict=seed % 2 == 1)
     assert torch.equal(y, 3 * x) and torch.equal(again, 3 * x)
 
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("seed", range(8))
-def test_a_pipeline(tiny, seed, strict):
+def test_a_pipeline(either, seed, strict):
     x = torch.randn(5, 64, 64).half()
     y = torch.empty_like(x)
-    tiny.pipeline(x, y, 5, 0, seed=seed, strict=strict)
+    either.pipeline(x, y, 5, 0, seed=seed, strict=strict)
     assert torch.equal(y, 2 * x)
-    (reads,) = (place for place in tiny.report() if place.name == "load_matrix")
-    assert (reads.calls, reads.matrices, reads.wavefronts, reads.early) == (80, 320, 320, 0)
-
-
-def test_conflicts_are_counted(tiny):
-    """Rows of 32 bytes, without a swizzle: of eight, two lie in the same banks."""
-    tiny.transpose(torch.zeros(16, 16), torch.zeros(16, 16), 2)
-    (reads,) = (place for place in tiny.report() if place.name == "load_matrix")
-    assert (reads.calls, reads.matrices, reads.wavefronts, reads.worst) == (1, 4, 8, 8)
-    assert "load_matrix: 1 calls, 4 matrices each in 8 wavefronts, at worst 8" in str(reads)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_named_barriers(tiny, seed):
+def test_named_barriers(either, seed):
     result = torch.zeros(6, 96, dtype=torch.int32)
-    tiny.turns(result, 96, 6, seed=seed)
+    either.turns(result, 96, 6, seed=seed)
     assert torch.equal(result[:, 32:], torch.arange(6, dtype=torch.int32).square()[:, None].expand(6, 64))
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_threads_that_have_left_are_not_waited_for(tiny, seed):
+def test_threads_that_have_left_are_not_waited_for(either, seed):
     result = torch.zeros(3, dtype=torch.int32)
-    tiny.early(result, 3, 16, seed=seed)
+    either.early(result, 3, 16, seed=seed)
     assert result.tolist() == [4950] * 3
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("blocks", [2, 8])
-def test_clusters(tiny, blocks, seed):
+def test_clusters(either, blocks, seed):
     by_loads, by_stores = torch.zeros(3 * blocks), torch.zeros(3 * blocks, 4)
-    tiny.cluster(by_loads, by_stores, 3, blocks, 0, seed=seed)
+    either.cluster(by_loads, by_stores, 3, blocks, 0, seed=seed)
     sums = (torch.arange(3 * blocks) + 1.0).reshape(3, blocks).sum(1).repeat_interleave(blocks)
     assert torch.equal(by_loads, sums)
     assert torch.equal(by_stores, sums[:, None] * torch.tensor([1.0, 2, 3, 4]))
+
+
+def test_conflicts_are_counted(tiny):
+    """None with the swizzle; of eight rows of 32 bytes without it, two lie in the same banks."""
+    x = torch.zeros(5, 64, 64).half()
+    tiny.pipeline(x, x.clone(), 5, 0)
+    (reads,) = (place for place in tiny.report() if place.name == "load_matrix")
+    assert (reads.calls, reads.matrices, reads.wavefronts, reads.worst, reads.early) == (80, 320, 320, 4, 0)
+    tiny.transpose(torch.zeros(16, 16), torch.zeros(16, 16), 2)
+    (reads,) = (place for place in tiny.report() if place.name == "load_matrix")
+    assert (reads.calls, reads.matrices, reads.wavefronts, reads.worst) == (1, 4, 8, 8)
+    assert "load_matrix: 1 calls, 4 matrices each in 8 wavefronts, at worst 8" in str(reads)
 
 
 # ---------------------------------------------------------------------------------------------- mistakes

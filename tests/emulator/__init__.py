@@ -12,7 +12,6 @@ Arguments are tensors (or None) for pointers, ints for int64_t, floats for doubl
 
 import ctypes
 import functools
-import hashlib
 import os
 import re
 import shutil
@@ -110,6 +109,36 @@ class Library:
         return [Calls(file, int(line), name, *map(int, counts)) for file, line, name, *counts in parts]
 
 
+class OnGpu:
+    """The same library compiled by nvcc: what the emulator says is checked against what a GPU does."""
+
+    def __init__(self, path: Path):
+        self._library = ctypes.CDLL(str(path), mode=os.RTLD_LOCAL)
+
+    def __getattr__(self, name: str):
+        return functools.partial(self.call, name)
+
+    def call(self, function: str, *arguments, **_) -> None:
+        """Tensors of int64 are read by the wrapper itself, and stay; others go to the GPU and come back."""
+        import torch
+
+        there = [a.cuda() if torch.is_tensor(a) and a.dtype != torch.int64 else a for a in arguments]
+        result = getattr(self._library, function)(*map(_converted, there))
+        torch.cuda.synchronize()
+        if result != 0:
+            raise RuntimeError(f"{function} returned {result}")
+        for argument, on_gpu in zip(arguments, there):
+            if argument is not on_gpu:
+                argument.copy_(on_gpu)
+
+
+def build_for_gpu(source: Path) -> OnGpu:
+    library = Path(_folder().name) / f"{source.stem}-gpu.so"
+    options = ["-std=c++17", "-arch=sm_90a", "-shared", "-Xcompiler", "-fPIC", f"-I{ROOT / 'csrc' / 'cuda'}"]
+    _run(["nvcc", *options, "-o", str(library), str(source)])
+    return OnGpu(library)
+
+
 def _converted(value):
     if value is None:
         return ctypes.c_void_p()
@@ -125,14 +154,18 @@ def why_not() -> str | None:
     return None if COMPILER else "there is no C++ compiler"
 
 
-def build(*sources: str | Path, wrapper: str = "") -> Library:
+@functools.cache
+def build(*sources: str | Path, wrapper: str = "", options: tuple[str, ...] = ()) -> Library:
     """Compiles files of the repository and a wrapper around them; the same ones once in a process."""
-    texts = [
-        file.read_bytes() for file in sorted([*FOLDER.iterdir(), *(ROOT / "csrc" / "cuda").iterdir()]) if file.is_file()
-    ]
-    texts += [(ROOT / source).read_bytes() for source in sources]
-    key = hashlib.sha256(b"\0".join([*texts, wrapper.encode(), *map(str.encode, map(str, sources))])).hexdigest()
-    return _built(key, tuple(Path(ROOT, source) for source in sources), wrapper)
+    folder = Path(tempfile.mkdtemp(dir=_folder().name))
+    written = folder / "wrapper.cpp"
+    written.write_text(wrapper, encoding="utf-8")
+    objects = [_emulator()]
+    for i, source in enumerate([*(ROOT / source for source in sources), written]):
+        objects.append(_compiled(source, folder / f"{i}.o", [*KERNEL_OPTIONS, *options]))
+    library = folder / "library.so"
+    _run([str(COMPILER), "-shared", *map(str, objects), "-o", str(library), "-ldl"])
+    return Library(library)
 
 
 @functools.cache
@@ -142,24 +175,12 @@ def _folder() -> tempfile.TemporaryDirectory:
 
 @functools.cache
 def _emulator() -> Path:
-    return _compiled(FOLDER / "emulator.cpp", "emulator", ["-O2", "-Wall", "-Wextra"])
+    return _compiled(
+        FOLDER / "emulator.cpp", Path(_folder().name, "emulator.o"), ["-O2", "-Wall", "-Wextra", "-Werror"]
+    )
 
 
-@functools.cache
-def _built(key: str, sources: tuple[Path, ...], wrapper: str) -> Library:
-    folder = Path(_folder().name)
-    written = folder / f"wrapper-{key[:16]}.cpp"
-    written.write_text(wrapper, encoding="utf-8")
-    objects = [_emulator()]
-    for i, source in enumerate([*sources, written]):
-        objects.append(_compiled(source, f"{key[:16]}-{i}", KERNEL_OPTIONS))
-    library = folder / f"{key[:16]}.so"
-    _run([str(COMPILER), "-shared", *map(str, objects), "-o", str(library), "-ldl"])
-    return Library(library)
-
-
-def _compiled(source: Path, name: str, options: list[str]) -> Path:
-    output = Path(_folder().name) / f"{name}.o"
+def _compiled(source: Path, output: Path, options: list[str]) -> Path:
     _run([str(COMPILER), *OPTIONS, *options, "-x", "c++", "-c", str(source), "-o", str(output)])
     return output
 

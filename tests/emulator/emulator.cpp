@@ -892,6 +892,7 @@ bool barrier_polled(uint32_t address, uint32_t parity) {
   m.current->barrier = address;
   m.current->parity = parity;
   ++m.idle_polls;
+  m.until = 0;  // let others go on
   suspend();
   return false;
 }

@@ -1,6 +1,10 @@
 // Small kernels with known answers for test_emulator.py, and the same with a mistake in them.
 #include "primitives.cuh"
 
+#ifndef AR_EXPORT  // not in the emulator: nvcc compiles this file as well
+#define AR_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
 using namespace ar_kernels;
 
 namespace {
