@@ -630,9 +630,9 @@ Fiber* choose() {
   if (m.seed == 0) {  // in turn: lanes of a warp, then the next warp
     for (size_t tried = 0; tried <= m.warps.size(); ++tried) {
       Warp& warp = *m.warps[m.warp_cursor];
-      const uint32_t later = m.lane_cursor < 0 ? ~0u : m.lane_cursor == 31 ? 0 : ~0u << (m.lane_cursor + 1);
-      if ((warp.ready & later) != 0) {
-        m.lane_cursor = __builtin_ctz(warp.ready & later);
+      const uint32_t higher = m.lane_cursor < 0 ? ~0u : m.lane_cursor == 31 ? 0 : ~0u << (m.lane_cursor + 1);
+      if ((warp.ready & higher) != 0) {
+        m.lane_cursor = __builtin_ctz(warp.ready & higher);
         return warp.lanes[m.lane_cursor];
       }
       m.warp_cursor = (m.warp_cursor + 1) % m.warps.size();
