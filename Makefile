@@ -44,7 +44,7 @@ lint:
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m mypy
-	$(if $(strip $(VENV)),$(VENV)/bin/)clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+	$(if $(strip $(VENV)),$(VENV)/bin/)clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*/* tests/emulator/*.[chu]*)
 
 bench:
 	$(python) -m benchmarks $(ARGS)

@@ -1,5 +1,6 @@
 #include "emulator.h"
 
+#include <dlfcn.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -111,14 +112,16 @@ struct Named {
 
 // 16 bytes of shared memory.
 struct Chunk {
-  uint64_t written;  // by store_matrix, when
-  Warp* writer;
+  uint64_t written;     // when; by store_matrix, and in any way where `strict`
+  const Warp* warp;     // that wrote it,
+  const Fiber* thread;  // or the one thread
   Site site;
   uint16_t loading, storing;  // copies that still write it; that the thread has not yet waited for to have read it
 };
 
 struct Block {
   uint8_t* memory;
+  std::vector<uint8_t> known;  // what was there when a thread last called, where `strict`
   uint32_t bytes, rank;
   uint3 index;
   int alive, flights;  // copies to its memory
@@ -147,6 +150,7 @@ struct Machine {
   // Settings.
   uint64_t seed = 0;
   int processors = 132;
+  bool strict = false;
 
   std::string message, refusal;
   std::map<std::tuple<const char*, int, const char*>, Count> counts;
@@ -307,11 +311,45 @@ void for_chunks(Block& block, uint32_t offset, uint32_t bytes, Action action) {
 void check_fenced(const char* what, Block& block, uint32_t offset, uint32_t bytes) {
   for_chunks(block, offset, bytes, [&](const Chunk& chunk) {
     if (chunk.written == 0) return;
-    for (const Fiber* lane : chunk.writer->lanes)
-      if (lane != nullptr && lane->fenced < chunk.written)
-        fail("%s: bytes that were written at %s by warp %d, whose lane %d has not passed fence_proxy_async since", what,
-             place(chunk.site).c_str(), chunk.writer->number, lane->lane);
+    for (const Fiber* lane : chunk.warp->lanes)
+      if (lane != nullptr && lane->fenced < chunk.written && (chunk.thread == nullptr || chunk.thread == lane))
+        fail("%s: bytes that were written %s %s by warp %d, whose lane %d has not passed fence_proxy_async since", what,
+             chunk.thread == nullptr ? "at" : "before", place(chunk.site).c_str(), chunk.warp->number, lane->lane);
   });
+}
+
+void check_writable(const Chunk& chunk, uint32_t offset) {
+  if (chunk.loading != 0) fail("offset %u is written while a copy to it is under way", offset);
+  if (chunk.storing != 0)
+    fail("offset %u is written: a copy from it was asked for at %s, and bulk_wait_read has not passed since", offset,
+         place(chunk.site).c_str());
+}
+
+// After the emulator itself has written.
+void know(Block& block, uint32_t offset, uint32_t bytes) {
+  if (m.strict) memcpy(block.known.data() + offset, block.memory + offset, bytes);
+}
+
+// What the thread has written through pointers since it last called: nobody else has run.
+void note_writes() {
+  const Fiber& fiber = *m.current;
+  Block& block = *fiber.block;
+  constexpr uint32_t kStep = 4096;
+  for (uint32_t start = 0; start < block.bytes; start += kStep) {
+    const uint32_t end = std::min(start + kStep, block.bytes);
+    if (memcmp(block.memory + start, block.known.data() + start, end - start) == 0) continue;
+    for (uint32_t offset = start; offset < end; offset += 16) {
+      const uint32_t bytes = std::min(16u, end - offset);
+      if (memcmp(block.memory + offset, block.known.data() + offset, bytes) == 0) continue;
+      Chunk& chunk = block.chunks[offset / 16];
+      check_writable(chunk, offset);
+      chunk.written = ++m.clock;
+      chunk.warp = fiber.warp;
+      chunk.thread = &fiber;
+      chunk.site = fiber.site;
+    }
+    know(block, start, end - start);
+  }
 }
 
 // ------------------------------------------------------------------------------------------------ mbarriers
@@ -444,10 +482,12 @@ void load(Block& block, uint32_t offset, uint32_t bytes, Block& of_barrier, uint
     ++chunk.loading;
   });
   memset(block.memory + offset, kPoison, bytes);
+  know(block, offset, bytes);
   ++block.flights;
   ++counted(m.current->name, site).calls;
   later(site, [&block, offset, bytes, &of_barrier, barrier, fill] {
     fill(block.memory + offset);
+    know(block, offset, bytes);
     for_chunks(block, offset, bytes, [](Chunk& chunk) {
       --chunk.loading;
       chunk.written = 0;
@@ -529,6 +569,7 @@ void leave() {
   Warp& warp = *fiber.warp;
   Block& block = *fiber.block;
   fiber.name = "the kernel's end";
+  if (m.strict) note_writes();
   if (fiber.open != nullptr)
     fail("a copy was asked for at %s without a bulk_commit after it", place(fiber.open->sources[0].site).c_str());
   for (const auto& group : fiber.groups)
@@ -589,9 +630,9 @@ Fiber* choose() {
   if (m.seed == 0) {  // in turn: lanes of a warp, then the next warp
     for (size_t tried = 0; tried <= m.warps.size(); ++tried) {
       Warp& warp = *m.warps[m.warp_cursor];
-      const uint32_t later = m.lane_cursor < 0 ? ~0u : m.lane_cursor == 31 ? 0 : ~0u << (m.lane_cursor + 1);
-      if ((warp.ready & later) != 0) {
-        m.lane_cursor = __builtin_ctz(warp.ready & later);
+      const uint32_t higher = m.lane_cursor < 0 ? ~0u : m.lane_cursor == 31 ? 0 : ~0u << (m.lane_cursor + 1);
+      if ((warp.ready & higher) != 0) {
+        m.lane_cursor = __builtin_ctz(warp.ready & higher);
         return warp.lanes[m.lane_cursor];
       }
       m.warp_cursor = (m.warp_cursor + 1) % m.warps.size();
@@ -651,6 +692,7 @@ void prepare_cluster(const Launch& launch, uint32_t number) {
     block.memory = m.memories[rank] + (kMostShared + 1024 - block.bytes) / 1024 * 1024;
     memset(m.memories[rank], kPoison, kMostShared + 1024);
     block.chunks.resize(block.bytes / 16 + 1);
+    if (m.strict) block.known.assign(block.bytes, kPoison);
     for (uint32_t thread = 0; thread < threads; ++thread) {
       if (thread % kLanes == 0) {
         m.warps.push_back(std::make_unique<Warp>());
@@ -710,26 +752,39 @@ void run_cluster() {
 
 constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP};
 
-void on_signal(int signal, siginfo_t* info, void*) {
+// The instruction that a signal is of, as the library's file has it.
+std::string instruction(const siginfo_t* info, const void* context) {
+  const void* address = info->si_addr;
+#if defined(__x86_64__)
+  address = reinterpret_cast<void*>(static_cast<const ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
+#elif defined(__aarch64__)
+  address = reinterpret_cast<void*>(static_cast<const ucontext_t*>(context)->uc_mcontext.pc);
+#endif
+  Dl_info library;
+  if (dladdr(address, &library) == 0) return "after";
+  return text("at <%td>, after", static_cast<const uint8_t*>(address) - static_cast<const uint8_t*>(library.dli_fbase));
+}
+
+void on_signal(int signal, siginfo_t* info, void* context) {
   if (m.current == nullptr && m.copy_site.file != nullptr) _longjmp(m.after_copy, 1);
   if (m.current == nullptr) {  // not a kernel's
     ::signal(signal, SIG_DFL);
     raise(signal);
     return;
   }
-  if (signal == SIGFPE) fail("a division by zero, or the like, after this");
+  const std::string where = instruction(info, context);
+  if (signal == SIGFPE) fail("a division by zero, or the like, %s:", where.c_str());
   if (signal == SIGILL || signal == SIGTRAP)
-    fail("an access that is not aligned, an index outside of an array, or the like, after this");
-  for (const auto& block : m.blocks) {
-    const uint8_t* address = static_cast<const uint8_t*>(info->si_addr);
-    if (address >= m.memories[block->rank] - 65536 && address < m.memories[block->rank] + kMostShared + 65536)
-      fail("an access at offset %td of block %u's %u bytes of shared memory, after this", address - block->memory,
-           block->rank, block->bytes);
-  }
+    fail("an access that is not aligned, an index outside of an array, or the like, %s:", where.c_str());
+  constexpr size_t kNear = 64 * 1024;
+  const uint8_t* address = static_cast<const uint8_t*>(info->si_addr);
+  for (const auto& block : m.blocks)
+    if (address >= m.memories[block->rank] - kNear && address < m.memories[block->rank] + kMostShared + kNear)
+      fail("an access at offset %td of block %u's %u bytes of shared memory, %s:", address - block->memory, block->rank,
+           block->bytes, where.c_str());
   for (const auto& fiber : m.fibers)
-    if (info->si_addr < fiber->stack && info->si_addr >= fiber->stack - 65536)
-      fail("the stack has no room, after this");
-  fail("an access at %p, where there is nothing, after this", info->si_addr);
+    if (address < fiber->stack && address >= fiber->stack - kNear) fail("the stack has no room, %s:", where.c_str());
+  fail("an access at %p, where there is nothing, %s:", info->si_addr, where.c_str());
 }
 
 struct Signals {
@@ -776,6 +831,7 @@ void enter(const char* name, Site site) {
   if (m.current == nullptr) throw Failure(text("%s outside of a kernel", name));
   m.current->name = name;
   m.current->site = site;
+  if (m.strict) note_writes();
   m.current->barrier = 0;
   m.current->met = false;
   if (m.seed != 0 && draw(16) == 0) suspend();
@@ -802,6 +858,7 @@ void barrier_init(uint32_t address, uint32_t arrivals) {
   barrier.site = m.current->site;
   block.barriers[offset] = barrier;
   memcpy(block.memory + offset, &kBarrierWord, 8);
+  know(block, offset, 8);
   m.current->unfenced_barriers.push_back(offset);
 }
 
@@ -835,6 +892,7 @@ bool barrier_polled(uint32_t address, uint32_t parity) {
   m.current->barrier = address;
   m.current->parity = parity;
   ++m.idle_polls;
+  m.until = 0;  // let others go on
   suspend();
   return false;
 }
@@ -1130,13 +1188,12 @@ void store_matrices(uint32_t row, const uint32_t* from, int count, bool transpos
           for (int r = 0; r < 8; ++r) {
             const uint32_t offset = static_cast<const Matrices*>(arguments[8 * i + r])->offset;
             Chunk& chunk = block.chunks[offset / 16];
-            if (chunk.loading != 0) fail("offset %u is written while a copy to it is under way", offset);
-            if (chunk.storing != 0)
-              fail("offset %u is written: a copy from it was asked for at %s, and bulk_wait_read has not passed since",
-                   offset, place(chunk.site).c_str());
+            check_writable(chunk, offset);
             memcpy(block.memory + offset, matrix[r], 16);
+            know(block, offset, 16);
             chunk.written = m.clock;
-            chunk.writer = m.current->warp;
+            chunk.warp = m.current->warp;
+            chunk.thread = nullptr;
             chunk.site = m.current->site;
           }
         }
@@ -1350,7 +1407,8 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, 
 }
 
 // What tests/emulator/__init__.py calls.
-AR_EXPORT void emulator_begin(uint64_t seed, int processors) {
+AR_EXPORT void emulator_begin(uint64_t seed, int processors, int strict) {
+  emulator::m.strict = strict != 0;
   emulator::m.seed = seed;
   emulator::m.processors = processors;
   emulator::m.message.clear();

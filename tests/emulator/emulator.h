@@ -1,7 +1,20 @@
-// Runs the kernels of csrc/cuda on a CPU, thread for thread: to find mistakes where there is no GPU.
+// Runs the kernels of csrc/cuda on a CPU, thread for thread: to find mistakes where there is no GPU, and those that a
+// GPU hides.
 //
-// Every thread of a kernel is a fiber. The fibers of a cluster take turns, switching only inside the functions below;
-// clusters come one after another. All is one thread of the system, so nothing here is atomic.
+// Every thread of a kernel is a fiber. The fibers of a cluster take turns, or go on in a random order; they switch only
+// inside the functions below. Clusters come one after another, so none may wait for another. All is one thread of the
+// system, and nothing here need be atomic.
+//
+// What was never written reads as NaN: shared memory when a block starts, and what a copy is to bring from when it is
+// asked for until it is there, some random time later. A copy from shared memory reads it, and then writes, some random
+// time after it was asked for. So what does not wait goes wrong. Named at once are: accesses outside of shared memory
+// or not aligned, barriers that are told too little or too much, deadlocks, copies from bytes that were written and not
+// fenced, writes under a copy, lanes that are not where their warp is, blocks of a cluster that have not started or
+// have left.
+//
+// Not modelled: what the memory model allows beyond any order of the threads (a forgotten fence between threads, reads
+// that are still under way when a copy is asked for); the copy engine's order with global memory that was written
+// through pointers; time; and, through pointers, bank conflicts.
 #pragma once
 
 #include <stddef.h>
