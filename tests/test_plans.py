@@ -183,6 +183,53 @@ def test_products_and_conversions_are_repeated(toy):
     assert toy.python == 1
 
 
+@pytest.fixture
+def sweep():
+    """The operator sweep_backward_ of csrc/cuda; on a CPU it adds z, lse and, where it is there, b into dz."""
+    hopper = pytest.importorskip("ar_kernels.kernels.hopper", reason="the triton package is not installed")
+    if hopper._operators() is None:
+        pytest.skip(native.why_not("cuda") or "the native library has no kernels for Hopper")
+
+    def add(z, b, lse, pairs, delta, unscale, grad_logits, upstream, dz, dw):
+        torch.add(z, lse, out=dz)
+        dz += 0 if b is None else b
+
+    library = torch.library.Library(native.NAMESPACE, "IMPL")
+    library.impl("sweep_backward_", add, "CPU")
+    yield torch.ops.ar_kernels_native.sweep_backward_.default
+    library._destroy()
+
+
+def test_operators_of_the_library_are_repeated(toy, sweep):
+    def operator(x, y, shift):
+        toy.python += 1
+        scratch, out = x.new_empty(x.shape), x.new_empty(x.shape)
+        sweep(x, None, x, x, x, None, None, None, scratch, None)
+        sweep(scratch, y, x, x, x, None, None, None, out, None)
+        return out, x.new_empty(0)
+
+    toy.operator = operator
+    for _ in range(3):
+        x, y = whole(2, 4, 6)
+        assert torch.equal(toy.call(x, y, 5), 3 * x + y)
+        assert torch.equal(toy.call(x, None, 5), 3 * x)
+    assert toy.python == 2
+
+
+def test_operators_that_take_a_part_of_something_have_no_plan(toy, sweep):
+    def operator(x, y, shift):
+        toy.python += 1
+        out = x.new_empty(x.shape)
+        sweep(x.view(6, 4), None, y.view(6, 4), x, x, None, None, None, out.view(6, 4), None)
+        return out, x.new_empty(0)
+
+    toy.operator = operator
+    for _ in range(2):
+        x, y = whole(2, 4, 6)
+        assert torch.equal(toy.call(x, y, 5), x + y)
+    assert toy.python == 2
+
+
 def test_factors_that_begin_within_their_storage(toy):
     """As the gradients of stacked hypotheses do. Their offset was once counted twice, which read the wrong numbers and
     some behind the tensor: a training became NaN."""
@@ -278,7 +325,9 @@ def test_an_error_of_the_driver_raises(toy):
         ([1], [1, 0, 0, 0, 0, 2], "from 0 to 0"),
         ([1], [1, 0, 0, 0, 0, 0], "must be one of 1 allocations"),
         ([0], [1, 0, 0], "ends too early"),
-        ([0], [3], "from 0 to 2"),
+        ([0], [4], "from 0 to 3"),
+        ([0], [3, 2], "from 0 to 1"),
+        ([0], [3, 1, -1], "from 0 to 1"),
         ([0], [2, 1, 0], "written before it is read"),
         ([0], [2, 0, 0, 2, 0, 0], "written twice"),
         ([-1], [1, 0, 0, 0, 1, 0, 2, 0, 0], "written twice"),
