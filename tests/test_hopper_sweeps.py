@@ -13,6 +13,7 @@ WRAPPER = """
     #include "attend_backward.h"
     #include "attend_forward.h"
     using namespace ar_kernels;
+    constexpr int64_t kRows = 1;
     static Kind kind_of(int64_t kind) { return static_cast<Kind>(kind); }
     AR_EXPORT int backward(int64_t kind, int64_t images, int64_t channels, int64_t positions, int64_t heads,
                            void* z, void* upstream, void* dz, int64_t rows, const void* pairs, int64_t mean,
@@ -27,10 +28,10 @@ WRAPPER = """
       a.pairs = pairs, a.mean = mean, a.b = {b, Kind::kFloat};
       a.lse = lse, a.delta = delta, a.unscale = unscale, a.grad_logits = grad_logits, a.dw = dw;
       if (dz == nullptr) {
-        *programs = rows ? backward_rows_programs(a) : backward_programs(a);
+        *programs = rows == kRows ? backward_rows_programs(a) : backward_programs(a);
         return 0;
       }
-      return rows ? sweep_backward_rows(a, nullptr) : sweep_backward(a, nullptr);
+      return rows == kRows ? sweep_backward_rows(a, nullptr) : sweep_backward(a, nullptr);
     }
     AR_EXPORT int forward(int64_t kind, int64_t images, int64_t channels, int64_t positions, int64_t heads,
                           int64_t gated, void* z, int64_t rows, const void* w, int64_t w_kind, const float* b,
@@ -44,9 +45,12 @@ WRAPPER = """
       a.score_w = {score_w, Kind::kFloat}, a.score_b = {score_b, Kind::kFloat};
       a.pooled = pooled, a.lse = lse, a.logits = logits, a.mean = mean;
       a.scores = scores, a.gates = gates, a.features = features;
-      return rows ? sweep_forward_rows(a, nullptr) : sweep_forward(a, nullptr);
+      return rows == kRows ? sweep_forward_rows(a, nullptr) : sweep_forward(a, nullptr);
     }
 """
+# What a map's layout is called there: channels_last; NCHW by whole rows; NCHW by tiles of positions.
+LAST, ROWS, TILES = range(3)
+
 SOURCES = [f"csrc/cuda/attend_{name}.cu" for name in ("backward", "backward_rows", "forward", "forward_rows")]
 KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
@@ -66,14 +70,17 @@ def layout(z, rows):
 @pytest.mark.parametrize(
     ("rows", "images", "channels", "positions", "heads", "mean", "tapped", "direct"),
     [
-        (False, 3, 64, 9, 4, False, False, False),
-        (False, 2, 128, 49, 4, True, False, False),
-        (False, 2, 640, 70, 3, True, True, True),
-        (False, 1, 1280, 33, 1, False, True, False),
-        (True, 3, 128, 49, 4, False, False, False),
-        (True, 2, 256, 36, 4, True, False, True),
-        (True, 2, 256, 196, 3, True, False, False),
-        (True, 1, 128, 16, 1, False, False, False),
+        (LAST, 3, 64, 9, 4, False, False, False),
+        (LAST, 2, 128, 49, 4, True, False, False),
+        (LAST, 2, 640, 70, 3, True, True, True),
+        (LAST, 1, 1280, 33, 1, False, True, False),
+        (ROWS, 3, 128, 49, 4, False, False, False),
+        (ROWS, 2, 256, 36, 4, True, False, True),
+        (ROWS, 2, 256, 196, 3, True, False, False),
+        (ROWS, 1, 128, 16, 1, False, False, False),
+        (TILES, 2, 32, 200, 4, True, True, True),
+        (TILES, 3, 320, 64, 3, False, True, False),
+        (TILES, 1, 640, 72, 1, True, False, False),
     ],
 )
 def test_backward(kernels, dtype, rows, images, channels, positions, heads, mean, tapped, direct):
@@ -127,14 +134,17 @@ def test_backward(kernels, dtype, rows, images, channels, positions, heads, mean
 @pytest.mark.parametrize(
     ("rows", "images", "channels", "positions", "heads", "gated", "mean", "logits"),
     [
-        (False, 3, 64, 9, 4, 4, False, True),
-        (False, 2, 128, 49, 4, 0, True, False),
-        (False, 2, 640, 70, 3, 2, True, True),
-        (False, 1, 1280, 33, 1, 1, False, False),
-        (True, 3, 128, 49, 4, 4, False, True),
-        (True, 2, 256, 36, 4, 0, True, False),
-        (True, 2, 256, 196, 3, 2, True, True),
-        (True, 1, 128, 16, 1, 1, False, False),
+        (LAST, 3, 64, 9, 4, 4, False, True),
+        (LAST, 2, 128, 49, 4, 0, True, False),
+        (LAST, 2, 640, 70, 3, 2, True, True),
+        (LAST, 1, 1280, 33, 1, 1, False, False),
+        (ROWS, 3, 128, 49, 4, 4, False, True),
+        (ROWS, 2, 256, 36, 4, 0, True, False),
+        (ROWS, 2, 256, 196, 3, 2, True, True),
+        (ROWS, 1, 128, 16, 1, 1, False, False),
+        (TILES, 2, 32, 200, 4, 4, True, True),
+        (TILES, 3, 320, 64, 3, 2, False, True),
+        (TILES, 1, 640, 72, 1, 0, True, False),
     ],
 )
 def test_forward(kernels, dtype, rows, images, channels, positions, heads, gated, mean, logits):
@@ -174,11 +184,11 @@ def test_forward(kernels, dtype, rows, images, channels, positions, heads, gated
 
 @emulated
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("rows", [LAST, ROWS, TILES])
 def test_what_is_not_finite_stays_in_its_image(kernels, rows, value):
     """P as PyTorch makes it, NaN where it has NaN; of dZ and dW_H, that other images have nothing of it."""
     torch.manual_seed(0)
-    images, channels, positions, heads = 3, 256, 49, 4
+    images, channels, positions, heads = 3, 256, 56 if rows == TILES else 49, 4
     z = torch.randn(images, channels, positions).bfloat16()
     z[1, 100, 48] = value
     w = torch.randn(heads, channels).bfloat16() / 16

@@ -1,4 +1,4 @@
-// The backward sweep of channels_last maps of many channels, on Hopper: one read of the map, one write of its gradient.
+// The backward sweep on Hopper of tiles of all channels (sweep.cuh): one read of the map, one write of its gradient.
 //
 //   l = W_H Z,  dA = dP Z,  a = exp(l + b_H - lse),  dl = a (dA - delta) + direct
 //   dZ = W_H^T dl + dP^T a (+ dP_mean / S) (+ upstream),  dW_H += dl Z^T
@@ -18,14 +18,14 @@ namespace ar_kernels {
 
 namespace {
 
-// kTiles: of 16 positions, in a tile.
-template <class T, int kPlanes, int kTiles>
-__global__ void __launch_bounds__(32 * (kPlanes == 2 && kTiles == 2 ? 12 : kMostWarps), 1)
+// kBlocks: of 16 channels, of a warp. kTiles: of 16 positions, of a tile.
+template <class T, Layout kLayout, int kBlocks, int kTiles>
+__global__ void __launch_bounds__(32 * (kBlocks == 8 && kTiles == 2 ? 12 : kMostWarps), 1)
     backward_kernel(const __grid_constant__ CUtensorMap z_map, const __grid_constant__ CUtensorMap upstream_map,
                     const __grid_constant__ CUtensorMap dz_map, const __grid_constant__ BackwardSweep a,
                     const __grid_constant__ Cut cut) {
 #if AR_HOPPER
-  constexpr int kBlocks = kPlanes * kPlane / 16;  // of 16 channels, of a warp
+  constexpr bool kScaled = std::is_same_v<T, __half>;
   constexpr int kEntries = 16 * kTiles * kHeads;  // positions and heads of a tile
   uint8_t* memory = shared_memory();
   memory += -shared_address(memory) & 1023;
@@ -38,15 +38,15 @@ __global__ void __launch_bounds__(32 * (kPlanes == 2 && kTiles == 2 ? 12 : kMost
 
   // One thread asks for all copies.
   const auto load = [&](int item, int stage) {
-    const uint32_t to = base + stage * cut.stage_bytes, bytes = cut.planes * cut.tile * 2 * kPlane;
+    const uint32_t to = base + stage * cut.stage_bytes;
     const int image = item / cut.tiles, position = item % cut.tiles * cut.tile;
-    barrier_arrive_expect(full(stage), bytes * (1 + tapped));
-    tensor_load(to, &z_map, 0, position, 0, image, full(stage), kEvictFirst);
-    if (tapped) tensor_load(to + cut.map_bytes, &upstream_map, 0, position, 0, image, full(stage), kEvictFirst);
+    barrier_arrive_expect(full(stage), 2 * a.channels * cut.tile * (1 + tapped));
+    load_tile<kLayout>(cut, a.channels, to, &z_map, image, position, full(stage));
+    if (tapped) load_tile<kLayout>(cut, a.channels, to + cut.map_bytes, &upstream_map, image, position, full(stage));
   };
   const auto store = [&](int item, int stage) {
-    const int image = item / cut.tiles, position = item % cut.tiles * cut.tile;
-    tensor_store(&dz_map, base + stage * cut.stage_bytes, 0, position, 0, image, kEvictNormal);
+    store_tile<kLayout>(cut, a.channels, &dz_map, base + stage * cut.stage_bytes, item / cut.tiles,
+                        item % cut.tiles * cut.tile);
     bulk_commit();
   };
   if (threadIdx.x == 0) {
@@ -57,16 +57,16 @@ __global__ void __launch_bounds__(32 * (kPlanes == 2 && kTiles == 2 ? 12 : kMost
 
   // A lane's place in what a warp has of a matrix: row `row`, columns 2 * column and + 1 (primitives.cuh).
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
-  const int threads = blockDim.x, first_channel = warp * kPlanes * kPlane;
+  const int threads = blockDim.x, first_channel = 16 * kBlocks * warp;
   float* parts = reinterpret_cast<float*>(memory + cut.parts);       // [warps, 16 kTiles, 2 kHeads]
   uint32_t* masks = reinterpret_cast<uint32_t*>(memory + cut.rest);  // [16 kTiles, kHeads]: dl and a
   const uint32_t spare = cut.rest + kEntries * 4;                    // where rows go that are not there
 
-  const auto address = [&](int tile, int b) { return matrix_row(cut, warp * kPlanes + b / 4, b % 4, tile); };
+  const auto address = [&](int tile, int b) { return matrix_row<kLayout>(cut, warp * kBlocks + b, tile); };
 
   uint32_t weights[kBlocks][2];     // W_H and dP by rows: the products over channels
   uint32_t transposes[kBlocks][2];  // the same by columns: dZ
-  uint32_t average[kBlocks][2];     // dP of the mean
+  uint32_t average[kBlocks][2];     // dP of the mean: of the lane's columns, of NCHW in [0] of its rows
   float sums[kBlocks][4];           // dW_H in even columns
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b)
@@ -84,20 +84,27 @@ __global__ void __launch_bounds__(32 * (kPlanes == 2 && kTiles == 2 ? 12 : kMost
     if (item / cut.tiles != image) {
       image = item / cut.tiles;
       const T* pairs = static_cast<const T*>(a.pairs) +
-                       static_cast<int64_t>(image) * (a.heads + a.mean) * 2 * a.channels + first_channel + 2 * column;
+                       static_cast<int64_t>(image) * (a.heads + a.mean) * 2 * a.channels + first_channel;
+      const T* means = pairs + (2 * a.heads + 1) * a.channels;
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b)
+      for (int b = 0; b < kBlocks; ++b) {
+        average[b][0] = average[b][1] = 0;
+        if (kLayout == Layout::kNchw && a.mean)
+          average[b][0] = bits_of(means[16 * b + row]) | static_cast<uint32_t>(bits_of(means[16 * b + 8 + row])) << 16;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const T* channel = pairs + 16 * b + 8 * half;
-          weights[b][half] = row < 2 * a.heads ? *reinterpret_cast<const uint32_t*>(channel + row * a.channels) : 0;
-          average[b][half] = a.mean ? *reinterpret_cast<const uint32_t*>(channel + (2 * a.heads + 1) * a.channels) : 0;
+          const int channel = 16 * b + 8 * half + 2 * column;
+          weights[b][half] =
+              row < 2 * a.heads ? *reinterpret_cast<const uint32_t*>(pairs + row * a.channels + channel) : 0;
+          if (kLayout == Layout::kChannelsLast && a.mean)
+            average[b][half] = *reinterpret_cast<const uint32_t*>(means + channel);
         }
+      }
       if (head < a.heads) {
         shift = a.lse[image * a.heads + head] - (a.b.data == nullptr ? 0.f : value_of(a.b, head));
         delta = a.delta[image * a.heads + head];
       }
-      if (a.unscale != nullptr) {  // the sums too come into this image's scale
+      if (kScaled && a.unscale != nullptr) {  // the sums too come into this image's scale
         const float before = inverse;
         inverse = a.unscale[image];
         scale = 1 / inverse;
@@ -126,7 +133,7 @@ __global__ void __launch_bounds__(32 * (kPlanes == 2 && kTiles == 2 ? 12 : kMost
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         uint32_t fragment[4];
-        load_matrix(fragment, z + address(tile, b));
+        load_factor<kLayout, true>(fragment, z + address(tile, b));
         mma<T>(both[tile][b % 2], fragment, weights[b][0], weights[b][1]);
       }
 #pragma unroll
@@ -174,9 +181,8 @@ __global__ void __launch_bounds__(32 * (kPlanes == 2 && kTiles == 2 ? 12 : kMost
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
           uint32_t fragment[4];
-          load_matrix_transposed(fragment, z + address(tile, b));
-          const uint32_t by_channel[4] = {fragment[0], fragment[2], fragment[1], fragment[3]};
-          mma<T>(sums[b], by_channel, by_head[tile][0], by_head[tile][1]);
+          load_factor<kLayout, false>(fragment, z + address(tile, b));
+          mma<T>(sums[b], fragment, by_head[tile][0], by_head[tile][1]);
         }
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
@@ -184,12 +190,20 @@ __global__ void __launch_bounds__(32 * (kPlanes == 2 && kTiles == 2 ? 12 : kMost
         if (tapped) load_matrix(upstream, z + cut.map_bytes + address(tile, b));
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const float2 mean = unpacked<T>(average[b][half]);
-          float values[4] = {mean.x * share, mean.y * share, mean.x * share, mean.y * share};
-          mma<T>(values, by_position[tile], transposes[b][half]);
+          float2 mean = unpacked<T>(average[b][kLayout == Layout::kNchw ? 0 : half]);
+          mean = make_float2(mean.x * share, mean.y * share);
+          float values[4] = {mean.x, mean.y, mean.x, mean.y};
+          if constexpr (kLayout == Layout::kChannelsLast) {
+            mma<T>(values, by_position[tile], transposes[b][half]);
+          } else {
+            values[1] = mean.x;
+            values[2] = mean.y;
+            mma<T>(values, transposes[b], by_position[tile][half]);
+          }
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            float2 value = {values[2 * i] * inverse, values[2 * i + 1] * inverse};
+            float2 value = {values[2 * i], values[2 * i + 1]};
+            if (kScaled) value = make_float2(value.x * inverse, value.y * inverse);
             if (tapped) {
               const float2 more = unpacked<T>(upstream[2 * half + i]);
               value = make_float2(value.x + more.x, value.y + more.y);
@@ -197,7 +211,7 @@ __global__ void __launch_bounds__(32 * (kPlanes == 2 && kTiles == 2 ? 12 : kMost
             gradient[2 * half + i] = packed<T>(value.x, value.y);
           }
         }
-        const bool real = 16 * tile + lane % 16 < cut.tile;
+        const bool real = kLayout == Layout::kNchw || 16 * tile + lane % 16 < cut.tile;
         store_matrix(real ? z + address(tile, b) : base + spare, gradient);
       }
     }
@@ -224,29 +238,41 @@ __global__ void __launch_bounds__(32 * (kPlanes == 2 && kTiles == 2 ? 12 : kMost
 #endif  // AR_HOPPER
 }
 
-constexpr int kRest = 32 * kHeads * 4 + 16;
+constexpr int kRest = kRow * kHeads * 4 + 16;
 
-Cut backward_cut(const BackwardSweep& a) {
-  return cut_of(a.channels, a.positions, a.upstream.data == nullptr ? 1 : 2, kRest);
+// Of z's layout; not even a warp where no sweep takes it.
+Layout layout_of(const BackwardSweep& a) {
+  return is_of(Layout::kChannelsLast, a.z) ? Layout::kChannelsLast : Layout::kNchw;
 }
 
-template <class T, int kPlanes, int kTiles>
+Cut backward_cut(const BackwardSweep& a) {
+  return cut_of(layout_of(a), a.channels, a.positions, a.upstream.data == nullptr ? 1 : 2, kRest);
+}
+
+template <class T, Layout kLayout, int kBlocks, int kTiles>
 cudaError_t sweep(const BackwardSweep& a, const Cut& cut, cudaStream_t stream) {
   CUtensorMap z, upstream, dz;
-  const bool encoded = encode<T>(&z, a.z, a.images, a.positions, cut) &&
-                       encode<T>(&dz, a.dz, a.images, a.positions, cut) &&
-                       encode<T>(&upstream, a.upstream.data == nullptr ? a.z : a.upstream, a.images, a.positions, cut);
-  if (!encoded) return cudaErrorInvalidValue;
-  return launch<backward_kernel<T, kPlanes, kTiles>>(backward_programs(a), 32 * cut.warps, cut.bytes, stream, z,
-                                                     upstream, dz, a, cut);
+  const auto encoded = [&](CUtensorMap* tensor, const Map& map) {
+    return encode<T>(kLayout, tensor, map, a.images, a.channels, a.positions, cut);
+  };
+  if (!encoded(&z, a.z) || !encoded(&dz, a.dz)) return cudaErrorInvalidValue;
+  if (!encoded(&upstream, a.upstream.data == nullptr ? a.z : a.upstream)) return cudaErrorInvalidValue;
+  return launch<backward_kernel<T, kLayout, kBlocks, kTiles>>(backward_programs(a), 32 * cut.warps, cut.bytes, stream,
+                                                              z, upstream, dz, a, cut);
 }
 
 template <class T>
 cudaError_t sweep(const BackwardSweep& a, cudaStream_t stream) {
   const Cut cut = backward_cut(a);
-  const bool two = cut.warps < cut.planes;
-  if (cut.tile <= 16) return two ? sweep<T, 2, 1>(a, cut, stream) : sweep<T, 1, 1>(a, cut, stream);
-  return two ? sweep<T, 2, 2>(a, cut, stream) : sweep<T, 1, 2>(a, cut, stream);
+  if (layout_of(a) == Layout::kNchw) {
+    if (cut.blocks == 1) return sweep<T, Layout::kNchw, 1, 4>(a, cut, stream);
+    if (cut.blocks == 2) return sweep<T, Layout::kNchw, 2, 4>(a, cut, stream);
+    return sweep<T, Layout::kNchw, 4, 4>(a, cut, stream);
+  }
+  if (cut.blocks == 4 && cut.tile <= 16) return sweep<T, Layout::kChannelsLast, 4, 1>(a, cut, stream);
+  if (cut.blocks == 4) return sweep<T, Layout::kChannelsLast, 4, 2>(a, cut, stream);
+  if (cut.tile <= 16) return sweep<T, Layout::kChannelsLast, 8, 1>(a, cut, stream);
+  return sweep<T, Layout::kChannelsLast, 8, 2>(a, cut, stream);
 }
 
 }  // namespace
@@ -254,9 +280,10 @@ cudaError_t sweep(const BackwardSweep& a, cudaStream_t stream) {
 bool can_sweep_backward(const BackwardSweep& a) {
   if (a.kind != Kind::kHalf && a.kind != Kind::kBFloat16) return false;
   if (a.heads < 1 || a.heads > kHeads || a.images < 1 || a.dz.data == nullptr) return false;
+  const Layout layout = layout_of(a);
   const Cut cut = backward_cut(a);
-  const bool upstream = a.upstream.data == nullptr || is_channels_last(a.upstream);
-  return is_channels_last(a.z) && upstream && is_channels_last(a.dz) && cut.stages >= 2 &&
+  const bool upstream = a.upstream.data == nullptr || is_of(layout, a.upstream);
+  return is_of(layout, a.z) && upstream && is_of(layout, a.dz) && cut.stages > 0 &&
          static_cast<int64_t>(a.images) * cut.tiles < INT32_MAX;
 }
 

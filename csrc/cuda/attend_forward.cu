@@ -1,4 +1,4 @@
-// The forward sweep of channels_last maps of many channels, on Hopper: one read of the map.
+// The forward sweep on Hopper of tiles of all channels (sweep.cuh): one read of the map.
 //
 //   l = W_H Z + b_H,  A = softmax over positions of l,  P = A Z^T,  lse = log sum exp l    (online: m, d, P rescaled)
 //   t_k = W_G[k] . P_k + b_G[k],  g = softmax over heads of tanh t,  x = g P
@@ -27,30 +27,30 @@ __device__ __forceinline__ uint32_t weight_pair(const Values& w, int index) {
   return packed<T>(pair.x, pair.y);
 }
 
-struct Layout {
-  // Offsets from Cut::rest, in bytes.
-  int logits;   // [32, kHeads] floats
-  int weights;  // [warps, 32, 8]: softmax weights of each position, by each warp for itself
+// Offsets from Cut::rest, in bytes; `rows` positions of a tile, rounded up.
+struct Rest {
+  int logits;   // [rows, kHeads] floats
+  int weights;  // [warps, rows, 8]: softmax weights of each position, by each warp for itself
   int scores;   // [warps, kHeads] floats
   int bytes;
 };
 
-inline Layout layout(int warps) {
-  Layout offsets = {};
-  offsets.weights = offsets.logits + 32 * kHeads * 4;
-  offsets.scores = offsets.weights + warps * 32 * 16;
-  offsets.bytes = offsets.scores + warps * kHeads * 4;
-  return offsets;
+inline Rest rest_of(int warps, int rows) {
+  Rest rest = {};
+  rest.weights = rest.logits + rows * kHeads * 4;
+  rest.scores = rest.weights + warps * rows * 16;
+  rest.bytes = rest.scores + warps * kHeads * 4;
+  return rest;
 }
 
-// kTiles: of 16 positions, in a tile.
-template <class T, int kPlanes, int kTiles>
+// kBlocks: of 16 channels, of a warp. kTiles: of 16 positions, of a tile.
+template <class T, Layout kLayout, int kBlocks, int kTiles>
 __global__ void __launch_bounds__(32 * kMostWarps, 1)
     forward_kernel(const __grid_constant__ CUtensorMap z_map, const __grid_constant__ ForwardSweep a,
-                   const __grid_constant__ Cut cut, const __grid_constant__ Layout offsets) {
+                   const __grid_constant__ Cut cut, const __grid_constant__ Rest rest) {
 #if AR_HOPPER
-  constexpr int kBlocks = kPlanes * kPlane / 16;  // of 16 channels, of a warp
   constexpr int kEntries = 16 * kTiles * kHeads;  // positions and heads of a tile
+  constexpr int kOwn = (16 * kTiles + 31) / 32;   // positions of a lane, 32 apart
   uint8_t* memory = shared_memory();
   memory += -shared_address(memory) & 1023;
   const uint32_t base = shared_address(memory);
@@ -61,9 +61,9 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
 
   // One thread asks for all copies.
   const auto load = [&](int item, int stage) {
-    barrier_arrive_expect(full(stage), cut.planes * cut.tile * 2 * kPlane);
-    tensor_load(base + stage * cut.stage_bytes, &z_map, 0, item % cut.tiles * cut.tile, 0, item / cut.tiles,
-                full(stage), kEvictFirst);
+    barrier_arrive_expect(full(stage), 2 * a.channels * cut.tile);
+    load_tile<kLayout>(cut, a.channels, base + stage * cut.stage_bytes, &z_map, item / cut.tiles,
+                       item % cut.tiles * cut.tile, full(stage));
   };
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < cut.stages; ++stage) barrier_init(full(stage), 1);
@@ -73,12 +73,12 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
 
   // A lane's place in what a warp has of a matrix: row `row`, columns 2 * column and + 1 (primitives.cuh).
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
-  const int warps = blockDim.x / 32, threads = blockDim.x, first_channel = warp * kPlanes * kPlane;
-  float* parts = reinterpret_cast<float*>(memory + cut.parts);                   // [warps, 16 kTiles, 8]
-  float* logits = reinterpret_cast<float*>(memory + cut.rest + offsets.logits);  // [16 kTiles, kHeads]
-  float* score_parts = reinterpret_cast<float*>(memory + cut.rest + offsets.scores);
-  uint4* own_weights = reinterpret_cast<uint4*>(memory + cut.rest + offsets.weights) + 32 * warp;  // [16 kTiles, 8]
-  const auto address = [&](int tile, int b) { return matrix_row(cut, warp * kPlanes + b / 4, b % 4, tile); };
+  const int warps = blockDim.x / 32, threads = blockDim.x, first_channel = 16 * kBlocks * warp;
+  float* parts = reinterpret_cast<float*>(memory + cut.parts);                // [warps, 16 kTiles, 8]
+  float* logits = reinterpret_cast<float*>(memory + cut.rest + rest.logits);  // [16 kTiles, kHeads]
+  float* score_parts = reinterpret_cast<float*>(memory + cut.rest + rest.scores);
+  uint4* own_weights = reinterpret_cast<uint4*>(memory + cut.rest + rest.weights) + 16 * kTiles * warp;
+  const auto address = [&](int tile, int b) { return matrix_row<kLayout>(cut, warp * kBlocks + b, tile); };
 
   uint32_t masks[kBlocks][2];  // W_H
 #pragma unroll
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
           uint32_t fragment[4];
-          load_matrix(fragment, z + address(tile, b));
+          load_factor<kLayout, true>(fragment, z + address(tile, b));
           mma<T>(both[tile][b % 2], fragment, masks[b][0], masks[b][1]);
         }
       if (column < kHeads / 2)
@@ -146,23 +146,40 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
       }
       __syncthreads();
 
-      // The softmax, by each warp for itself: a lane has a position.
-      float4 logit = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
-      if (lane < 16 * kTiles) logit = *reinterpret_cast<const float4*>(logits + kHeads * lane);
-      float l[kHeads] = {logit.x, logit.y, logit.z, logit.w}, shrink[kHeads];
+      // The softmax, by each warp for itself.
+      float l[kOwn][kHeads], shrink[kHeads];
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        float4 own = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+        if (32 * i + lane < 16 * kTiles) own = *reinterpret_cast<const float4*>(logits + kHeads * (32 * i + lane));
+        l[i][0] = own.x, l[i][1] = own.y, l[i][2] = own.z, l[i][3] = own.w;
+      }
       bool shrinks = false;
 #pragma unroll
       for (int k = 0; k < kHeads; ++k) {
-        const float most = maximum(m[k], warp_maximum(l[k])), start = origin(most);
+        float most = l[0][k];
+#pragma unroll
+        for (int i = 1; i < kOwn; ++i) most = maximum(most, l[i][k]);
+        most = maximum(m[k], warp_maximum(most));
+        const float start = origin(most);
         shrink[k] = __expf(m[k] - start);
         shrinks = shrinks || shrink[k] != 1;
         m[k] = most;
-        l[k] = __expf(l[k] - start);
-        d[k] = d[k] * shrink[k] + l[k];
+        d[k] *= shrink[k];
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+          l[i][k] = __expf(l[i][k] - start);
+          d[k] += l[i][k];
+        }
       }
-      if (lane < 16 * kTiles)
-        own_weights[lane] =
-            make_uint4(packed<T>(l[0], l[1]), packed<T>(l[2], l[3]), packed<T>(lane < count ? 1.f : 0.f, 0.f), 0);
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        const int s = 32 * i + lane;
+        const float real = s < count ? 1 : 0;
+        if (s < 16 * kTiles)
+          own_weights[s] =
+              make_uint4(packed<T>(l[i][0], l[i][1]), packed<T>(l[i][2], l[i][3]), packed<T>(real, 0.f), 0);
+      }
       __syncwarp();
       uint32_t weights[kTiles][2];  // [positions, columns]
 #pragma unroll
@@ -182,9 +199,8 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
           uint32_t fragment[4];
-          load_matrix_transposed(fragment, z + address(tile, b));
-          const uint32_t by_channel[4] = {fragment[0], fragment[2], fragment[1], fragment[3]};
-          mma<T>(sums[b], by_channel, weights[tile][0], weights[tile][1]);
+          load_factor<kLayout, false>(fragment, z + address(tile, b));
+          mma<T>(sums[b], fragment, weights[tile][0], weights[tile][1]);
         }
       __syncwarp();
       stage_before = stage;
@@ -240,22 +256,34 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
 #endif  // AR_HOPPER
 }
 
-Cut forward_cut(const ForwardSweep& a) { return cut_of(a.channels, a.positions, 1, layout(kMostWarps).bytes); }
+Layout layout_of(const ForwardSweep& a) {
+  return is_of(Layout::kChannelsLast, a.z) ? Layout::kChannelsLast : Layout::kNchw;
+}
 
-template <class T, int kPlanes, int kTiles>
+Cut forward_cut(const ForwardSweep& a) {
+  return cut_of(layout_of(a), a.channels, a.positions, 1, rest_of(kMostWarps, kRow).bytes);
+}
+
+template <class T, Layout kLayout, int kBlocks, int kTiles>
 cudaError_t sweep(const ForwardSweep& a, const Cut& cut, cudaStream_t stream) {
   CUtensorMap z;
-  if (!encode<T>(&z, a.z, a.images, a.positions, cut)) return cudaErrorInvalidValue;
-  return launch<forward_kernel<T, kPlanes, kTiles>>(std::min(a.images, processors()), 32 * cut.warps, cut.bytes, stream,
-                                                    z, a, cut, layout(cut.warps));
+  if (!encode<T>(kLayout, &z, a.z, a.images, a.channels, a.positions, cut)) return cudaErrorInvalidValue;
+  return launch<forward_kernel<T, kLayout, kBlocks, kTiles>>(
+      std::min(a.images, processors()), 32 * cut.warps, cut.bytes, stream, z, a, cut, rest_of(cut.warps, 16 * kTiles));
 }
 
 template <class T>
 cudaError_t sweep(const ForwardSweep& a, cudaStream_t stream) {
   const Cut cut = forward_cut(a);
-  const bool two = cut.warps < cut.planes;
-  if (cut.tile <= 16) return two ? sweep<T, 2, 1>(a, cut, stream) : sweep<T, 1, 1>(a, cut, stream);
-  return two ? sweep<T, 2, 2>(a, cut, stream) : sweep<T, 1, 2>(a, cut, stream);
+  if (layout_of(a) == Layout::kNchw) {
+    if (cut.blocks == 1) return sweep<T, Layout::kNchw, 1, 4>(a, cut, stream);
+    if (cut.blocks == 2) return sweep<T, Layout::kNchw, 2, 4>(a, cut, stream);
+    return sweep<T, Layout::kNchw, 4, 4>(a, cut, stream);
+  }
+  if (cut.blocks == 4 && cut.tile <= 16) return sweep<T, Layout::kChannelsLast, 4, 1>(a, cut, stream);
+  if (cut.blocks == 4) return sweep<T, Layout::kChannelsLast, 4, 2>(a, cut, stream);
+  if (cut.tile <= 16) return sweep<T, Layout::kChannelsLast, 8, 1>(a, cut, stream);
+  return sweep<T, Layout::kChannelsLast, 8, 2>(a, cut, stream);
 }
 
 }  // namespace
@@ -263,9 +291,9 @@ cudaError_t sweep(const ForwardSweep& a, cudaStream_t stream) {
 bool can_sweep_forward(const ForwardSweep& a) {
   if (a.kind != Kind::kHalf && a.kind != Kind::kBFloat16) return false;
   if (a.w.kind != a.kind && a.w.kind != Kind::kFloat) return false;
-  if (a.heads < 1 || a.heads > kHeads || a.images < 1 || !is_channels_last(a.z)) return false;
+  if (a.heads < 1 || a.heads > kHeads || a.images < 1) return false;
   const Cut cut = forward_cut(a);
-  return cut.stages >= 2 && static_cast<int64_t>(a.images) * cut.tiles < INT32_MAX;
+  return is_of(layout_of(a), a.z) && cut.stages > 0 && static_cast<int64_t>(a.images) * cut.tiles < INT32_MAX;
 }
 
 cudaError_t sweep_forward(const ForwardSweep& a, cudaStream_t stream) {

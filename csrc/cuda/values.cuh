@@ -60,6 +60,11 @@ __device__ __forceinline__ float value_of(const Values& values, int index) {
   }
 }
 
+template <class T>
+__device__ __forceinline__ uint16_t bits_of(T value) {
+  return *reinterpret_cast<const uint16_t*>(&value);
+}
+
 // The lower half of a word.
 template <class T>
 __device__ __forceinline__ T half_of(uint32_t word) {
