@@ -27,19 +27,25 @@ __device__ __forceinline__ uint32_t weight_pair(const Values& w, int index) {
   return packed<T>(pair.x, pair.y);
 }
 
+constexpr int kChannels = 128;  // of a row of P, that a warp stores at once
+
 // Offsets from Cut::rest, in bytes; `rows` positions of a tile, rounded up.
 struct Rest {
   int logits;   // [rows, kHeads] floats
   int weights;  // [warps, rows, 8]: softmax weights of each position, by each warp for itself
-  int scores;   // [warps, kHeads] floats
-  int bytes;
+  int scores;   // [kHeads, chunks] floats
+  int pooled;   // [kHeads + 1, pitch] floats: P, the mean's row at kMean
+  int pitch, bytes;
 };
 
-inline Rest rest_of(int warps, int rows) {
+inline Rest rest_of(int warps, int rows, int channels) {
   Rest rest = {};
+  rest.pitch = channels + 8;  // rows 2 apart begin in different banks
   rest.weights = rest.logits + rows * kHeads * 4;
   rest.scores = rest.weights + warps * rows * 16;
-  rest.bytes = rest.scores + warps * kHeads * 4;
+  rest.pooled = rest.scores + kHeads * (channels + kChannels - 1) / kChannels * 4;
+  rest.pooled = (rest.pooled + 15) / 16 * 16;
+  rest.bytes = rest.pooled + (kHeads + 1) * rest.pitch * 4;
   return rest;
 }
 
@@ -77,6 +83,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
   float* parts = reinterpret_cast<float*>(memory + cut.parts);                // [warps, 16 kTiles, 8]
   float* logits = reinterpret_cast<float*>(memory + cut.rest + rest.logits);  // [16 kTiles, kHeads]
   float* score_parts = reinterpret_cast<float*>(memory + cut.rest + rest.scores);
+  float* pooled = reinterpret_cast<float*>(memory + cut.rest + rest.pooled);
   uint4* own_weights = reinterpret_cast<uint4*>(memory + cut.rest + rest.weights) + 16 * kTiles * warp;
   const auto address = [&](int tile, int b) { return matrix_row<kLayout>(cut, warp * kBlocks + b, tile); };
 
@@ -215,43 +222,37 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
       const float total = lane == 0 ? d[0] : lane == 1 ? d[1] : lane == 2 ? d[2] : d[3];
       a.lse[image * a.heads + lane] = origin(own) + __logf(total);
     }
+    // Columns 2 * column and + 1 of P become rows in shared memory.
     const float low = 1 / (column == 0 ? d[0] : column == 1 ? d[2] : a.positions);
     const float high = 1 / (column == 0 ? d[1] : d[3]);
-    const int k = 2 * column;  // and + 1
-    float* pooled = a.pooled + (static_cast<int64_t>(image) * a.heads + k) * a.channels;
-    float t[2] = {0, 0};
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int channel = first_channel + 16 * b + 8 * half + row;
-        const float values[2] = {sums[b][2 * half] *= low, sums[b][2 * half + 1] *= high};
-        if (k == kMean && a.mean != nullptr) a.mean[static_cast<int64_t>(image) * a.channels + channel] = values[0];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (k + i >= a.heads) continue;
-          pooled[i * a.channels + channel] = values[i];
-          if (a.gated > 0) t[i] += values[i] * value_of(a.score_w, (k + i) * a.channels + channel);
-        }
+        float* to = pooled + 2 * column * rest.pitch + first_channel + 16 * b + 8 * half + row;
+        if (2 * column <= kMean) to[0] = sums[b][2 * half] * low;
+        if (2 * column < kMean) to[rest.pitch] = sums[b][2 * half + 1] * high;
       }
-    if (a.gated == 0) continue;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      for (int lanes = 4; lanes < 32; lanes *= 2) t[i] += __shfl_xor_sync(kAll, t[i], lanes);
-      if (row == 0 && k + i < kHeads) score_parts[warp * kHeads + k + i] = t[i];
+    __syncthreads();
+    const int chunks = (a.channels + kChannels - 1) / kChannels;
+    const auto values_at = [&](int r, int channel) {
+      return *reinterpret_cast<const float4*>(pooled + (r == a.heads ? kMean : r) * rest.pitch + channel);
+    };
+    for (int unit = warp; unit < (a.heads + (a.mean != nullptr)) * chunks; unit += warps) {
+      const int r = unit / chunks, channel = unit % chunks * kChannels + 4 * lane;
+      const float part = channel < a.channels ? store_pooled(a, image, r, channel, values_at(r, channel)) : 0.f;
+      if (r == a.heads || a.gated == 0) continue;
+      const float sum = warp_sum(part);
+      if (lane == 0) score_parts[unit] = sum;
     }
+    if (a.gated == 0) continue;
     __syncthreads();
     float gates[kHeads];
-    make_gates(a, image, score_parts, warps, gates);
-    const float gate[2] = {column == 0 ? gates[0] : gates[2], column == 0 ? gates[1] : gates[3]};
-    T* features = static_cast<T*>(a.features) + (static_cast<int64_t>(image) * a.gated + k) * a.channels;
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b)
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        if (k + j % 2 < a.gated)
-          features[j % 2 * a.channels + first_channel + 16 * b + j / 2 * 8 + row] =
-              rounded<T>(sums[b][j] * gate[j % 2]);
+    make_gates(a, image, score_parts, chunks, gates);
+    for (int unit = warp; unit < a.gated * chunks; unit += warps) {
+      const int r = unit / chunks, channel = unit % chunks * kChannels + 4 * lane;
+      if (channel < a.channels) store_features<T>(a, image, r, channel, values_at(r, channel), gate_of(gates, r));
+    }
   }
 #endif  // AR_HOPPER
 }
@@ -261,15 +262,16 @@ Layout layout_of(const ForwardSweep& a) {
 }
 
 Cut forward_cut(const ForwardSweep& a) {
-  return cut_of(layout_of(a), a.channels, a.positions, 1, rest_of(kMostWarps, kRow).bytes);
+  return cut_of(layout_of(a), a.channels, a.positions, 1, rest_of(kMostWarps, kRow, a.channels).bytes);
 }
 
 template <class T, Layout kLayout, int kBlocks, int kTiles>
 cudaError_t sweep(const ForwardSweep& a, const Cut& cut, cudaStream_t stream) {
   CUtensorMap z;
   if (!encode<T>(kLayout, &z, a.z, a.images, a.channels, a.positions, cut)) return cudaErrorInvalidValue;
-  return launch<forward_kernel<T, kLayout, kBlocks, kTiles>>(
-      std::min(a.images, processors()), 32 * cut.warps, cut.bytes, stream, z, a, cut, rest_of(cut.warps, 16 * kTiles));
+  return launch<forward_kernel<T, kLayout, kBlocks, kTiles>>(std::min(a.images, processors()), 32 * cut.warps,
+                                                             cut.bytes, stream, z, a, cut,
+                                                             rest_of(cut.warps, 16 * kTiles, a.channels));
 }
 
 template <class T>

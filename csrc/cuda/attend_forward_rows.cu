@@ -16,7 +16,8 @@ namespace ar_kernels {
 
 namespace {
 
-constexpr int kMean = kHeads;  // the column of the mean
+constexpr int kMean = kHeads;       // the column of the mean
+constexpr int kPitch = kChunk + 8;  // floats of a row of P; rows 2 apart begin in different banks
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -32,7 +33,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   T* weights = reinterpret_cast<T*>(memory + cut.weights);       // [C, 8]
   T* masks = reinterpret_cast<T*>(memory + cut.masks) + 16 * 8;  // [S, 8], zeros around
   float* totals = reinterpret_cast<float*>(memory + cut.rest);   // [kHeads]
-  float* score_parts = totals + kHeads;                          // [kWarps, kHeads]
+  float* scores = totals + kHeads;                               // [kHeads]
+  float* pooled = scores + kHeads;                               // [2, kHeads + 1, kPitch]: P of a chunk
   for (int i = threadIdx.x; i < 8 * channels; i += kThreads)
     weights[8 * weight_place(i / 8, cut.classes) + i % 8] =
         rounded<T>(i % 8 < a.heads ? value_of(a.w, i % 8 * channels + i / 8) : 0.f);
@@ -69,50 +71,44 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     __syncthreads();
 
-    // Columns 2 * column and + 1 of P.
-    const int k = 2 * column;
+    // Columns 2 * column and + 1 of P become rows in shared memory; then a warp has a row.
+    const int k = 2 * column, r = warp == a.heads ? kMean : warp;
     const float low = 1 / (k < a.heads ? totals[k] : positions), high = 1 / (k + 1 < a.heads ? totals[k + 1] : 1.f);
-    float* pooled = a.pooled + (image * a.heads + k) * channels;
-    float t[2] = {0, 0};
+    float score = 0;
     for (int chunk = cut.chunks - 1; chunk >= 0; --chunk) {
       const int slot = slots.wait(static_cast<int>(image) - begin, chunk, true);
       float sums[4];
       own.sum_over_positions<T>(slots, slots.base + slot * cut.chunk_bytes, positions, sums);
+      float* rows = pooled + chunk % 2 * (kHeads + 1) * kPitch;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int channel = chunk * kChunk + own.first + cut.classes * (row + i / 2 * 8);
-        const float value = sums[i] * (i % 2 == 0 ? low : high);
-        if (k + i % 2 < a.heads) {
-          pooled[i % 2 * channels + channel] = value;
-          if (a.gated > 0) t[i % 2] += value * value_of(a.score_w, (k + i % 2) * channels + channel);
-        }
-        if (k + i % 2 == kMean && a.mean != nullptr) a.mean[image * channels + channel] = value;
+      for (int half = 0; half < 2; ++half) {
+        float* to = rows + k * kPitch + own.first + cut.classes * (row + 8 * half);
+        if (k <= kMean) to[0] = sums[2 * half] * low;
+        if (k < kMean) to[kPitch] = sums[2 * half + 1] * high;
       }
       __syncthreads();
       if (threadIdx.x == 0) slots.ask(slot);
+      if (warp < a.heads + (a.mean != nullptr))
+        score += store_pooled(a, image, warp, chunk * kChunk + 4 * lane,
+                              *reinterpret_cast<const float4*>(rows + r * kPitch + 4 * lane));
     }
     if (a.gated == 0) continue;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      for (int lanes = 4; lanes < 32; lanes *= 2) t[i] += __shfl_xor_sync(kAll, t[i], lanes);
-      if (row == 0 && k + i < kHeads) score_parts[warp * kHeads + k + i] = t[i];
-    }
+    score = warp_sum(score);
+    if (warp < a.heads && lane == 0) scores[warp] = score;
     __syncthreads();
     float gates[kHeads];
-    make_gates(a, image, score_parts, kWarps, gates);
-    // Other threads of the block have written some of it.
-    const float* all = a.pooled + image * a.heads * channels;
-    T* features = static_cast<T*>(a.features) + image * a.gated * channels;
-#pragma unroll
-    for (int j = 0; j < kHeads; ++j)
-      if (j < a.gated)
-        for (int channel = threadIdx.x; channel < channels; channel += kThreads)
-          features[j * channels + channel] = rounded<T>(gates[j] * all[j * channels + channel]);
+    make_gates(a, image, scores, 1, gates);
+    // Of what other threads of the block have stored.
+    for (int unit = warp; unit < a.gated * cut.chunks; unit += kWarps) {
+      const int head = unit / cut.chunks, channel = unit % cut.chunks * kChunk + 4 * lane;
+      const float4 values = *reinterpret_cast<const float4*>(a.pooled + (image * a.heads + head) * channels + channel);
+      store_features<T>(a, image, head, channel, values, gate_of(gates, head));
+    }
   }
 #endif  // AR_HOPPER
 }
 
-constexpr int kRest = (kHeads + kWarps * kHeads) * 4;
+constexpr int kRest = (2 * kHeads + 2 * (kHeads + 1) * kPitch) * 4;
 
 RowsCut forward_cut(const ForwardSweep& a) { return rows_cut(a.channels, a.positions, kRest); }
 
