@@ -125,3 +125,28 @@ def fused(request: pytest.FixtureRequest, device) -> str:
     """Every implementation behind the operators of ops.py."""
     _skip_where_it_cannot_run(request.param, device)
     return request.param
+
+
+@pytest.fixture
+def native_sweeps(monkeypatch):
+    """The Triton operators take the library's sweeps wherever they can: which they asked for, and if they got it."""
+    from ar_kernels.kernels import attend_backward, attend_forward, hopper
+
+    if hopper._operators() is None:
+        pytest.fail("the native library has no kernels for Hopper: build it where nvcc is")
+    got = []
+    for name in ("forward_sweep", "backward_sweep"):
+        plain = getattr(hopper, name)
+
+        def sweep(*arguments, name=name, plain=plain):
+            found = plain(*arguments)
+            got.append((name, (found[0] if isinstance(found, tuple) else found) is not None))
+            return found
+
+        monkeypatch.setattr(hopper, name, sweep)
+    monkeypatch.setattr(hopper, "_is_faster", lambda *arguments: True)
+    for module in (attend_forward, attend_backward):
+        module._plan.cache_clear()
+    yield got
+    for module in (attend_forward, attend_backward):
+        module._plan.cache_clear()

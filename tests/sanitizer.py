@@ -53,8 +53,10 @@ OF_COPIES = [
     ("test_copied_inputs.py", "test_masks"),
 ]
 TOOLS = {"initcheck": OF_COPIES, "racecheck": TESTS, "memcheck": TESTS}
-"""Groups of tests that run side by side, the slow tests apart: a file and what pytest's -k selects of it, of every
-implementation that has kernels of its own on the GPU."""
+"""Groups of tests that run side by side, the slow tests apart: a file and what pytest's -k selects of it."""
+
+OF_LIBRARY = [("test_copied_inputs.py", f"test_sweeps and {layout}") for layout in ("channels_last", "contiguous")]
+"""The groups of csrc/cuda's kernels, of every tool."""
 
 PLANTED = {
     "memcheck": 'extern "C" __global__ void planted_kernel(float* x) { x[threadIdx.x + 4] = 1.0f; }',
@@ -86,13 +88,9 @@ def kernels() -> list[str]:
 
 
 def groups(tool: str) -> list[tuple[str, str]]:
-    """A tool's groups of each implementation."""
-    native = any((ROOT / "csrc" / "cuda").glob("*.cu*"))
-    return [
-        (file, f"{implementation} and ({expression})")
-        for implementation in ("triton", *(["native"] if native else []))
-        for file, expression in TOOLS[tool]
-    ]
+    """A tool's groups."""
+    native = any((ROOT / "csrc" / "cuda").glob("*.cu"))
+    return [(file, f"triton and ({names})") for file, names in TOOLS[tool]] + (OF_LIBRARY if native else [])
 
 
 def pytest_configure(config) -> None:

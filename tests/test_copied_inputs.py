@@ -87,6 +87,34 @@ def test_attend(taps, shape, layout, dtype, fused, device):
             assert_finite(operators.gated_attend3x3_backward(z, weight, score_weight, *kept, *wanted))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "n", "c", "h", "w", "mean"),
+    [
+        ("channels_last", 3, 64, 3, 5, True),
+        ("channels_last", 2, 1088, 5, 7, False),
+        ("contiguous", 3, 32, 6, 12, True),
+        ("contiguous", 2, 640, 8, 8, False),
+        ("contiguous", 3, 128, 7, 7, True),
+        ("contiguous", 2, 256, 14, 14, False),
+    ],
+)
+def test_sweeps(native_sweeps, layout, n, c, h, w, mean, dtype, device):
+    values, operators = Values(device), ops._operators("triton")
+    z = values(n, c, h, w, dtype=dtype, layout=LAYOUTS[layout])
+    weight, score_weight = (values(4, c, dtype=dtype, scale=0.125) for _ in range(2))
+    biases = [values(4, dtype=dtype) for _ in range(2)]
+    saved = operators.gated_attend(z, weight, biases[0], score_weight, biases[1], 3, True, mean)
+    assert_finite(saved)
+    pooled, lse, logits, scores, gates, _, _ = saved
+    grads = [values.like(value) if value.numel() else None for value in saved]
+    wanted = (True, True, True, layout == "channels_last")
+    for upstream in (None, values(n, c, h, w, dtype=dtype, layout=LAYOUTS[layout])):
+        given = (pooled, lse, scores, gates, *grads[:2], grads[2], grads[3], grads[4], grads[5], grads[6], upstream)
+        assert_finite(operators.gated_attend_backward(z, weight, biases[0], score_weight, *given, *wanted))
+    assert ("forward_sweep", True) in native_sweeps and ("backward_sweep", True) in native_sweeps
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mix", ["logit", "log", "prob"])
 def test_rectify(mix, dtype, fused, device):
