@@ -15,7 +15,7 @@ PACKAGE = ROOT / "ar_kernels"
 MAY_IMPORT = {
     "reference": set(),
     "eager": {"reference"},
-    "kernels": {"kernels"},
+    "kernels": {"kernels", "native"},
     "native": set(),
     "plans": {"native"},
     "ops": {"eager", "reference", "kernels", "native", "plans"},
