@@ -69,6 +69,13 @@ def layout(z, rows):
     return z.contiguous() if rows else z.transpose(1, 2).contiguous()
 
 
+def shares(kernels, sizes, maps, rows, processors=2):
+    """What every program's share of dW_H goes to, NaN as yet."""
+    programs = torch.zeros(1, dtype=torch.int64)
+    kernels.backward(*sizes, *maps, None, rows, *([None, 0] + [None] * 6), programs, processors=processors)
+    return torch.full((int(programs), sizes[4], sizes[2]), torch.nan)
+
+
 @emulated
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
@@ -102,8 +109,7 @@ def test_backward(kernels, dtype, rows, images, channels, positions, heads, mean
     programs = torch.zeros(1, dtype=torch.int64)
     sizes = (KINDS[dtype], images, channels, positions, heads)
     maps = [None if x is None else layout(x, rows) for x in (z, upstream)]
-    kernels.backward(*sizes, *maps, None, rows, *([None, 0] + [None] * 6), programs, processors=2)
-    dw = torch.full((int(programs), heads, channels), torch.nan)
+    dw = shares(kernels, sizes, maps, rows)
     dz = torch.full_like(maps[0], torch.nan)
     kernels.backward(
         *sizes, *maps, dz, rows, pairs, mean, b, lse, delta, unscale, grad_logits, dw, programs, processors=2
@@ -208,9 +214,10 @@ def test_what_is_not_finite_stays_in_its_image(kernels, rows, value):
     pairs = torch.zeros(images, heads, 2, channels, dtype=torch.bfloat16)
     pairs[:, :, 0], pairs[:, :, 1] = w, torch.randn(images, heads, channels)
     dz = torch.full_like(layout(z, rows), torch.nan)
-    dw = torch.full((1, heads, channels), torch.nan)
+    sizes = (1, images, channels, positions, heads)
+    dw = shares(kernels, sizes, (layout(z, rows), None), rows, processors=1)
     kernels.backward(
-        1, images, channels, positions, heads, layout(z, rows), None, dz, rows, pairs, 0, None, lse,
+        *sizes, layout(z, rows), None, dz, rows, pairs, 0, None, lse,
         torch.zeros(images, heads), None, None, dw, torch.zeros(1, dtype=torch.int64), processors=1,
     )  # fmt: skip
     assert dz[[0, 2]].isfinite().all() and not dz[1].isfinite().all()

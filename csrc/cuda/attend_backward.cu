@@ -18,9 +18,9 @@ namespace ar_kernels {
 
 namespace {
 
-// kBlocks: of 16 channels, of a warp. kTiles: of 16 positions, of a tile.
-template <class T, Layout kLayout, int kBlocks, int kTiles>
-__global__ void __launch_bounds__(32 * (kBlocks == 8 && kTiles == 2 ? 12 : kMostWarps), 1)
+// kBlocks: of 16 channels, of a warp. kTiles: of 16 positions, of a tile. kPer: blocks that share a multiprocessor.
+template <class T, Layout kLayout, int kBlocks, int kTiles, int kPer>
+__global__ void __launch_bounds__(32 * (kBlocks == 8 && kTiles == 2 ? 12 : kMostWarps / kPer), kPer)
     backward_kernel(const __grid_constant__ CUtensorMap z_map, const __grid_constant__ CUtensorMap upstream_map,
                     const __grid_constant__ CUtensorMap dz_map, const __grid_constant__ BackwardSweep a,
                     const __grid_constant__ Cut cut) {
@@ -249,7 +249,7 @@ Cut backward_cut(const BackwardSweep& a) {
   return cut_of(layout_of(a), a.channels, a.positions, a.upstream.data == nullptr ? 1 : 2, kRest);
 }
 
-template <class T, Layout kLayout, int kBlocks, int kTiles>
+template <class T, Layout kLayout, int kBlocks, int kTiles, int kPer>
 cudaError_t sweep(const BackwardSweep& a, const Cut& cut, cudaStream_t stream) {
   CUtensorMap z, upstream, dz;
   const auto encoded = [&](CUtensorMap* tensor, const Map& map) {
@@ -257,22 +257,27 @@ cudaError_t sweep(const BackwardSweep& a, const Cut& cut, cudaStream_t stream) {
   };
   if (!encoded(&z, a.z) || !encoded(&dz, a.dz)) return cudaErrorInvalidValue;
   if (!encoded(&upstream, a.upstream.data == nullptr ? a.z : a.upstream)) return cudaErrorInvalidValue;
-  return launch<backward_kernel<T, kLayout, kBlocks, kTiles>>(backward_programs(a), 32 * cut.warps, cut.bytes, stream,
-                                                              z, upstream, dz, a, cut);
+  return launch<backward_kernel<T, kLayout, kBlocks, kTiles, kPer>>(backward_programs(a), 32 * cut.warps, cut.bytes,
+                                                                    stream, z, upstream, dz, a, cut);
 }
 
 template <class T>
 cudaError_t sweep(const BackwardSweep& a, cudaStream_t stream) {
   const Cut cut = backward_cut(a);
+  const bool two = cut.per_processor == 2, few = cut.tile <= 16;
   if (layout_of(a) == Layout::kNchw) {
-    if (cut.blocks == 1) return sweep<T, Layout::kNchw, 1, 4>(a, cut, stream);
-    if (cut.blocks == 2) return sweep<T, Layout::kNchw, 2, 4>(a, cut, stream);
-    return sweep<T, Layout::kNchw, 4, 4>(a, cut, stream);
+    if (cut.blocks == 1)
+      return two ? sweep<T, Layout::kNchw, 1, 4, 2>(a, cut, stream) : sweep<T, Layout::kNchw, 1, 4, 1>(a, cut, stream);
+    if (cut.blocks == 2)
+      return two ? sweep<T, Layout::kNchw, 2, 4, 2>(a, cut, stream) : sweep<T, Layout::kNchw, 2, 4, 1>(a, cut, stream);
+    return sweep<T, Layout::kNchw, 4, 4, 1>(a, cut, stream);
   }
-  if (cut.blocks == 4 && cut.tile <= 16) return sweep<T, Layout::kChannelsLast, 4, 1>(a, cut, stream);
-  if (cut.blocks == 4) return sweep<T, Layout::kChannelsLast, 4, 2>(a, cut, stream);
-  if (cut.tile <= 16) return sweep<T, Layout::kChannelsLast, 8, 1>(a, cut, stream);
-  return sweep<T, Layout::kChannelsLast, 8, 2>(a, cut, stream);
+  constexpr Layout kLast = Layout::kChannelsLast;
+  if (cut.blocks == 4 && few)
+    return two ? sweep<T, kLast, 4, 1, 2>(a, cut, stream) : sweep<T, kLast, 4, 1, 1>(a, cut, stream);
+  if (cut.blocks == 4) return two ? sweep<T, kLast, 4, 2, 2>(a, cut, stream) : sweep<T, kLast, 4, 2, 1>(a, cut, stream);
+  if (few) return two ? sweep<T, kLast, 8, 1, 2>(a, cut, stream) : sweep<T, kLast, 8, 1, 1>(a, cut, stream);
+  return sweep<T, kLast, 8, 2, 1>(a, cut, stream);
 }
 
 }  // namespace
@@ -288,7 +293,9 @@ bool can_sweep_backward(const BackwardSweep& a) {
 }
 
 int backward_programs(const BackwardSweep& a) {
-  return static_cast<int>(std::min<int64_t>(static_cast<int64_t>(a.images) * backward_cut(a).tiles, processors()));
+  const Cut cut = backward_cut(a);
+  return static_cast<int>(
+      std::min<int64_t>(static_cast<int64_t>(a.images) * cut.tiles, cut.per_processor * processors()));
 }
 
 cudaError_t sweep_backward(const BackwardSweep& a, cudaStream_t stream) {

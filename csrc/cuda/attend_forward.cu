@@ -49,9 +49,9 @@ inline Rest rest_of(int warps, int rows, int channels) {
   return rest;
 }
 
-// kBlocks: of 16 channels, of a warp. kTiles: of 16 positions, of a tile.
-template <class T, Layout kLayout, int kBlocks, int kTiles>
-__global__ void __launch_bounds__(32 * kMostWarps, 1)
+// kBlocks: of 16 channels, of a warp. kTiles: of 16 positions, of a tile. kPer: blocks that share a multiprocessor.
+template <class T, Layout kLayout, int kBlocks, int kTiles, int kPer>
+__global__ void __launch_bounds__(32 * kMostWarps / kPer, kPer)
     forward_kernel(const __grid_constant__ CUtensorMap z_map, const __grid_constant__ ForwardSweep a,
                    const __grid_constant__ Cut cut, const __grid_constant__ Rest rest) {
 #if AR_HOPPER
@@ -265,27 +265,32 @@ Cut forward_cut(const ForwardSweep& a) {
   return cut_of(layout_of(a), a.channels, a.positions, 1, rest_of(kMostWarps, kRow, a.channels).bytes);
 }
 
-template <class T, Layout kLayout, int kBlocks, int kTiles>
+template <class T, Layout kLayout, int kBlocks, int kTiles, int kPer>
 cudaError_t sweep(const ForwardSweep& a, const Cut& cut, cudaStream_t stream) {
   CUtensorMap z;
   if (!encode<T>(kLayout, &z, a.z, a.images, a.channels, a.positions, cut)) return cudaErrorInvalidValue;
-  return launch<forward_kernel<T, kLayout, kBlocks, kTiles>>(std::min(a.images, processors()), 32 * cut.warps,
-                                                             cut.bytes, stream, z, a, cut,
-                                                             rest_of(cut.warps, 16 * kTiles, a.channels));
+  return launch<forward_kernel<T, kLayout, kBlocks, kTiles, kPer>>(std::min(a.images, cut.per_processor * processors()),
+                                                                   32 * cut.warps, cut.bytes, stream, z, a, cut,
+                                                                   rest_of(cut.warps, 16 * kTiles, a.channels));
 }
 
 template <class T>
 cudaError_t sweep(const ForwardSweep& a, cudaStream_t stream) {
   const Cut cut = forward_cut(a);
+  const bool two = cut.per_processor == 2, few = cut.tile <= 16;
   if (layout_of(a) == Layout::kNchw) {
-    if (cut.blocks == 1) return sweep<T, Layout::kNchw, 1, 4>(a, cut, stream);
-    if (cut.blocks == 2) return sweep<T, Layout::kNchw, 2, 4>(a, cut, stream);
-    return sweep<T, Layout::kNchw, 4, 4>(a, cut, stream);
+    if (cut.blocks == 1)
+      return two ? sweep<T, Layout::kNchw, 1, 4, 2>(a, cut, stream) : sweep<T, Layout::kNchw, 1, 4, 1>(a, cut, stream);
+    if (cut.blocks == 2)
+      return two ? sweep<T, Layout::kNchw, 2, 4, 2>(a, cut, stream) : sweep<T, Layout::kNchw, 2, 4, 1>(a, cut, stream);
+    return sweep<T, Layout::kNchw, 4, 4, 1>(a, cut, stream);
   }
-  if (cut.blocks == 4 && cut.tile <= 16) return sweep<T, Layout::kChannelsLast, 4, 1>(a, cut, stream);
-  if (cut.blocks == 4) return sweep<T, Layout::kChannelsLast, 4, 2>(a, cut, stream);
-  if (cut.tile <= 16) return sweep<T, Layout::kChannelsLast, 8, 1>(a, cut, stream);
-  return sweep<T, Layout::kChannelsLast, 8, 2>(a, cut, stream);
+  constexpr Layout kLast = Layout::kChannelsLast;
+  if (cut.blocks == 4 && few)
+    return two ? sweep<T, kLast, 4, 1, 2>(a, cut, stream) : sweep<T, kLast, 4, 1, 1>(a, cut, stream);
+  if (cut.blocks == 4) return two ? sweep<T, kLast, 4, 2, 2>(a, cut, stream) : sweep<T, kLast, 4, 2, 1>(a, cut, stream);
+  if (few) return two ? sweep<T, kLast, 8, 1, 2>(a, cut, stream) : sweep<T, kLast, 8, 1, 1>(a, cut, stream);
+  return sweep<T, kLast, 8, 2, 1>(a, cut, stream);
 }
 
 }  // namespace

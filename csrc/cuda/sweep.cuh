@@ -14,14 +14,16 @@ namespace ar_kernels {
 
 enum class Layout { kChannelsLast, kNchw };
 
-constexpr int kRow = 64;  // elements of 128 bytes, as wide as the copy engine's swizzle
-constexpr int kMostWarps = 16;
+constexpr int kRow = 64;        // elements of 128 bytes, as wide as the copy engine's swizzle
+constexpr int kMostWarps = 16;  // of a multiprocessor
 constexpr int kMostStages = 6;
-constexpr int kTileBytes = 64 * 1024;  // the most of a stage of channels_last: three fit
-constexpr int kMostBoxRows = 256;      // the copy engine's limit
+constexpr int kTileBytes =
+    64 * 1024;                     // the most of a stage of channels_last, if a block has a multiprocessor: three fit
+constexpr int kMostBoxRows = 256;  // the copy engine's limit
 
 // How an image is cut, and where what lies in shared memory.
 struct Cut {
+  int per_processor;                   // blocks that share a multiprocessor
   int warps, blocks;                   // of a block; of 16 channels each, of a warp
   int tile, tiles;                     // positions of a tile, tiles of an image
   int boxes;                           // copies that bring a tile
@@ -32,18 +34,21 @@ struct Cut {
 inline int rounded_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
 
 // maps: that are read tile by tile. rest: bytes that a kernel wants beside tiles and parts. No stages: it does not fit.
-inline Cut cut_of(Layout layout, int channels, int positions, int maps, int rest) {
+inline Cut cut_of(Layout layout, int channels, int positions, int maps, int rest, int per_processor) {
   Cut cut = {};
-  const int unit = layout == Layout::kChannelsLast ? kRow : 16;
+  cut.per_processor = per_processor;
+  const int unit = layout == Layout::kChannelsLast ? kRow : 16, most_warps = kMostWarps / per_processor;
+  const int shared = (kSharedBytes + 1024) / per_processor - 1024;  // 1024 of each block's are the system's
   if (channels < unit || channels % unit != 0 || positions < 1) return cut;
   cut.blocks = unit / 16;
-  while (cut.blocks < 8 && channels / 16 / cut.blocks > kMostWarps && channels / 16 % (2 * cut.blocks) == 0)
+  while (cut.blocks < 8 && channels / 16 / cut.blocks > most_warps && channels / 16 % (2 * cut.blocks) == 0)
     cut.blocks *= 2;
   cut.warps = channels / 16 / cut.blocks;
-  if (cut.warps > kMostWarps) return cut;
+  if (cut.warps > most_warps) return cut;
   if (layout == Layout::kChannelsLast) {
     // With 8 blocks a warp and 13 warps or more there are no registers for 32 positions.
-    const int most = cut.blocks == 8 && cut.warps > 12 ? 16 : 32, fit = kTileBytes / maps / (2 * channels);
+    const int most = cut.blocks == 8 && cut.warps * per_processor > 12 ? 16 : 32;
+    const int fit = kTileBytes / per_processor / maps / (2 * channels);
     cut.tiles = (positions + (fit < most ? fit : most) - 1) / (fit < most ? fit : most);
     cut.tile = (positions + cut.tiles - 1) / cut.tiles;
     cut.boxes = 1;
@@ -56,13 +61,19 @@ inline Cut cut_of(Layout layout, int channels, int positions, int maps, int rest
   cut.map_bytes = rounded_up(cut.tile * 2 * channels, 1024);
   cut.stage_bytes = cut.map_bytes * maps;
   const int parts = cut.warps * rounded_up(cut.tile, 16) * 8 * 4;
-  const int stages = (kSharedBytes - 1024 - parts - rounded_up(rest, 16) - 8 * kMostStages) / cut.stage_bytes;
+  const int stages = (shared - 1024 - parts - rounded_up(rest, 16) - 8 * kMostStages) / cut.stage_bytes;
   cut.stages = stages < 2 ? 0 : stages < kMostStages ? stages : kMostStages;
   cut.parts = cut.stages * cut.stage_bytes;
   cut.rest = cut.parts + parts;
   cut.barriers = cut.rest + rounded_up(rest, 16);
   cut.bytes = cut.barriers + 8 * kMostStages + 1024;  // tiles begin at a multiple of 1024
   return cut;
+}
+
+// Two blocks a multiprocessor where each has three stages: one works while the other waits.
+inline Cut cut_of(Layout layout, int channels, int positions, int maps, int rest) {
+  const Cut shared = cut_of(layout, channels, positions, maps, rest, 2);
+  return shared.stages >= 3 ? shared : cut_of(layout, channels, positions, maps, rest, 1);
 }
 
 // Whether the copy engine can bring tiles of it.
