@@ -12,11 +12,104 @@
 
 #include <algorithm>
 
+#include "gates.cuh"
 #include "sweep.cuh"
 
 namespace ar_kernels {
 
 namespace {
+
+#if AR_HOPPER
+
+// dP of an image as the kernel's weights, and what delta is the sum of: a lane with an odd row has dP of head row / 2,
+// one with an even row W_H.
+//   dg_k = dx_k . P_k,  du = g (dg - sum_j g_j dg_j),  dt = du (1 - tanh^2 t),  dP_k = g_k dx_k + dt_k W_G[k]
+// shared: two arrays of [warps, kHeads] floats; the second is what delta is the sum of, after a barrier. A barrier for
+// all threads is inside.
+template <class T, int kBlocks>
+__device__ __forceinline__ void pooled_gradient(const BackwardSweep& a, int image, int first_channel, bool stores,
+                                                float* shared, uint32_t (&weights)[kBlocks][2]) {
+  const PooledGradient& of = a.of;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4, k = row / 2;
+  const int warps = blockDim.x / 32, h = lane % kHeads;
+  const bool is_gradient = row % 2 == 1 && k < a.heads, is_weight = row % 2 == 0 && k < a.heads;
+  const bool has_features = is_gradient && k < of.gated && of.grad_features != nullptr;
+  const float* pooled = of.pooled + (static_cast<int64_t>(image) * a.heads + k) * a.channels;
+  const T* dx = static_cast<const T*>(of.grad_features) + (static_cast<int64_t>(image) * of.gated + k) * a.channels;
+  const auto features_at = [&](int channel) {
+    return has_features ? unpacked<T>(*reinterpret_cast<const uint32_t*>(dx + channel)) : make_float2(0, 0);
+  };
+  const auto pooled_at = [&](int channel) {
+    return is_gradient ? *reinterpret_cast<const float2*>(pooled + channel) : make_float2(0, 0);
+  };
+  // Over the lanes of a row, then over warps.
+  const auto store_sum = [&](float sum, float* to) {
+    sum += __shfl_xor_sync(kAll, sum, 1);
+    sum += __shfl_xor_sync(kAll, sum, 2);
+    if (row % 2 == 1 && column == 0) to[warp * kHeads + k] = sum;
+  };
+
+  float gate = 0, dt = 0;  // of head h
+  if (of.score_w.data != nullptr) {
+    float dg = 0;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int channel = first_channel + 16 * b + 8 * half + 2 * column;
+        const float2 x = features_at(channel), p = pooled_at(channel);
+        dg += x.x * p.x + x.y * p.y;
+      }
+    store_sum(dg, shared);
+    __syncthreads();
+    dg = 0;
+    for (int other = lane / kHeads; other < warps; other += 32 / kHeads) dg += shared[other * kHeads + h];
+    for (int lanes = kHeads; lanes < 32; lanes *= 2) dg += __shfl_xor_sync(kAll, dg, lanes);
+    if (h < of.gated) {
+      gate = of.gates[image * of.gated + h];
+      if (of.grad_gates != nullptr) dg += of.grad_gates[image * of.gated + h];
+    }
+    float mixed = gate * dg;
+    mixed += __shfl_xor_sync(kAll, mixed, 1);
+    mixed += __shfl_xor_sync(kAll, mixed, 2);
+    if (h < a.heads) {
+      const float u = gate_tanh(of.scores[image * a.heads + h]);
+      dt = gate * (dg - mixed) * (1 - u * u);
+      if (of.grad_scores != nullptr) dt += of.grad_scores[image * a.heads + h];
+      if (stores && of.dt != nullptr && threadIdx.x < kHeads) of.dt[image * a.heads + h] = dt;
+    }
+  }
+  const float own_gate = __shfl_sync(kAll, gate, k), own_dt = __shfl_sync(kAll, dt, k);
+
+  float delta = 0;  // of dP as it is rounded, so that sums over positions of dl stay 0
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int channel = first_channel + 16 * b + 8 * half + 2 * column;
+      uint32_t word = is_weight ? weight_pair<T>(of.w, k * a.channels + channel) : 0;
+      if (is_gradient) {
+        const float2 x = features_at(channel), p = pooled_at(channel);
+        float2 dp = {own_gate * x.x, own_gate * x.y};
+        if (of.score_w.data != nullptr) {
+          const float2 w = unpacked<T>(weight_pair<T>(of.score_w, k * a.channels + channel));
+          dp = make_float2(dp.x + own_dt * w.x, dp.y + own_dt * w.y);
+        }
+        if (of.grad_pooled != nullptr) {
+          const int64_t at = (static_cast<int64_t>(image) * a.heads + k) * a.channels + channel;
+          const float2 more = *reinterpret_cast<const float2*>(of.grad_pooled + at);
+          dp = make_float2(dp.x + more.x, dp.y + more.y);
+        }
+        word = packed<T>(dp.x, dp.y);
+        dp = unpacked<T>(word);
+        delta += dp.x * p.x + dp.y * p.y;
+      }
+      weights[b][half] = word;
+    }
+  store_sum(delta, shared + kMostWarps * kHeads);
+}
+
+#endif  // AR_HOPPER
 
 // kBlocks: of 16 channels, of a warp. kTiles: of 16 positions, of a tile. kPer: blocks that share a multiprocessor.
 template <class T, Layout kLayout, int kBlocks, int kTiles, int kPer>
@@ -61,6 +154,7 @@ __global__ void __launch_bounds__(32 * (kBlocks == 8 && kTiles == 2 ? 12 : kMost
   float* parts = reinterpret_cast<float*>(memory + cut.parts);       // [warps, 16 kTiles, 2 kHeads]
   uint32_t* masks = reinterpret_cast<uint32_t*>(memory + cut.rest);  // [16 kTiles, kHeads]: dl and a
   const uint32_t spare = cut.rest + kEntries * 4;                    // where rows go that are not there
+  float* of_image = reinterpret_cast<float*>(memory + spare + 16);   // pooled_gradient's
 
   const auto address = [&](int tile, int b) { return matrix_row<kLayout>(cut, warp * kBlocks + b, tile); };
 
@@ -77,33 +171,40 @@ __global__ void __launch_bounds__(32 * (kBlocks == 8 && kTiles == 2 ? 12 : kMost
   const int head = threadIdx.x % kHeads;
 
   __syncthreads();
+  bool fresh = false;  // delta is in of_image
   int image = -1, stage = 0, stage_before = 0;
   uint32_t parity = 0;
   for (int item = begin; item < end; ++item) {
     const int position = item % cut.tiles * cut.tile, count = min(cut.tile, a.positions - position);
     if (item / cut.tiles != image) {
       image = item / cut.tiles;
+      const bool makes = !kScaled && a.of.w.data != nullptr;
+      if constexpr (!kScaled)
+        if (makes) pooled_gradient<T, kBlocks>(a, image, first_channel, position == 0, of_image, weights);
       const T* pairs = static_cast<const T*>(a.pairs) +
                        static_cast<int64_t>(image) * (a.heads + a.mean) * 2 * a.channels + first_channel;
       const T* means = pairs + (2 * a.heads + 1) * a.channels;
+      const float* gradients = a.of.grad_mean + static_cast<int64_t>(image) * a.channels + first_channel;
+      const auto mean_at = [&](int channel) { return makes ? gradients[channel] : value_of(means[channel]); };
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
-        average[b][0] = average[b][1] = 0;
-        if (kLayout == Layout::kNchw && a.mean)
-          average[b][0] = bits_of(means[16 * b + row]) | static_cast<uint32_t>(bits_of(means[16 * b + 8 + row])) << 16;
+      for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int channel = 16 * b + 8 * half + 2 * column;
-          weights[b][half] =
-              row < 2 * a.heads ? *reinterpret_cast<const uint32_t*>(pairs + row * a.channels + channel) : 0;
+          if (!makes)
+            weights[b][half] =
+                row < 2 * a.heads ? *reinterpret_cast<const uint32_t*>(pairs + row * a.channels + channel) : 0;
+          average[b][half] = 0;
           if (kLayout == Layout::kChannelsLast && a.mean)
-            average[b][half] = *reinterpret_cast<const uint32_t*>(means + channel);
+            average[b][half] = packed<T>(mean_at(channel), mean_at(channel + 1));
+          if (kLayout == Layout::kNchw && a.mean && half == 0)
+            average[b][half] = packed<T>(mean_at(16 * b + row), mean_at(16 * b + 8 + row));
         }
-      }
       if (head < a.heads) {
         shift = a.lse[image * a.heads + head] - (a.b.data == nullptr ? 0.f : value_of(a.b, head));
-        delta = a.delta[image * a.heads + head];
+        if (!makes) delta = a.delta[image * a.heads + head];
       }
+      fresh = makes;
       if (kScaled && a.unscale != nullptr) {  // the sums too come into this image's scale
         const float before = inverse;
         inverse = a.unscale[image];
@@ -147,6 +248,11 @@ __global__ void __launch_bounds__(32 * (kBlocks == 8 && kTiles == 2 ? 12 : kMost
     if (threadIdx.x == 0 && item > begin) store(item - 1, stage_before);
 
     // Of all channels; dl and a.
+    if (fresh) {
+      fresh = false;
+      delta = head < a.heads && a.of.grad_lse != nullptr ? -a.of.grad_lse[image * a.heads + head] : 0.f;
+      for (int other = 0; other < cut.warps; ++other) delta += of_image[(kMostWarps + other) * kHeads + head];
+    }
     for (int entry = threadIdx.x; entry < kEntries; entry += threads) {
       float2 sum = {0, 0};
 #pragma unroll 4
@@ -238,7 +344,7 @@ __global__ void __launch_bounds__(32 * (kBlocks == 8 && kTiles == 2 ? 12 : kMost
 #endif  // AR_HOPPER
 }
 
-constexpr int kRest = kRow * kHeads * 4 + 16;
+constexpr int kRest = kRow * kHeads * 4 + 16 + 2 * kMostWarps * kHeads * 4;
 
 // Of z's layout; not even a warp where no sweep takes it.
 Layout layout_of(const BackwardSweep& a) {

@@ -5,10 +5,23 @@
 
 namespace ar_kernels {
 
+// What the gradients of pooled features come from, image by image (attend_backward.py): where w is null, `pairs`,
+// `delta` and `unscale` have them already.
+struct PooledGradient {
+  Values w, score_w;  // [heads, C]; without score_w there are no gates
+  int gated;
+  const float *pooled, *scores, *gates;             // [N, heads, C], [N, heads], [N, gated]
+  const void* grad_features;                        // [N, gated, C] of the map's dtype; it and what follows may be null
+  const float *grad_gates, *grad_scores;            // [N, gated], [N, heads]
+  const float *grad_pooled, *grad_lse, *grad_mean;  // [N, heads, C], [N, heads], [N, C]
+  float* dt;                                        // [N, heads]: the scores' gradient
+};
+
 struct BackwardSweep {
   Kind kind;  // of the maps and of pairs: kHalf or kBFloat16
   int images, channels, positions, heads;
   Map z, upstream, dz;
+  PooledGradient of;         // of tiles in bfloat16 alone
   const void* pairs;         // [N, heads (+ 1: the mean's row), 2, C]: W_H and dP
   bool mean;                 // whether there is such a row
   Values b;                  // [heads]

@@ -18,15 +18,6 @@ namespace {
 
 constexpr int kMean = kHeads;  // the column of the mean
 
-// Two adjacent weights of a row, in the map's dtype.
-template <class T>
-__device__ __forceinline__ uint32_t weight_pair(const Values& w, int index) {
-  if (w.kind != Kind::kFloat)  // the map's own
-    return *reinterpret_cast<const uint32_t*>(static_cast<const T*>(w.data) + index);
-  const float2 pair = *reinterpret_cast<const float2*>(static_cast<const float*>(w.data) + index);
-  return packed<T>(pair.x, pair.y);
-}
-
 constexpr int kChannels = 128;  // of a row of P, that a warp stores at once
 
 // Offsets from Cut::rest, in bytes; `rows` positions of a tile, rounded up.

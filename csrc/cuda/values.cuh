@@ -60,6 +60,15 @@ __device__ __forceinline__ float value_of(const Values& values, int index) {
   }
 }
 
+// Two adjacent weights of a row, in the map's dtype.
+template <class T>
+__device__ __forceinline__ uint32_t weight_pair(const Values& w, int index) {
+  if (w.kind != Kind::kFloat)  // the map's own
+    return *reinterpret_cast<const uint32_t*>(static_cast<const T*>(w.data) + index);
+  const float2 pair = *reinterpret_cast<const float2*>(static_cast<const float*>(w.data) + index);
+  return packed<T>(pair.x, pair.y);
+}
+
 template <class T>
 __device__ __forceinline__ uint16_t bits_of(T value) {
   return *reinterpret_cast<const uint16_t*>(&value);
