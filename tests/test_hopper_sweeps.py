@@ -37,6 +37,21 @@ WRAPPER = """
       }
       return rows == kRows ? sweep_backward_rows(a, nullptr) : sweep_backward(a, nullptr);
     }
+    AR_EXPORT int backward_of(int64_t images, int64_t channels, int64_t positions, int64_t heads, int64_t gated,
+                              void* z, void* dz, int64_t rows, const float* lse, float* dw, const void* w,
+                              const float* score_w, const float* pooled, const float* scores, const float* gates,
+                              const void* grad_features, const float* grad_gates, const float* grad_scores,
+                              const float* grad_pooled, const float* grad_lse, const float* grad_mean, float* dt) {
+      BackwardSweep a = {};
+      const auto map = [&](void* data) {
+        return rows ? Map{data, channels * positions, positions, 1} : Map{data, channels * positions, 1, channels};
+      };
+      a.kind = Kind::kBFloat16, a.images = images, a.channels = channels, a.positions = positions, a.heads = heads;
+      a.z = map(z), a.dz = map(dz), a.mean = grad_mean != nullptr, a.lse = lse, a.dw = dw;
+      a.of = {{w, Kind::kBFloat16}, {score_w, Kind::kFloat}, static_cast<int>(gated), pooled, scores, gates,
+              grad_features, grad_gates, grad_scores, grad_pooled, grad_lse, grad_mean, dt};
+      return sweep_backward(a, nullptr);
+    }
     AR_EXPORT int forward(int64_t kind, int64_t images, int64_t channels, int64_t positions, int64_t heads,
                           int64_t gated, void* z, int64_t rows, const void* w, int64_t w_kind, const float* b,
                           const float* score_w, const float* score_b, float* pooled, float* lse, float* logits,
@@ -133,6 +148,82 @@ def test_backward(kernels, dtype, rows, images, channels, positions, heads, mean
         expected = expected + upstream.double()
     # a and dl may be rounded the other way, as their float32 values differ from float64's in the last bits.
     allowed, allowed_dw = products(*[value.abs() for value in (a, dl, z, w, dp)])
+    eps = torch.finfo(dtype).eps
+    dz = (dz if rows else dz.transpose(1, 2)).double()
+    assert ((dz - expected).abs() <= eps * (expected.abs() + allowed)).all()
+    assert ((dw.sum(0) - expected_dw).abs() <= eps * allowed_dw).all()
+
+
+@emulated
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "images", "channels", "positions", "heads", "gated"),
+    [
+        (LAST, 3, 64, 40, 4, 4),
+        (LAST, 3, 1024, 50, 3, 2),
+        (LAST, 2, 2048, 20, 1, 0),
+        (TILES, 3, 320, 72, 4, 3),
+        (TILES, 2, 32, 64, 2, 0),
+    ],
+)
+def test_backward_from_the_gradients_of_what_came_out(
+    kernels, rows, images, channels, positions, heads, gated, everything
+):
+    torch.manual_seed(0)
+    dtype = torch.bfloat16
+    z = torch.randn(images, channels, positions).to(dtype)
+    w = (torch.randn(heads, channels) / channels**0.5).to(dtype)
+    lse, pooled = torch.randn(images, heads) + 4, torch.randn(images, heads, channels)
+    score_w = torch.randn(heads, channels) if gated else None
+    scores, gates = torch.randn(images, heads), torch.rand(images, gated)
+    grad_features = torch.randn(images, gated, channels).to(dtype) if gated else None
+    given = {
+        "gates": torch.randn(images, gated) if gated else None,
+        "scores": torch.randn(images, heads) if gated else None,
+        "pooled": torch.randn(images, heads, channels),
+        "lse": torch.randn(images, heads),
+        "mean": torch.randn(images, channels),
+    }
+    if not everything:
+        given = dict.fromkeys(given, None) | ({} if gated else {"pooled": given["pooled"]})
+    laid = layout(z, rows)
+    dz, dt = torch.full_like(laid, torch.nan), torch.full((images, heads), torch.nan)
+    sizes = (KINDS[dtype], images, channels, positions, heads)
+    dw = shares(kernels, sizes, (laid, None), rows)
+    kernels.backward_of(
+        *sizes[1:], gated, laid, dz, rows, lse, dw, w, score_w, pooled, scores if gated else None,
+        gates if gated else None, grad_features, *given.values(), dt, processors=2,
+    )  # fmt: skip
+
+    z, w, pooled = z.double(), w.double(), pooled.double()
+    nothing = torch.zeros(1)
+    expected_dt, dp = torch.zeros(images, heads).double(), torch.zeros(images, heads, channels).double()
+    if gated:
+        dx, g = grad_features.double(), gates.double()
+        dg = (dx * pooled[:, :gated]).sum(2) + (nothing if given["gates"] is None else given["gates"])
+        du = g * (dg - (g * dg).sum(1, keepdim=True))
+        expected_dt[:, :gated] = du * (1 - scores[:, :gated].double().tanh() ** 2)
+        expected_dt += nothing if given["scores"] is None else given["scores"]
+        dp[:, :gated] = g[:, :, None] * dx
+        dp += expected_dt[:, :, None] * score_w.double()
+        assert ((dt - expected_dt).abs() <= 1e-4 * (1 + expected_dt.abs())).all()
+    dp += nothing if given["pooled"] is None else given["pooled"]
+    dp = dp.float().to(dtype).double()
+    delta = (dp * pooled).sum(2) - (nothing if given["lse"] is None else given["lse"])
+    a = torch.exp(torch.einsum("kc,ncs->nks", w, z) - lse[:, :, None].double())
+    dl = a * (torch.einsum("nkc,ncs->nks", dp, z) - delta[:, :, None])
+
+    def products(a, dl, z, w, dp, mean):
+        dz = torch.einsum("nks,nkc->ncs", a, dp) + torch.einsum("nks,kc->ncs", dl, w) + mean[:, :, None] / positions
+        return dz, torch.einsum("nks,ncs->kc", dl, z)
+
+    mean = torch.zeros(images, channels).double() if given["mean"] is None else given["mean"].to(dtype).double()
+    expected, expected_dw = products(a.to(dtype).double(), dl.to(dtype).double(), z, w, dp, mean)
+    # Some of dP are rounded the other way, and with it what is summed up of them.
+    sizes_of = [
+        value.abs() for value in (a, a * (torch.einsum("nkc,ncs->nks", dp.abs(), z.abs()) + delta.abs()[:, :, None]))
+    ]
+    allowed, allowed_dw = products(*sizes_of, z.abs(), w.abs(), dp.abs(), mean.abs())
     eps = torch.finfo(dtype).eps
     dz = (dz if rows else dz.transpose(1, 2)).double()
     assert ((dz - expected).abs() <= eps * (expected.abs() + allowed)).all()

@@ -92,7 +92,7 @@ __device__ __forceinline__ void pooled_gradient(const BackwardSweep& a, int imag
         const float2 x = features_at(channel), p = pooled_at(channel);
         float2 dp = {own_gate * x.x, own_gate * x.y};
         if (of.score_w.data != nullptr) {
-          const float2 w = unpacked<T>(weight_pair<T>(of.score_w, k * a.channels + channel));
+          const float2 w = pair_of<T>(of.score_w, k * a.channels + channel);
           dp = make_float2(dp.x + own_dt * w.x, dp.y + own_dt * w.y);
         }
         if (of.grad_pooled != nullptr) {

@@ -60,12 +60,19 @@ __device__ __forceinline__ float value_of(const Values& values, int index) {
   }
 }
 
-// Two adjacent weights of a row, in the map's dtype.
+// Two adjacent values, of float32 or the map's dtype.
+template <class T>
+__device__ __forceinline__ float2 pair_of(const Values& values, int index) {
+  if (values.kind != Kind::kFloat)
+    return unpacked<T>(*reinterpret_cast<const uint32_t*>(static_cast<const T*>(values.data) + index));
+  return *reinterpret_cast<const float2*>(static_cast<const float*>(values.data) + index);
+}
+
+// The same, rounded to the map's dtype.
 template <class T>
 __device__ __forceinline__ uint32_t weight_pair(const Values& w, int index) {
-  if (w.kind != Kind::kFloat)  // the map's own
-    return *reinterpret_cast<const uint32_t*>(static_cast<const T*>(w.data) + index);
-  const float2 pair = *reinterpret_cast<const float2*>(static_cast<const float*>(w.data) + index);
+  if (w.kind != Kind::kFloat) return *reinterpret_cast<const uint32_t*>(static_cast<const T*>(w.data) + index);
+  const float2 pair = pair_of<T>(w, index);
   return packed<T>(pair.x, pair.y);
 }
 
