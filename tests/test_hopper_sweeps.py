@@ -50,7 +50,7 @@ WRAPPER = """
       a.z = map(z), a.dz = map(dz), a.mean = grad_mean != nullptr, a.lse = lse, a.dw = dw;
       a.of = {{w, Kind::kBFloat16}, {score_w, Kind::kFloat}, static_cast<int>(gated), pooled, scores, gates,
               grad_features, grad_gates, grad_scores, grad_pooled, grad_lse, grad_mean, dt};
-      return sweep_backward(a, nullptr);
+      return rows == kRows ? sweep_backward_rows(a, nullptr) : sweep_backward(a, nullptr);
     }
     AR_EXPORT int forward(int64_t kind, int64_t images, int64_t channels, int64_t positions, int64_t heads,
                           int64_t gated, void* z, int64_t rows, const void* w, int64_t w_kind, const float* b,
@@ -164,6 +164,9 @@ def test_backward(kernels, dtype, rows, images, channels, positions, heads, mean
         (LAST, 2, 2048, 20, 1, 0),
         (TILES, 3, 320, 72, 4, 3),
         (TILES, 2, 32, 64, 2, 0),
+        (ROWS, 3, 128, 49, 4, 3),
+        (ROWS, 3, 1024, 49, 3, 3),
+        (ROWS, 2, 256, 196, 1, 0),
     ],
 )
 def test_backward_from_the_gradients_of_what_came_out(

@@ -21,7 +21,7 @@ struct BackwardSweep {
   Kind kind;  // of the maps and of pairs: kHalf or kBFloat16
   int images, channels, positions, heads;
   Map z, upstream, dz;
-  PooledGradient of;         // of tiles in bfloat16 alone
+  PooledGradient of;         // of bfloat16 alone
   const void* pairs;         // [N, heads (+ 1: the mean's row), 2, C]: W_H and dP
   bool mean;                 // whether there is such a row
   Values b;                  // [heads]

@@ -10,12 +10,102 @@
 #include <algorithm>
 
 #include "attend_backward.h"
+#include "gates.cuh"
 #include "rows.cuh"
 #include "values.cuh"
 
 namespace ar_kernels {
 
 namespace {
+
+#if AR_HOPPER
+
+// W_H and dP of an image in the order of weight_place, column 2 k and 2 k + 1; the formulas are pooled_gradient's of
+// attend_backward.cu. shared: two arrays of [kWarps, kHeads] floats, the second of what delta is the sum of, after a
+// barrier.
+template <class T>
+__device__ __forceinline__ void make_weights(const BackwardSweep& a, const RowsCut& cut, int64_t image, float* shared,
+                                             uint4* weights) {
+  const PooledGradient& of = a.of;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const float* pooled = of.pooled + image * a.heads * a.channels;
+  const T* dx = static_cast<const T*>(of.grad_features) + image * of.gated * a.channels;
+  const bool has_features = of.grad_features != nullptr;
+  const auto features_at = [&](int k, int channel) {
+    return has_features && k < of.gated ? unpacked<T>(*reinterpret_cast<const uint32_t*>(dx + k * a.channels + channel))
+                                        : make_float2(0, 0);
+  };
+  const auto pooled_at = [&](int k, int channel) {
+    return k < a.heads ? *reinterpret_cast<const float2*>(pooled + k * a.channels + channel) : make_float2(0, 0);
+  };
+  const auto store_sums = [&](const float (&sums)[kHeads], float* to) {
+#pragma unroll
+    for (int k = 0; k < kHeads; ++k) {
+      const float sum = warp_sum(sums[k]);
+      if (lane == 0) to[warp * kHeads + k] = sum;
+    }
+  };
+
+  float gates[kHeads] = {}, dt[kHeads] = {};
+  if (of.score_w.data != nullptr) {
+    float dg[kHeads] = {};
+    for (int channel = 2 * threadIdx.x; channel < a.channels; channel += 2 * kThreads)
+#pragma unroll
+      for (int k = 0; k < kHeads; ++k) {
+        const float2 x = features_at(k, channel), p = pooled_at(k, channel);
+        dg[k] += x.x * p.x + x.y * p.y;
+      }
+    store_sums(dg, shared);
+    __syncthreads();
+    float mixed = 0;
+#pragma unroll
+    for (int k = 0; k < kHeads; ++k) {
+      dg[k] = 0;
+      for (int other = 0; other < kWarps; ++other) dg[k] += shared[other * kHeads + k];
+      if (k >= of.gated) continue;
+      gates[k] = of.gates[image * of.gated + k];
+      if (of.grad_gates != nullptr) dg[k] += of.grad_gates[image * of.gated + k];
+      mixed += gates[k] * dg[k];
+    }
+#pragma unroll
+    for (int k = 0; k < kHeads; ++k) {
+      if (k >= a.heads) continue;
+      const float u = gate_tanh(of.scores[image * a.heads + k]);
+      dt[k] = gates[k] * (dg[k] - mixed) * (1 - u * u);
+      if (of.grad_scores != nullptr) dt[k] += of.grad_scores[image * a.heads + k];
+      if (of.dt != nullptr && threadIdx.x == 0) of.dt[image * a.heads + k] = dt[k];
+    }
+  }
+  float delta[kHeads] = {};
+  for (int channel = 2 * threadIdx.x; channel < a.channels; channel += 2 * kThreads) {
+    uint32_t low[kHeads] = {}, high[kHeads] = {};
+#pragma unroll
+    for (int k = 0; k < kHeads; ++k) {
+      if (k >= a.heads) continue;
+      const float2 x = features_at(k, channel), p = pooled_at(k, channel);
+      float2 dp = {gates[k] * x.x, gates[k] * x.y};
+      if (of.score_w.data != nullptr) {
+        const float2 w = pair_of<T>(of.score_w, k * a.channels + channel);
+        dp = make_float2(dp.x + dt[k] * w.x, dp.y + dt[k] * w.y);
+      }
+      if (of.grad_pooled != nullptr) {
+        const int64_t at = (image * a.heads + k) * a.channels + channel;
+        const float2 more = *reinterpret_cast<const float2*>(of.grad_pooled + at);
+        dp = make_float2(dp.x + more.x, dp.y + more.y);
+      }
+      const uint32_t word = packed<T>(dp.x, dp.y), mask = weight_pair<T>(of.w, k * a.channels + channel);
+      dp = unpacked<T>(word);
+      delta[k] += dp.x * p.x + dp.y * p.y;
+      low[k] = __byte_perm(mask, word, 0x5410);
+      high[k] = __byte_perm(mask, word, 0x7632);
+    }
+    weights[weight_place(channel, cut.classes)] = make_uint4(low[0], low[1], low[2], low[3]);
+    weights[weight_place(channel + 1, cut.classes)] = make_uint4(high[0], high[1], high[2], high[3]);
+  }
+  store_sums(delta, shared + kWarps * kHeads);
+}
+
+#endif  // AR_HOPPER
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -30,7 +120,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const OwnRows own(slots, positions);
   uint4* weights = reinterpret_cast<uint4*>(memory + cut.weights);
   uint32_t* masks = reinterpret_cast<uint32_t*>(memory + cut.masks);
-  const int head = threadIdx.x % kHeads;  // of this thread, where masks are made
+  float* of_image = reinterpret_cast<float*>(memory + cut.rest);  // make_weights'
+  const int head = threadIdx.x % kHeads;                          // of this thread, where masks are made
   const float bias = head < a.heads && a.b.data != nullptr ? value_of(a.b, head) : 0.f;
   const float share = 1.f / positions;
   float* dw = a.dw == nullptr || column >= a.heads
@@ -39,10 +130,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int i = threadIdx.x; i < (16 * cut.tiles + 32) * kHeads; i += kThreads) masks[i] = 0;
 
   for (int image = begin; image < end; ++image) {
+    const bool makes = std::is_same_v<T, __nv_bfloat16> && a.of.w.data != nullptr;
+    if constexpr (std::is_same_v<T, __nv_bfloat16>)
+      if (makes) make_weights<T>(a, cut, image, of_image, weights);
     // W_H and dP: rows of pairs become columns.
     const int64_t rows = a.heads + a.mean;
     const T* pairs = static_cast<const T*>(a.pairs) + image * rows * 2 * channels;
-    for (int channel = 2 * threadIdx.x; channel < channels; channel += 2 * kThreads) {
+    for (int channel = 2 * threadIdx.x; !makes && channel < channels; channel += 2 * kThreads) {
       uint32_t words[2 * kHeads];
 #pragma unroll
       for (int i = 0; i < 2 * kHeads; ++i)
@@ -58,8 +152,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     const float inverse = a.unscale == nullptr ? 1.f : a.unscale[image];
     const float shift = head < a.heads ? a.lse[image * a.heads + head] - bias : 0.f;
-    const float delta = head < a.heads ? a.delta[image * a.heads + head] : 0.f;
+    float delta = head < a.heads && !makes ? a.delta[image * a.heads + head] : 0.f;
     __syncthreads();
+    if (makes && head < a.heads) {
+      if (a.of.grad_lse != nullptr) delta = -a.of.grad_lse[image * a.heads + head];
+      for (int other = 0; other < kWarps; ++other) delta += of_image[(kWarps + other) * kHeads + head];
+    }
 
     sum_over_channels<T>(slots, image - begin, positions);
     for (int entry = threadIdx.x; entry < positions * kHeads; entry += kThreads) {
@@ -98,9 +196,11 @@ __global__ void __launch_bounds__(kThreads, 1)
       load_matrix(weight, own.weights + 16 * (chunk * kChunk + lane % 16));
       float2 mean = {0, 0};  // of this lane's two channels
       if (a.mean) {
-        const T* channel = pairs + (2 * a.heads + 1) * channels + chunk * kChunk + own.first;
-        mean.x = share * value_of(channel[cut.classes * row]);
-        mean.y = share * value_of(channel[cut.classes * (row + 8)]);
+        const int low = chunk * kChunk + own.first + cut.classes * row, high = low + cut.classes * 8;
+        const T* means = pairs + (2 * a.heads + 1) * channels;
+        const float* gradients = a.of.grad_mean + image * channels;
+        mean.x = share * (makes ? gradients[low] : value_of(means[low]));
+        mean.y = share * (makes ? gradients[high] : value_of(means[high]));
       }
       const uint32_t own_row = 2 * ((own.first + cut.classes * (lane % 16)) * positions - own.shift);
       for (int tile = 0; tile < cut.tiles; ++tile) {
@@ -147,7 +247,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif  // AR_HOPPER
 }
 
-RowsCut backward_cut(const BackwardSweep& a) { return rows_cut(a.channels, a.positions, 0); }
+RowsCut backward_cut(const BackwardSweep& a) { return rows_cut(a.channels, a.positions, 2 * kWarps * kHeads * 4); }
 
 template <class T>
 cudaError_t sweep(const BackwardSweep& a, cudaStream_t stream) {
