@@ -35,7 +35,8 @@ WRAPPER = """
     AR_EXPORT int forward(int64_t kind, int64_t images, int64_t channels, int64_t positions, int64_t heads,
                           int64_t gated, void* z, int64_t rows, const void* w, int64_t w_kind, const float* b,
                           const float* score_w, const float* score_b, float* pooled, float* lse, float* logits,
-                          float* mean, float* scores, float* gates, void* features) {
+                          float* mean, float* scores, float* gates, void* features, int64_t* splits,
+                          float* part_m, float* part_d, float* part_p) {
       ForwardSweep a = {};
       a.kind = kind_of(kind), a.images = images, a.channels = channels, a.positions = positions, a.heads = heads;
       a.gated = gated;
@@ -44,10 +45,22 @@ WRAPPER = """
       a.score_w = {score_w, Kind::kFloat}, a.score_b = {score_b, Kind::kFloat};
       a.pooled = pooled, a.lse = lse, a.logits = logits, a.mean = mean;
       a.scores = scores, a.gates = gates, a.features = features;
+      a.part_m = part_m, a.part_d = part_d, a.part_p = part_p;
+      if (a.kind == Kind::kFloat) {
+        if (splits != nullptr) {
+          *splits = rows ? forward_float_rows_splits(a) : forward_floats_splits(a);
+          return 0;
+        }
+        return rows ? sweep_forward_float_rows(a, nullptr) : sweep_forward_floats(a, nullptr);
+      }
       return rows ? sweep_forward_rows(a, nullptr) : sweep_forward(a, nullptr);
     }
 """
-SOURCES = [f"csrc/cuda/attend_{name}.cu" for name in ("backward", "backward_rows", "forward", "forward_rows")]
+SOURCES = [
+    f"csrc/cuda/attend_{direction}{kind}.cu"
+    for direction in ("backward", "forward")
+    for kind in ("", "_rows", "_floats", "_float_rows")
+]
 KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
@@ -144,7 +157,8 @@ def test_forward(kernels, dtype, rows, images, channels, positions, heads, gated
     scores, gates, features = empty(images, heads), empty(images, gated), empty(images, gated, channels, kind=dtype)
     kernels.forward(
         KINDS[dtype], images, channels, positions, heads, gated, layout(z, rows), rows, w, KINDS[w.dtype],
-        b, score_w if gated else None, score_b, pooled, lse, all_logits, average, scores, gates, features, processors=2,
+        b, score_w if gated else None, score_b, pooled, lse, all_logits, average, scores, gates, features,
+        None, None, None, None, processors=2,
     )  # fmt: skip
 
     z, w = z.double(), w.to(dtype).double()
@@ -163,6 +177,85 @@ def test_forward(kernels, dtype, rows, images, channels, positions, heads, gated
         g = t[:, :gated].tanh().softmax(1)
         torch.testing.assert_close(gates.double(), g, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(features.double(), g[:, :, None] * pooled[:, :gated].double(), rtol=eps, atol=eps)
+
+
+def merged(part_m, part_d, part_p):
+    """m, d, P of [N, splits, ...], as merge_kernel of attend_forward.py makes them, in float64."""
+    m, d, p = part_m.double(), part_d.double(), part_p.double()
+    most = m.amax(1, keepdim=True)
+    scale = (m - most).exp()
+    return most.squeeze(1), (d * scale).sum(1), (p * scale[..., None]).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "images", "channels", "positions", "heads", "gated", "mean", "logits", "processors"),
+    [
+        (False, 3, 32, 9, 4, 4, False, True, 2),  # most groups have nothing to do
+        (False, 3, 96, 130, 4, 4, True, False, 2),
+        (False, 2, 160, 300, 4, 0, True, True, 2),
+        (False, 5, 320, 64, 3, 2, True, True, 2),  # images that follow each other in a block
+        (False, 2, 100, 50, 2, 2, False, False, 2),  # channels in no whole 32s
+        (False, 2, 1024, 49, 4, 3, True, True, 2),
+        (False, 1, 2048, 49, 1, 1, False, False, 1),
+        (False, 2, 96, 150, 3, 3, True, True, 7),  # split
+        (False, 1, 256, 49, 4, 0, False, False, 9),
+    ],
+)
+def test_float_forward(kernels, rows, images, channels, positions, heads, gated, mean, logits, processors):
+    torch.manual_seed(0)
+    z = torch.randn(images, channels, positions)
+    w = torch.randn(heads, channels) * 3 / channels**0.5
+    b, score_w, score_b = torch.randn(heads), torch.randn(heads, channels) / 8, torch.randn(heads)
+    empty = lambda *sizes: torch.full(sizes, torch.nan)  # noqa: E731
+    pooled, lse = empty(images, heads, channels), empty(images, heads)
+    all_logits = empty(images, heads, positions) if logits else None
+    average = empty(images, channels) if mean else None
+    scores, gates, features = empty(images, heads), empty(images, gated), empty(images, gated, channels)
+    splits = torch.zeros(1, dtype=torch.int64)
+
+    def call(splits, *parts):
+        kernels.forward(
+            KINDS[torch.float32], images, channels, positions, heads, gated, layout(z, rows), rows, w, KINDS[w.dtype],
+            b, score_w if gated else None, score_b, pooled, lse, all_logits, average, scores, gates, features,
+            splits, *parts, processors=processors,
+        )  # fmt: skip
+
+    call(splits, None, None, None)
+    parts = [empty(images, int(splits), heads + mean, *more) for more in ((), (), (channels,))]
+    call(None, *parts)
+    z, w = z.double(), w.double()
+    expected_logits = torch.einsum("kc,ncs->nks", w, z) + b[:, None].double()
+    expected = torch.einsum("nks,ncs->nkc", expected_logits.softmax(2), z)
+    if int(splits) > 1:
+        assert processors > 2
+        m, d, p = merged(*parts)
+        lse, pooled = (m + d.log())[:, :heads], (p / d[..., None])[:, :heads]
+        average = (p / d[..., None])[:, heads] if mean else None
+    else:
+        assert processors <= 2
+
+    eps = torch.finfo(torch.float32).eps
+
+    def check(found, exact, size):
+        """`size` bounds what rounding errors are relative to."""
+        assert ((found.double() - exact).abs() <= 4 * eps * size).all(), (found.double() - exact).abs().max() / eps
+
+    # Of sums of products by their absolute values, half of a unit in the last place for each of the few roundings.
+    of_logits = torch.einsum("kc,ncs->nks", w.abs(), z.abs()) + b.abs()[:, None].double()
+    most = of_logits.amax(2)
+    check(lse, expected_logits.logsumexp(2), most)
+    of_pooled = torch.einsum("nks,ncs->nkc", expected_logits.softmax(2), z.abs()) * (1 + most[:, :, None])
+    check(pooled, expected, of_pooled)
+    if logits:
+        check(all_logits, expected_logits, of_logits)
+    if mean:
+        check(average, z.mean(2), z.abs().mean(2))
+    if gated and int(splits) == 1:
+        t = (pooled.double() * score_w.double()).sum(2) + score_b.double()
+        check(scores, t, (pooled.double() * score_w.double()).abs().sum(2) + score_b.abs().double())
+        g = t[:, :gated].tanh().softmax(1)
+        check(gates, g, torch.full_like(g, 2))
+        check(features, g[:, :, None] * pooled[:, :gated].double(), 2 * pooled[:, :gated].abs().double())
 
 
 class Operators:
@@ -189,7 +282,7 @@ class Operators:
         self.kernels.forward(
             KINDS[z.dtype], images, channels, height * width, heads, gated, z, z.stride(3) == 1, w, KINDS[w.dtype],
             *[None if value is None else value.float() for value in (b, score_w, score_b)],
-            pooled, lse, logits, mean, scores, gates, features, processors=2,
+            pooled, lse, logits, mean, scores, gates, features, None, None, None, None, processors=2,
         )  # fmt: skip
 
     def backward(self, z, b, lse, pairs, delta, unscale, grad_logits, upstream, dz, dw):

@@ -32,4 +32,13 @@ bool can_sweep_backward_rows(const BackwardSweep& a);
 int backward_rows_programs(const BackwardSweep& a);
 cudaError_t sweep_backward_rows(const BackwardSweep& a, cudaStream_t stream);
 
+// The same of float32 maps, channels_last and NCHW, with an upstream gradient or without; `unscale` is null.
+bool can_sweep_backward_floats(const BackwardSweep& a);
+int backward_floats_programs(const BackwardSweep& a);
+cudaError_t sweep_backward_floats(const BackwardSweep& a, cudaStream_t stream);
+
+bool can_sweep_backward_float_rows(const BackwardSweep& a);
+int backward_float_rows_programs(const BackwardSweep& a);
+cudaError_t sweep_backward_float_rows(const BackwardSweep& a, cudaStream_t stream);
+
 }  // namespace ar_kernels
