@@ -26,6 +26,16 @@ WRAPPER = """
       a.z = map(z), a.upstream = map(upstream), a.dz = map(dz);
       a.pairs = pairs, a.mean = mean, a.b = {b, Kind::kFloat};
       a.lse = lse, a.delta = delta, a.unscale = unscale, a.grad_logits = grad_logits, a.dw = dw;
+      if (a.kind == Kind::kFloat) {
+        if (dz == nullptr) {
+          BackwardSweep b = a;
+          b.dz = b.z;
+          *programs = !(rows ? can_sweep_backward_float_rows(b) : can_sweep_backward_floats(b)) ? 0
+                      : rows ? backward_float_rows_programs(a) : backward_floats_programs(a);
+          return 0;
+        }
+        return rows ? sweep_backward_float_rows(a, nullptr) : sweep_backward_floats(a, nullptr);
+      }
       if (dz == nullptr) {
         *programs = rows ? backward_rows_programs(a) : backward_programs(a);
         return 0;
@@ -127,6 +137,73 @@ def test_backward(kernels, dtype, rows, images, channels, positions, heads, mean
     dz = dz if rows else dz.transpose(1, 2)
     torch.testing.assert_close(dz.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=4e-2 * dz.abs().max().item() * torch.finfo(dtype).eps * 8)
     torch.testing.assert_close(dw.sum(0).double(), expected_dw, rtol=1e-2, atol=1e-2 * expected_dw.abs().max().item())
+
+
+FLOAT_EPS = torch.finfo(torch.float32).eps
+
+
+def check_float(found, exact, size):
+    """`size` bounds what rounding errors are relative to: sums of absolute values."""
+    error = (found.double() - exact).abs()
+    assert (error <= 4 * FLOAT_EPS * size).all(), (error / size).max() / FLOAT_EPS
+
+
+@pytest.mark.parametrize(
+    ("rows", "images", "channels", "positions", "heads", "mean", "tapped", "direct", "processors"),
+    [
+        (False, 3, 32, 9, 4, False, False, False, 2),
+        (False, 2, 96, 330, 4, True, False, False, 2),  # more tiles than slots
+        (False, 3, 160, 300, 3, True, True, True, 2),
+        (False, 5, 320, 64, 1, False, True, False, 2),  # images that follow each other in a block
+        (False, 2, 100, 50, 2, False, False, True, 3),  # channels in no whole 32s
+        (False, 2, 1024, 49, 4, True, True, True, 2),
+        (False, 1, 2048, 49, 4, False, False, False, 1),
+    ],
+)
+def test_float_backward(kernels, rows, images, channels, positions, heads, mean, tapped, direct, processors):
+    torch.manual_seed(0)
+    z = torch.randn(images, channels, positions)
+    w = torch.randn(heads, channels) / channels**0.5
+    dp = torch.randn(images, heads + mean, channels)
+    b, lse, delta = torch.randn(heads), torch.randn(images, heads) + 4, torch.randn(images, heads)
+    grad_logits = torch.randn(images, heads, positions) if direct else None
+    upstream = torch.randn(images, channels, positions) if tapped else None
+    pairs = torch.zeros(images, heads + mean, 2, channels)
+    pairs[:, :heads, 0], pairs[:, :, 1] = w, dp
+    programs = torch.zeros(1, dtype=torch.int64)
+    sizes = (KINDS[torch.float32], images, channels, positions, heads)
+    maps = [None if x is None else layout(x, rows) for x in (z, upstream)]
+    kernels.backward(*sizes, *maps, None, rows, *([None, 0] + [None] * 6), programs, processors=processors)
+    assert programs > 0
+    for has_dw in (True, False):
+        dw = torch.full((int(programs), heads, channels), torch.nan) if has_dw else None
+        dz = torch.full_like(maps[0], torch.nan)
+        kernels.backward(
+            *sizes, *maps, dz, rows, pairs, mean, b, lse, delta, None, grad_logits, dw, programs, processors=processors
+        )
+        if has_dw:
+            shares, first = dw, dz
+    assert torch.equal(first, dz)
+
+    z, w, dp, lse, delta = (x.double() for x in (z, w, dp, lse, delta))
+    dp, average = dp[:, :heads], dp[:, heads:].sum(1) / positions
+    shift, direct = lse - b.double(), 0 if grad_logits is None else grad_logits.double()
+    logits, da = torch.einsum("kc,ncs->nks", w, z), torch.einsum("nkc,ncs->nks", dp, z)
+    a = torch.exp(logits - shift[:, :, None])
+    dl = a * (da - delta[:, :, None]) + direct
+    expected = torch.einsum("nks,nkc->ncs", a, dp) + torch.einsum("nks,kc->ncs", dl, w) + average[:, :, None]
+    # An error of the logits is one of a's digits.
+    of_a = a * (1 + torch.einsum("kc,ncs->nks", w.abs(), z.abs()) + lse.abs()[:, :, None] + b.abs()[:, None])
+    of_da = torch.einsum("nkc,ncs->nks", dp.abs(), z.abs()) + delta.abs()[:, :, None]
+    of_dl = of_a * of_da + (0 if grad_logits is None else direct.abs())
+    size = torch.einsum("nks,nkc->ncs", of_a, dp.abs()) + torch.einsum("nks,kc->ncs", of_dl, w.abs())
+    size += average.abs()[:, :, None]
+    if tapped:
+        expected, size = expected + upstream.double(), size + upstream.double().abs()
+    check_float(dz if rows else dz.transpose(1, 2), expected, size)
+    check_float(
+        shares.double().sum(0), torch.einsum("nks,ncs->kc", dl, z), torch.einsum("nks,ncs->kc", of_dl, z.abs())
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -234,28 +311,22 @@ def test_float_forward(kernels, rows, images, channels, positions, heads, gated,
     else:
         assert processors <= 2
 
-    eps = torch.finfo(torch.float32).eps
-
-    def check(found, exact, size):
-        """`size` bounds what rounding errors are relative to."""
-        assert ((found.double() - exact).abs() <= 4 * eps * size).all(), (found.double() - exact).abs().max() / eps
-
     # Of sums of products by their absolute values, half of a unit in the last place for each of the few roundings.
     of_logits = torch.einsum("kc,ncs->nks", w.abs(), z.abs()) + b.abs()[:, None].double()
     most = of_logits.amax(2)
-    check(lse, expected_logits.logsumexp(2), most)
+    check_float(lse, expected_logits.logsumexp(2), most)
     of_pooled = torch.einsum("nks,ncs->nkc", expected_logits.softmax(2), z.abs()) * (1 + most[:, :, None])
-    check(pooled, expected, of_pooled)
+    check_float(pooled, expected, of_pooled)
     if logits:
-        check(all_logits, expected_logits, of_logits)
+        check_float(all_logits, expected_logits, of_logits)
     if mean:
-        check(average, z.mean(2), z.abs().mean(2))
+        check_float(average, z.mean(2), z.abs().mean(2))
     if gated and int(splits) == 1:
         t = (pooled.double() * score_w.double()).sum(2) + score_b.double()
-        check(scores, t, (pooled.double() * score_w.double()).abs().sum(2) + score_b.abs().double())
+        check_float(scores, t, (pooled.double() * score_w.double()).abs().sum(2) + score_b.abs().double())
         g = t[:, :gated].tanh().softmax(1)
-        check(gates, g, torch.full_like(g, 2))
-        check(features, g[:, :, None] * pooled[:, :gated].double(), 2 * pooled[:, :gated].abs().double())
+        check_float(gates, g, torch.full_like(g, 2))
+        check_float(features, g[:, :, None] * pooled[:, :gated].double(), 2 * pooled[:, :gated].abs().double())
 
 
 class Operators:
