@@ -63,8 +63,9 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   const bool is_mask = lane % 2 == 1;
   const float bias = head < a.heads && a.b.data != nullptr ? value_of(a.b, head) : 0.f;
 
-  float w[kOwn][kHeads], dp[kOwn][kHeads], average[kOwn];  // W_H, dP, what comes of the mean
-  float sums[kOwn * kHeads];                               // dW_H
+  float* average = reinterpret_cast<float*>(memory + cut.sums) + threadIdx.x;  // what comes of the mean, of each channel
+  float w[kOwn][kHeads], dp[kOwn][kHeads];                                     // W_H, dP
+  float sums[kOwn * kHeads];                                                   // dW_H
 #pragma unroll
   for (int i = 0; i < kOwn * kHeads; ++i) sums[i] = 0;
   float shift = 0, delta = 0;
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
           w[j][k] = there ? pairs[2 * k * a.channels + 32 * j] : 0.f;
           dp[j][k] = there ? pairs[(2 * k + 1) * a.channels + 32 * j] : 0.f;
         }
-        average[j] = a.mean && has(j) ? pairs[(2 * a.heads + 1) * a.channels + 32 * j] / a.positions : 0.f;
+        average[kFloatThreads * j] = a.mean && has(j) ? pairs[(2 * a.heads + 1) * a.channels + 32 * j] / a.positions : 0.f;
       }
       if (head < a.heads) {
         shift = a.lse[image * a.heads + head] - bias;
@@ -132,6 +133,9 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
       own_weights[lane] = is_mask ? mask : gradient;
       __syncwarp();
 
+      float means[kOwn];
+#pragma unroll
+      for (int j = 0; j < kOwn; ++j) means[j] = average[kFloatThreads * j];
 #pragma unroll
       for (int s = 0; s < kStep; ++s) {
         if (s >= count) break;
@@ -143,7 +147,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
           if (!has(j)) continue;
           float* to = z + s * a.channels + 32 * j;
           const float value = *to;
-          float result = average[j];
+          float result = means[j];
 #pragma unroll
           for (int k = 0; k < kHeads; ++k) {
             sums[j * kHeads + k] += value * of_logits[k];
@@ -188,7 +192,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
 }
 
 FloatsCut backward_cut(const BackwardSweep& a) {
-  return floats_cut(a.channels, a.positions, 1, kStep, a.upstream.data == nullptr ? 1 : 2, 0);
+  return floats_cut(a.channels, a.positions, 1, kStep, a.upstream.data == nullptr ? 1 : 2, 0, 4 * kFloatThreads * kMostOwn);
 }
 
 template <int kOwn>

@@ -252,7 +252,7 @@ int splits_of(const ForwardSweep& a) {
 }
 
 FloatsCut forward_cut(const ForwardSweep& a) {
-  return floats_cut(a.channels, a.positions, splits_of(a), 8, 1, kRows * a.channels * 4);
+  return floats_cut(a.channels, a.positions, splits_of(a), 8, 1, kRows * a.channels * 4, 0);
 }
 
 template <int kOwn, int kStep>

@@ -85,13 +85,14 @@ struct FloatsCut {
   int tile, tiles;                       // positions of a tile; tiles of an image or a split of one
   int splits;                            // of an image
   int slots, map_bytes, slot_bytes;      // a slot has a tile of every map
-  int parts, weights, sums, heads;       // [2, warps of all groups, 32], [warps, 32] floats; for add_groups; m, d, scores
+  int parts, weights;                    // [2, warps, 32], [warps, 32] floats; warps of all groups
+  int sums, heads;                       // what the kernel asks for; m, d, scores
   int barriers, bytes;
 };
 
 // most_step: positions that a group works on at once; 4 where there are not the registers, or few tiles would fit.
-// sums: bytes that adding up groups wants for each group, 0: the ring. No slots: it does not fit.
-inline FloatsCut floats_cut(int channels, int positions, int splits, int most_step, int maps, int sums) {
+// sums: bytes for each two groups; rest: bytes beside. No slots: it does not fit.
+inline FloatsCut floats_cut(int channels, int positions, int splits, int most_step, int maps, int sums, int rest) {
   FloatsCut cut = {};
   const int planes = (channels + 31) / 32;
   if (channels < 4 || channels % 4 != 0 || positions < 1) return cut;
@@ -114,7 +115,7 @@ inline FloatsCut floats_cut(int channels, int positions, int splits, int most_st
   cut.map_bytes = 4 * channels * cut.tile;
   cut.slot_bytes = cut.map_bytes * maps;
   const int all = cut.warps * cut.groups;
-  const int others = 3 * all * 32 * 4 + cut.groups / 2 * sums + 8 * kGroupWarps * kHeads * 4 + 8 * kMostSlots + 16;
+  const int others = 3 * all * 32 * 4 + cut.groups / 2 * sums + rest + 8 * kGroupWarps * kHeads * 4 + 8 * kMostSlots + 16;
   const int slots = (kSharedBytes - others) / cut.slot_bytes;
   cut.slots = slots < kMostSlots ? slots : kMostSlots;
   if (cut.slots < 2) {
@@ -124,7 +125,7 @@ inline FloatsCut floats_cut(int channels, int positions, int splits, int most_st
   cut.parts = cut.slots * cut.slot_bytes;
   cut.weights = cut.parts + 2 * all * 32 * 4;
   cut.sums = cut.weights + all * 32 * 4;
-  cut.heads = cut.sums + cut.groups / 2 * sums;
+  cut.heads = cut.sums + cut.groups / 2 * sums + rest;
   cut.barriers = cut.heads + 8 * kGroupWarps * kHeads * 4;
   cut.bytes = cut.barriers + 8 * kMostSlots + 16;
   return cut;
