@@ -158,6 +158,12 @@ def check_float(found, exact, size):
         (False, 2, 100, 50, 2, False, False, True, 3),  # channels in no whole 32s
         (False, 2, 1024, 49, 4, True, True, True, 2),
         (False, 1, 2048, 49, 4, False, False, False, 1),
+        (True, 3, 32, 12, 4, False, False, False, 2),
+        (True, 2, 96, 1200, 4, True, False, False, 2),  # more chunks than slots
+        (True, 3, 160, 196, 3, True, True, True, 2),
+        (True, 5, 320, 64, 1, False, True, False, 2),
+        (True, 2, 640, 36, 2, False, False, True, 3),
+        (True, 2, 1024, 52, 4, True, False, True, 1),
     ],
 )
 def test_float_backward(kernels, rows, images, channels, positions, heads, mean, tapped, direct, processors):
@@ -276,6 +282,14 @@ def merged(part_m, part_d, part_p):
         (False, 1, 2048, 49, 1, 1, False, False, 1),
         (False, 2, 96, 150, 3, 3, True, True, 7),  # split
         (False, 1, 256, 49, 4, 0, False, False, 9),
+        (True, 3, 32, 12, 4, 4, False, True, 2),
+        (True, 2, 96, 132, 4, 4, True, False, 2),
+        (True, 3, 160, 196, 3, 2, True, True, 2),
+        (True, 5, 320, 64, 1, 1, False, True, 2),
+        (True, 2, 640, 36, 2, 0, True, False, 2),
+        (True, 1, 1024, 52, 4, 3, False, False, 1),
+        (True, 2, 104, 148, 3, 3, True, True, 7),  # split
+        (True, 1, 256, 100, 4, 0, False, False, 9),
     ],
 )
 def test_float_forward(kernels, rows, images, channels, positions, heads, gated, mean, logits, processors):

@@ -22,16 +22,17 @@ constexpr int kMostOwn = 5;  // channels of a lane, for registers' sake
 
 #if AR_HOPPER
 
-// Lanes exchange halves of what they have sums of: with 2 kSums of them before, kSums after.
-template <int kSums, int kValues>
+// Lanes kLanes apart exchange halves of what they have sums of, 2 kSums of them; then lanes half as far apart, until
+// kLeft are left.
+template <int kSums, int kLanes = kSums, int kLeft = 1, int kValues>
 __device__ __forceinline__ void halve_sums(float (&values)[kValues]) {
-  const bool upper = (threadIdx.x & kSums) != 0;
+  const bool upper = (threadIdx.x & kLanes) != 0;
 #pragma unroll
   for (int i = 0; i < kSums; ++i) {
     const float given = upper ? values[i] : values[i + kSums], kept = upper ? values[i + kSums] : values[i];
-    values[i] = kept + __shfl_xor_sync(kAll, given, kSums);
+    values[i] = kept + __shfl_xor_sync(kAll, given, kLanes);
   }
-  if constexpr (kSums > 1) halve_sums<kSums / 2>(values);
+  if constexpr (kSums > kLeft) halve_sums<kSums / 2, kLanes / 2, kLeft>(values);
 }
 
 // Sums over a warp's lanes: lane i gets that of values[i % kValues].
