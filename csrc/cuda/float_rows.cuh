@@ -23,8 +23,8 @@ struct FloatRowsCut {
   int rest, barriers, bytes;                  // rest: 1 KB
 };
 
-// columns: sums over channels at every position. few_slots: that have to be free beside those of a tile.
-inline FloatRowsCut float_rows_cut_of(int quads, int channels, int positions, int columns, int maps, int few_slots) {
+// columns: sums over channels at every position. No slots: it does not fit.
+inline FloatRowsCut float_rows_cut_of(int quads, int channels, int positions, int columns, int maps) {
   FloatRowsCut cut = {};
   if (channels < kBatch || channels % kBatch != 0 || positions < 1) return cut;
   cut.quads = quads;
@@ -45,7 +45,8 @@ inline FloatRowsCut float_rows_cut_of(int quads, int channels, int positions, in
   const int others = weights + sums + means + parts + masks + 1024 + 8 * kMostSlots;
   const int slots = (kSharedBytes - others) / cut.slot_bytes;
   cut.slots = slots < kMostSlots ? slots : kMostSlots;
-  if (cut.slots < cut.chunks + few_slots) {
+  // A slot may be filled again when the chunk after it was worked on.
+  if (cut.slots <= cut.chunks) {
     cut.slots = 0;
     return cut;
   }
@@ -65,8 +66,8 @@ inline FloatRowsCut float_rows_cut(int images, int channels, int positions, int 
   FloatRowsCut best = {};
   int64_t least = INT64_MAX;
   for (int quads = 16; quads >= 4; quads /= 2) {
-    // At least a chunk, or half of a tile, is on its way while a tile is worked on.
-    FloatRowsCut cut = float_rows_cut_of(quads, channels, positions, columns, maps, 1);
+    // Half of a tile at least is on its way while one is worked on.
+    FloatRowsCut cut = float_rows_cut_of(quads, channels, positions, columns, maps);
     if (cut.slots == 0 || (quads > 4 && 2 * cut.slots < 3 * cut.chunks)) continue;
     const int64_t tiles = static_cast<int64_t>(images) * cut.tiles, count = processors();
     // What a tile costs besides is about what 16 positions do.
