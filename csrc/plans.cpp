@@ -120,7 +120,7 @@ struct Operator {
 };
 
 constexpr Operator kOperators[] = {
-    {"ar_kernels_native::sweep_forward_", "tt???tt?????"},
+    {"ar_kernels_native::sweep_forward_", "tt???tt????????"},
     {"ar_kernels_native::sweep_backward_", "t?ttt???t?"},
 };
 

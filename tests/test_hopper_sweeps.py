@@ -29,10 +29,10 @@ WRAPPER = """
       if (a.kind == Kind::kFloat) {
         if (dz == nullptr) {
           BackwardSweep b = a;
-          b.dz = b.z;
+          b.dz = map(&b);  // that there is one
           *programs = !(rows ? can_sweep_backward_float_rows(b) : can_sweep_backward_floats(b)) ? 0
                       : rows ? backward_float_rows_programs(a) : backward_floats_programs(a);
-          return 0;
+          return *programs < 1;
         }
         return rows ? sweep_backward_float_rows(a, nullptr) : sweep_backward_floats(a, nullptr);
       }
@@ -46,7 +46,7 @@ WRAPPER = """
                           int64_t gated, void* z, int64_t rows, const void* w, int64_t w_kind, const float* b,
                           const float* score_w, const float* score_b, float* pooled, float* lse, float* logits,
                           float* mean, float* scores, float* gates, void* features, int64_t* splits,
-                          float* part_m, float* part_d, float* part_p) {
+                          int64_t splits_given, float* part_m, float* part_d, float* part_p) {
       ForwardSweep a = {};
       a.kind = kind_of(kind), a.images = images, a.channels = channels, a.positions = positions, a.heads = heads;
       a.gated = gated;
@@ -55,10 +55,10 @@ WRAPPER = """
       a.score_w = {score_w, Kind::kFloat}, a.score_b = {score_b, Kind::kFloat};
       a.pooled = pooled, a.lse = lse, a.logits = logits, a.mean = mean;
       a.scores = scores, a.gates = gates, a.features = features;
-      a.part_m = part_m, a.part_d = part_d, a.part_p = part_p;
+      a.splits = splits_given, a.part_m = part_m, a.part_d = part_d, a.part_p = part_p;
       if (a.kind == Kind::kFloat) {
         if (splits != nullptr) {
-          *splits = rows ? forward_float_rows_splits(a) : forward_floats_splits(a);
+          *splits = rows ? forward_float_rows_splits(a, false) : forward_floats_splits(a, false);
           return 0;
         }
         return rows ? sweep_forward_float_rows(a, nullptr) : sweep_forward_floats(a, nullptr);
@@ -180,7 +180,6 @@ def test_float_backward(kernels, rows, images, channels, positions, heads, mean,
     sizes = (KINDS[torch.float32], images, channels, positions, heads)
     maps = [None if x is None else layout(x, rows) for x in (z, upstream)]
     kernels.backward(*sizes, *maps, None, rows, *([None, 0] + [None] * 6), programs, processors=processors)
-    assert programs > 0
     for has_dw in (True, False):
         dw = torch.full((int(programs), heads, channels), torch.nan) if has_dw else None
         dz = torch.full_like(maps[0], torch.nan)
@@ -241,7 +240,7 @@ def test_forward(kernels, dtype, rows, images, channels, positions, heads, gated
     kernels.forward(
         KINDS[dtype], images, channels, positions, heads, gated, layout(z, rows), rows, w, KINDS[w.dtype],
         b, score_w if gated else None, score_b, pooled, lse, all_logits, average, scores, gates, features,
-        None, None, None, None, processors=2,
+        None, 0, None, None, None, processors=2,
     )  # fmt: skip
 
     z, w = z.double(), w.to(dtype).double()
@@ -304,16 +303,16 @@ def test_float_forward(kernels, rows, images, channels, positions, heads, gated,
     scores, gates, features = empty(images, heads), empty(images, gated), empty(images, gated, channels)
     splits = torch.zeros(1, dtype=torch.int64)
 
-    def call(splits, *parts):
+    def call(*splits_and_parts):
         kernels.forward(
             KINDS[torch.float32], images, channels, positions, heads, gated, layout(z, rows), rows, w, KINDS[w.dtype],
             b, score_w if gated else None, score_b, pooled, lse, all_logits, average, scores, gates, features,
-            splits, *parts, processors=processors,
+            *splits_and_parts, processors=processors,
         )  # fmt: skip
 
-    call(splits, None, None, None)
+    call(splits, 0, None, None, None)
     parts = [empty(images, int(splits), heads + mean, *more) for more in ((), (), (channels,))]
-    call(None, *parts)
+    call(None, int(splits), *parts)
     z, w = z.double(), w.double()
     expected_logits = torch.einsum("kc,ncs->nks", w, z) + b[:, None].double()
     expected = torch.einsum("nks,ncs->nkc", expected_logits.softmax(2), z)
@@ -346,28 +345,40 @@ def test_float_forward(kernels, rows, images, channels, positions, heads, gated,
 class Operators:
     """ar_kernels_native's sweeps as the emulator runs them."""
 
-    def __init__(self, kernels):
+    def __init__(self, kernels, processors):
         self.kernels = kernels
+        self.processors = processors
         self.called = []
 
-    def forward_sweep(self, z, sizes, strides, heads, chip):
-        return self.forward
+    def forward_sweep(self, z, sizes, strides, heads, itemsize, alike, chip):
+        if itemsize == 2:
+            return self.forward, 1
+        splits = torch.zeros(1, dtype=torch.int64)
+        self.kernels.forward(
+            KINDS[torch.float32], sizes[0], sizes[1], sizes[2] * sizes[3], heads, 0, None, z.unit == "s", None,
+            KINDS[torch.float32], *[None] * 10, splits, 0, None, None, None, processors=self.processors,
+        )  # fmt: skip
+        return self.forward, int(splits)
 
-    def backward_sweep(self, z, sizes, strides, up_strides, dz_strides, heads, chip):
+    def backward_sweep(self, z, sizes, strides, up_strides, dz_strides, heads, itemsize, chip):
         positions = sizes[2] * sizes[3]
         programs = torch.zeros(1, dtype=torch.int64)
         empty = [None, None, None, z.unit == "s", None, 0, *[None] * 6]
-        self.kernels.backward(0, sizes[0], sizes[1], positions, heads, *empty, programs, processors=2)
+        kind = KINDS[torch.float32 if itemsize == 4 else torch.float16]
+        self.kernels.backward(
+            kind, sizes[0], sizes[1], positions, heads, *empty, programs, processors=self.processors
+        )
         return self.backward, int(programs)
 
-    def forward(self, z, w, b, score_w, score_b, pooled, lse, logits, mean, scores, gates, features):
+    def forward(self, z, w, b, score_w, score_b, pooled, lse, logits, mean, scores, gates, features, *parts):
         self.called.append("forward")
+        splits = 0 if parts[0] is None else parts[0].shape[0] // z.shape[0]
         images, channels, height, width = z.shape
         heads, gated = w.shape[0], 0 if gates is None else gates.shape[1]
         self.kernels.forward(
             KINDS[z.dtype], images, channels, height * width, heads, gated, z, z.stride(3) == 1, w, KINDS[w.dtype],
             *[None if value is None else value.float() for value in (b, score_w, score_b)],
-            pooled, lse, logits, mean, scores, gates, features, None, None, None, None, processors=2,
+            pooled, lse, logits, mean, scores, gates, features, None, splits, *parts, processors=self.processors,
         )  # fmt: skip
 
     def backward(self, z, b, lse, pairs, delta, unscale, grad_logits, upstream, dz, dw):
@@ -377,20 +388,21 @@ class Operators:
         self.kernels.backward(
             KINDS[z.dtype], images, channels, height * width, heads, z, upstream, dz, z.stride(3) == 1, pairs,
             pairs.shape[1] > heads, None if b is None else b.float(), lse, delta, unscale, grad_logits, dw, torch.zeros(1, dtype=torch.int64),
-            processors=2,
+            processors=self.processors,
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("layout_of", [channels_last, torch.Tensor.contiguous])
 def test_layers_take_them(kernels, layout_of, dtype, monkeypatch):
     """A layer's outputs and gradients, sweep by sweep from the emulator, as close to float64's as Triton's are."""
     hopper = pytest.importorskip("ar_kernels.kernels.hopper", reason="the triton package is not installed")
     torch.manual_seed(0)
     tap = layout_of is channels_last
-    z = layout_of(torch.randn(3, 256, 7, 7).to(dtype))
+    side = 10 if dtype == torch.float32 else 7
+    z = layout_of(torch.randn(3, 256, side, side).to(dtype))
     attention = ar_kernels.AttentionModule(256, 10, heads=4).to(dtype)
-    grads = torch.randn(3, 10), torch.randn(3, 4, 7, 7), layout_of(torch.randn(3, 256, 7, 7))
+    grads = torch.randn(3, 10), torch.randn(3, 4, side, side), layout_of(torch.randn(3, 256, side, side))
 
     def step(module, z):
         z = z.detach().requires_grad_()
@@ -405,7 +417,7 @@ def test_layers_take_them(kernels, layout_of, dtype, monkeypatch):
     attention = attention.to(dtype)
     with ar_kernels.use_implementation("triton"):
         plain = step(attention, z)
-        operators = Operators(kernels)
+        operators = Operators(kernels, processors=7 if dtype == torch.float32 else 2)  # splits of float32 images
         monkeypatch.setattr(hopper, "can_read", lambda *maps: True)
         monkeypatch.setattr(hopper, "forward_sweep", operators.forward_sweep)
         monkeypatch.setattr(hopper, "backward_sweep", operators.backward_sweep)

@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
 }
 
 FloatRowsCut backward_cut(const BackwardSweep& a) {
-  return float_rows_cut(a.images, a.channels, a.positions, kColumns, a.upstream.data == nullptr ? 1 : 2);
+  return float_rows_cut(a.channels, a.positions, kColumns, a.upstream.data == nullptr ? 1 : 2);
 }
 
 template <int kQuads>

@@ -15,7 +15,8 @@ struct ForwardSweep {
   float *logits, *mean;     // [N, heads, S], [N, C], or null
   float *scores, *gates;    // [N, heads], [N, gated], or null
   void* features;           // [N, gated, C] of `kind`, or null
-  float *part_m, *part_d, *part_p;  // [N splits, rows], the same, [N splits, rows, C]: where images are split
+  int splits;                       // of an image, where there are parts of it (float32 only), else 0
+  float *part_m, *part_d, *part_p;  // [N splits, rows], the same, [N splits, rows, C], where there are several
 };
 
 // Whether this kernel takes such a sweep, on a GPU that it runs on. What data points to does not count.
@@ -29,15 +30,16 @@ cudaError_t sweep_forward(const ForwardSweep& a, cudaStream_t stream);
 bool can_sweep_forward_rows(const ForwardSweep& a);
 cudaError_t sweep_forward_rows(const ForwardSweep& a, cudaStream_t stream);
 
-// The same of float32 maps of channels_last. Where an image is split, only parts are written: maxima m, Σ exp(l - m) and
-// P with these weights of each split's heads (and the mean: 0, positions, a sum), for a kernel that merges them.
+// The same of float32 maps of channels_last. Where an image is split, only logits and parts are written: maxima m,
+// Σ exp(l - m) and P with these weights of each split's heads (and the mean: 0, positions, a sum), for a kernel that
+// merges them. forward_..._splits: into how many is best; alike: whatever the number of images.
 bool can_sweep_forward_floats(const ForwardSweep& a);
-int forward_floats_splits(const ForwardSweep& a);
+int forward_floats_splits(const ForwardSweep& a, bool alike);
 cudaError_t sweep_forward_floats(const ForwardSweep& a, cudaStream_t stream);
 
 // The same of NCHW.
 bool can_sweep_forward_float_rows(const ForwardSweep& a);
-int forward_float_rows_splits(const ForwardSweep& a);
+int forward_float_rows_splits(const ForwardSweep& a, bool alike);
 cudaError_t sweep_forward_float_rows(const ForwardSweep& a, cudaStream_t stream);
 
 }  // namespace ar_kernels

@@ -218,9 +218,8 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
 }
 
 FloatRowsCut forward_cut(const ForwardSweep& a) {
-  FloatRowsCut cut = float_rows_cut(a.images, a.channels, a.positions, kHeads, 1);
-  // Few images are split, so that all multiprocessors have something to do.
-  if (cut.slots > 0) cut.splits = std::max(1, std::min(processors() / a.images, cut.tiles));
+  FloatRowsCut cut = float_rows_cut(a.channels, a.positions, kHeads, 1);
+  cut.splits = std::max(a.splits, 1);
   return cut;
 }
 
@@ -239,10 +238,13 @@ bool can_sweep_forward_float_rows(const ForwardSweep& a) {
   if (a.kind != Kind::kFloat || a.w.kind != Kind::kFloat || a.heads < 1 || a.heads > kHeads || a.images < 1)
     return false;
   const FloatRowsCut cut = forward_cut(a);
-  return is_float_rows(a.z) && cut.slots > 0 && static_cast<int64_t>(a.images) * cut.tiles < INT32_MAX;
+  return is_float_rows(a.z) && cut.slots > 0 && cut.splits <= cut.tiles &&
+         static_cast<int64_t>(a.images) * cut.tiles < INT32_MAX;
 }
 
-int forward_float_rows_splits(const ForwardSweep& a) { return forward_cut(a).splits; }
+int forward_float_rows_splits(const ForwardSweep& a, bool alike) {
+  return splits_of(a.images, a.channels, a.positions, forward_cut(a).tiles, alike);
+}
 
 cudaError_t sweep_forward_float_rows(const ForwardSweep& a, cudaStream_t stream) {
   if (!can_sweep_forward_float_rows(a)) return cudaErrorInvalidValue;

@@ -246,13 +246,8 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
 #endif  // AR_HOPPER
 }
 
-// Few images are split, so that all multiprocessors have something to do; a split has 16 positions at least.
-int splits_of(const ForwardSweep& a) {
-  return std::max(1, std::min(processors() / std::max(a.images, 1), a.positions / 16));
-}
-
 FloatsCut forward_cut(const ForwardSweep& a) {
-  return floats_cut(a.channels, a.positions, splits_of(a), 8, 1, kRows * a.channels * 4, 0);
+  return floats_cut(a.channels, a.positions, std::max(a.splits, 1), 8, 1, kRows * a.channels * 4, 0);
 }
 
 template <int kOwn, int kStep>
@@ -267,10 +262,13 @@ cudaError_t sweep(const ForwardSweep& a, const FloatsCut& cut, cudaStream_t stre
 bool can_sweep_forward_floats(const ForwardSweep& a) {
   if (a.kind != Kind::kFloat || a.w.kind != Kind::kFloat || a.heads < 1 || a.heads > kHeads || a.images < 1)
     return false;
-  return is_dense_channels_last(a.z, a.channels) && forward_cut(a).slots > 0;
+  return is_dense_channels_last(a.z, a.channels) && a.splits <= a.positions && forward_cut(a).slots > 0;
 }
 
-int forward_floats_splits(const ForwardSweep& a) { return splits_of(a); }
+// 16 positions at least.
+int forward_floats_splits(const ForwardSweep& a, bool alike) {
+  return splits_of(a.images, a.channels, a.positions, a.positions / 16, alike);
+}
 
 cudaError_t sweep_forward_floats(const ForwardSweep& a, cudaStream_t stream) {
   if (!can_sweep_forward_floats(a)) return cudaErrorInvalidValue;

@@ -15,7 +15,7 @@ constexpr int kBatch = 8;  // channels
 
 struct FloatRowsCut {
   int quads, positions, tiles;                // lanes beside each other: 4 positions each; of a tile; of an image
-  int splits;                                 // of an image: some of its tiles
+  int splits;                                 // of an image: some of its tiles, none of them no tile
   int warps, rows, chunks;                    // of a block; channels of a chunk; chunks of a tile
   int slots, map_bytes, slot_bytes;           // a slot has a chunk of every map
   int weights, sums, means, parts, masks;     // [C, columns], [C, kHeads], [C], [warps, columns, positions], [columns,
@@ -61,17 +61,17 @@ inline FloatRowsCut float_rows_cut_of(int quads, int channels, int positions, in
   return cut;
 }
 
-// The tile that is done first. No slots: none fits.
-inline FloatRowsCut float_rows_cut(int images, int channels, int positions, int columns, int maps) {
+// Of the tiles that fit those with which an image is done first. No slots: none fits.
+inline FloatRowsCut float_rows_cut(int channels, int positions, int columns, int maps) {
   FloatRowsCut best = {};
-  int64_t least = INT64_MAX;
+  int least = INT32_MAX;
   for (int quads = 16; quads >= 4; quads /= 2) {
     // Half of a tile at least is on its way while one is worked on.
     FloatRowsCut cut = float_rows_cut_of(quads, channels, positions, columns, maps);
     if (cut.slots == 0 || (quads > 4 && 2 * cut.slots < 3 * cut.chunks)) continue;
-    const int64_t tiles = static_cast<int64_t>(images) * cut.tiles, count = processors();
-    // What a tile costs besides is about what 16 positions do.
-    const int64_t time = (tiles + count - 1) / count * (cut.positions + 16);
+    // What a tile costs besides is about what 16 positions do. How many images there are must not count: sums over
+    // channels would be added in another order.
+    const int time = cut.tiles * (cut.positions + 16);
     if (time < least) least = time, best = cut;
   }
   return best;

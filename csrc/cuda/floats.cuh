@@ -132,6 +132,15 @@ inline FloatsCut floats_cut(int channels, int positions, int splits, int most_st
   return cut;
 }
 
+// Into how many splits a forward sweep may cut an image: few images are split, so that all multiprocessors have
+// something to do, or, where that must not depend on their number, large ones.
+inline int splits_of(int images, int channels, int positions, int most, bool alike) {
+  constexpr int kSplitBytes = 256 * 1024;
+  const int64_t bytes = int64_t{4} * channels * positions;
+  const int64_t splits = alike ? bytes / kSplitBytes : processors() / images;
+  return static_cast<int>(splits < 1 || most < 1 ? 1 : splits < most ? splits : most);
+}
+
 // Whether an image of it is one run of memory, as channels_last has it, that the copy engine can bring.
 inline bool is_dense_channels_last(const Map& map, int channels) {
   return map.channel == 1 && map.position == channels && map.image > 0 && map.image % 4 == 0;
