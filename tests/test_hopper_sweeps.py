@@ -30,11 +30,14 @@ WRAPPER = """
         if (dz == nullptr) {
           BackwardSweep b = a;
           b.dz = map(&b);  // that there is one
-          *programs = !(rows ? can_sweep_backward_float_rows(b) : can_sweep_backward_floats(b)) ? 0
-                      : rows ? backward_float_rows_programs(a) : backward_floats_programs(a);
+          *programs = can_sweep_backward_floats(b) ? backward_floats_programs(b)
+                      : can_sweep_backward_float_rows(b) ? backward_float_rows_programs(b)
+                      : can_sweep_backward_float_images(b) ? backward_float_images_programs(b) : 0;
           return *programs < 1;
         }
-        return rows ? sweep_backward_float_rows(a, nullptr) : sweep_backward_floats(a, nullptr);
+        return can_sweep_backward_floats(a) ? sweep_backward_floats(a, nullptr)
+               : can_sweep_backward_float_rows(a) ? sweep_backward_float_rows(a, nullptr)
+                                                  : sweep_backward_float_images(a, nullptr);
       }
       if (dz == nullptr) {
         *programs = rows ? backward_rows_programs(a) : backward_programs(a);
@@ -58,10 +61,14 @@ WRAPPER = """
       a.splits = splits_given, a.part_m = part_m, a.part_d = part_d, a.part_p = part_p;
       if (a.kind == Kind::kFloat) {
         if (splits != nullptr) {
-          *splits = rows ? forward_float_rows_splits(a, false) : forward_floats_splits(a, false);
-          return 0;
+          *splits = can_sweep_forward_floats(a) ? forward_floats_splits(a, false)
+                    : can_sweep_forward_float_rows(a) ? forward_float_rows_splits(a, false)
+                    : can_sweep_forward_float_images(a) ? 1 : 0;
+          return *splits < 1;
         }
-        return rows ? sweep_forward_float_rows(a, nullptr) : sweep_forward_floats(a, nullptr);
+        return can_sweep_forward_floats(a) ? sweep_forward_floats(a, nullptr)
+               : can_sweep_forward_float_rows(a) ? sweep_forward_float_rows(a, nullptr)
+                                                 : sweep_forward_float_images(a, nullptr);
       }
       return rows ? sweep_forward_rows(a, nullptr) : sweep_forward(a, nullptr);
     }
@@ -69,7 +76,7 @@ WRAPPER = """
 SOURCES = [
     f"csrc/cuda/attend_{direction}{kind}.cu"
     for direction in ("backward", "forward")
-    for kind in ("", "_rows", "_floats", "_float_rows")
+    for kind in ("", "_rows", "_floats", "_float_rows", "_float_images")
 ]
 KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
@@ -164,6 +171,10 @@ def check_float(found, exact, size):
         (True, 5, 320, 64, 1, False, True, False, 2),
         (True, 2, 640, 36, 2, False, False, True, 3),
         (True, 2, 1024, 52, 4, True, False, True, 1),
+        (True, 3, 256, 49, 4, False, False, True, 2),  # rows of any length
+        (True, 2, 128, 169, 3, True, False, False, 2),
+        (True, 1, 128, 225, 1, False, False, False, 1),
+        (True, 2, 2048, 49, 4, True, False, False, 1),  # more chunks than slots
     ],
 )
 def test_float_backward(kernels, rows, images, channels, positions, heads, mean, tapped, direct, processors):
@@ -289,6 +300,10 @@ def merged(part_m, part_d, part_p):
         (True, 1, 1024, 52, 4, 3, False, False, 1),
         (True, 2, 104, 148, 3, 3, True, True, 7),  # split
         (True, 1, 256, 100, 4, 0, False, False, 9),
+        (True, 3, 256, 49, 4, 4, True, True, 2),  # rows of any length
+        (True, 2, 128, 169, 3, 3, False, True, 2),
+        (True, 1, 128, 225, 1, 1, True, False, 1),
+        (True, 2, 2048, 49, 4, 0, False, False, 1),  # more chunks than slots
     ],
 )
 def test_float_forward(kernels, rows, images, channels, positions, heads, gated, mean, logits, processors):

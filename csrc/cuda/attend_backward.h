@@ -41,4 +41,9 @@ bool can_sweep_backward_float_rows(const BackwardSweep& a);
 int backward_float_rows_programs(const BackwardSweep& a);
 cudaError_t sweep_backward_float_rows(const BackwardSweep& a, cudaStream_t stream);
 
+// NCHW of few positions, with rows of any length, without an upstream gradient.
+bool can_sweep_backward_float_images(const BackwardSweep& a);
+int backward_float_images_programs(const BackwardSweep& a);
+cudaError_t sweep_backward_float_images(const BackwardSweep& a, cudaStream_t stream);
+
 }  // namespace ar_kernels

@@ -42,4 +42,8 @@ bool can_sweep_forward_float_rows(const ForwardSweep& a);
 int forward_float_rows_splits(const ForwardSweep& a, bool alike);
 cudaError_t sweep_forward_float_rows(const ForwardSweep& a, cudaStream_t stream);
 
+// The same of few positions, with rows of any length; images are not split.
+bool can_sweep_forward_float_images(const ForwardSweep& a);
+cudaError_t sweep_forward_float_images(const ForwardSweep& a, cudaStream_t stream);
+
 }  // namespace ar_kernels
