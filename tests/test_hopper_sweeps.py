@@ -17,7 +17,7 @@ WRAPPER = """
     AR_EXPORT int backward(int64_t kind, int64_t images, int64_t channels, int64_t positions, int64_t heads,
                            void* z, void* upstream, void* dz, int64_t rows, const void* pairs, int64_t mean,
                            const float* b, const float* lse, const float* delta, const float* unscale,
-                           const float* grad_logits, float* dw, int64_t* programs) {
+                           const float* grad_logits, float* dw, int64_t* programs, int64_t writes) {
       BackwardSweep a = {};
       const auto map = [&](void* data) {
         return rows ? Map{data, channels * positions, positions, 1} : Map{data, channels * positions, 1, channels};
@@ -35,6 +35,7 @@ WRAPPER = """
                       : can_sweep_backward_float_images(b) ? backward_float_images_programs(b) : 0;
           return *programs < 1;
         }
+        if (!writes) a.dz = {};
         return can_sweep_backward_floats(a) ? sweep_backward_floats(a, nullptr)
                : can_sweep_backward_float_rows(a) ? sweep_backward_float_rows(a, nullptr)
                                                   : sweep_backward_float_images(a, nullptr);
@@ -120,11 +121,11 @@ def test_backward(kernels, dtype, rows, images, channels, positions, heads, mean
     programs = torch.zeros(1, dtype=torch.int64)
     sizes = (KINDS[dtype], images, channels, positions, heads)
     maps = [None if x is None else layout(x, rows) for x in (z, upstream)]
-    kernels.backward(*sizes, *maps, None, rows, *([None, 0] + [None] * 6), programs, processors=2)
+    kernels.backward(*sizes, *maps, None, rows, *([None, 0] + [None] * 6), programs, True, processors=2)
     dw = torch.full((int(programs), heads, channels), torch.nan)
     dz = torch.full_like(maps[0], torch.nan)
     kernels.backward(
-        *sizes, *maps, dz, rows, pairs, mean, b, lse, delta, unscale, grad_logits, dw, programs, processors=2
+        *sizes, *maps, dz, rows, pairs, mean, b, lse, delta, unscale, grad_logits, dw, programs, True, processors=2
     )
 
     z, w, dp = z.double(), w.double(), dp.double()
@@ -171,7 +172,7 @@ def check_float(found, exact, size):
         (True, 5, 320, 64, 1, False, True, False, 2),
         (True, 2, 640, 36, 2, False, False, True, 3),
         (True, 2, 1024, 52, 4, True, False, True, 1),
-        (True, 3, 256, 49, 4, False, False, True, 2),  # rows of any length
+        (True, 3, 256, 49, 4, False, True, True, 2),  # rows of any length
         (True, 2, 128, 169, 3, True, False, False, 2),
         (True, 1, 128, 225, 1, False, False, False, 1),
         (True, 2, 2048, 49, 4, True, False, False, 1),  # more chunks than slots
@@ -190,15 +191,22 @@ def test_float_backward(kernels, rows, images, channels, positions, heads, mean,
     programs = torch.zeros(1, dtype=torch.int64)
     sizes = (KINDS[torch.float32], images, channels, positions, heads)
     maps = [None if x is None else layout(x, rows) for x in (z, upstream)]
-    kernels.backward(*sizes, *maps, None, rows, *([None, 0] + [None] * 6), programs, processors=processors)
+    kernels.backward(*sizes, *maps, None, rows, *([None, 0] + [None] * 6), programs, True, processors=processors)
     for has_dw in (True, False):
         dw = torch.full((int(programs), heads, channels), torch.nan) if has_dw else None
         dz = torch.full_like(maps[0], torch.nan)
         kernels.backward(
-            *sizes, *maps, dz, rows, pairs, mean, b, lse, delta, None, grad_logits, dw, programs, processors=processors
+            *sizes, *maps, dz, rows, pairs, mean, b, lse, delta, None, grad_logits, dw, programs, True, processors=processors
         )
         if has_dw:
             shares, first = dw, dz
+    assert torch.equal(first, dz)
+    again = torch.full_like(shares, torch.nan)
+    kernels.backward(
+        *sizes, *maps, dz, rows, pairs, mean, b, lse, delta, None, grad_logits, again, programs, False,
+        processors=processors,
+    )  # fmt: skip
+    assert torch.equal(again, shares)
     assert torch.equal(first, dz)
 
     z, w, dp, lse, delta = (x.double() for x in (z, w, dp, lse, delta))
@@ -381,7 +389,7 @@ class Operators:
         empty = [None, None, None, z.unit == "s", None, 0, *[None] * 6]
         kind = KINDS[torch.float32 if itemsize == 4 else torch.float16]
         self.kernels.backward(
-            kind, sizes[0], sizes[1], positions, heads, *empty, programs, processors=self.processors
+            kind, sizes[0], sizes[1], positions, heads, *empty, programs, True, processors=self.processors
         )
         return self.backward, int(programs)
 
@@ -402,7 +410,7 @@ class Operators:
         heads = lse.shape[1]
         self.kernels.backward(
             KINDS[z.dtype], images, channels, height * width, heads, z, upstream, dz, z.stride(3) == 1, pairs,
-            pairs.shape[1] > heads, None if b is None else b.float(), lse, delta, unscale, grad_logits, dw, torch.zeros(1, dtype=torch.int64),
+            pairs.shape[1] > heads, None if b is None else b.float(), lse, delta, unscale, grad_logits, dw, torch.zeros(1, dtype=torch.int64), True,
             processors=self.processors,
         )  # fmt: skip
 

@@ -8,7 +8,7 @@ namespace ar_kernels {
 struct BackwardSweep {
   Kind kind;  // of the maps and of pairs: kHalf or kBFloat16
   int images, channels, positions, heads;
-  Map z, upstream, dz;
+  Map z, upstream, dz;       // float32 kernels do without dz
   const void* pairs;         // [N, heads (+ 1: the mean's row), 2, C]: W_H and dP
   bool mean;                 // whether there is such a row
   Values b;                  // [heads]
@@ -41,7 +41,7 @@ bool can_sweep_backward_float_rows(const BackwardSweep& a);
 int backward_float_rows_programs(const BackwardSweep& a);
 cudaError_t sweep_backward_float_rows(const BackwardSweep& a, cudaStream_t stream);
 
-// NCHW of few positions, with rows of any length, without an upstream gradient.
+// NCHW of few positions, with rows of any length.
 bool can_sweep_backward_float_images(const BackwardSweep& a);
 int backward_float_images_programs(const BackwardSweep& a);
 cudaError_t sweep_backward_float_images(const BackwardSweep& a, cudaStream_t stream);

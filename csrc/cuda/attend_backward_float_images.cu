@@ -2,10 +2,10 @@
 // read of the map from memory, a second one of a part of it from L2, one write of its gradient.
 //
 //   l = W_H Z,  dA = dP Z,  a = exp(l + b_H - lse),  dl = a (dA - delta) + direct
-//   dZ = W_H^T dl + dP^T a (+ dP_mean / S),  dW_H += dl Z^T
+//   dZ = W_H^T dl + dP^T a (+ dP_mean / S) (+ upstream),  dW_H += dl Z^T
 //
 // W_H and dP lie side by side, column 2 k and 2 k + 1, and so do dl and a. A chunk turns into its dZ where it lies. dW_H
-// is added up in memory, by the same threads.
+// is added up in memory, by the same threads; the upstream gradient is read from memory where it is added.
 
 #include <algorithm>
 
@@ -23,6 +23,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
     backward_float_images_kernel(const __grid_constant__ BackwardSweep a, const __grid_constant__ FloatImagesCut cut) {
 #if AR_HOPPER
   uint8_t* memory = shared_memory();
+  const bool tapped = a.upstream.data != nullptr, writes = a.dz.data != nullptr;
   const int begin = static_cast<int>(static_cast<int64_t>(a.images) * blockIdx.x / gridDim.x);
   const int end = static_cast<int>(static_cast<int64_t>(a.images) * (blockIdx.x + 1) / gridDim.x);
   Slots slots(cut.slots, static_cast<const float*>(a.z.data) + begin * a.z.image, a.z.image * 4, end - begin, memory);
@@ -67,7 +68,8 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
     float both[kColumns][kOwn];  // dl and a
 #pragma unroll
     for (int i = 0; i < kColumns * kOwn; ++i) both[i / kOwn][i % kOwn] = masks[32 * i];
-    uint8_t* dz = reinterpret_cast<uint8_t*>(static_cast<float*>(a.dz.data) + image * a.dz.image);
+    uint8_t* dz = writes ? reinterpret_cast<uint8_t*>(static_cast<float*>(a.dz.data) + image * a.dz.image) : nullptr;
+    const float* upstream = tapped ? static_cast<const float*>(a.upstream.data) + image * a.upstream.image + lane : nullptr;
     int slot_before = -1;
     for (int chunk = cut.slots.chunks - 1; chunk >= 0; --chunk) {
       const int slot = slots.wait(static_cast<int>(image) - begin, chunk, true);
@@ -94,7 +96,8 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
             for (int k = 0; k < kHeads; ++k) products[kHeads * c + k] += value * both[2 * k][i];
 #pragma unroll
             for (int k = 0; k < kColumns; ++k) result += weight[k] * both[k][i];
-            *to = result;
+            if (tapped) result += upstream[(channel + c) * positions + 32 * i];
+            if (writes) *to = result;
           }
         }
         if (a.dw == nullptr) continue;
@@ -108,7 +111,8 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
           bulk_wait_read<0>();
           slots.ask(slot_before);
         }
-        bulk_store(dz + static_cast<int64_t>(chunk) * cut.slots.chunk_bytes, slots.base + slot * cut.slots.chunk_bytes,
+        if (writes)
+          bulk_store(dz + static_cast<int64_t>(chunk) * cut.slots.chunk_bytes, slots.base + slot * cut.slots.chunk_bytes,
                    cut.slots.chunk_bytes, kEvictNormal);
         bulk_commit();
       }
@@ -133,9 +137,10 @@ cudaError_t sweep(const BackwardSweep& a, const FloatImagesCut& cut, cudaStream_
 }  // namespace
 
 bool can_sweep_backward_float_images(const BackwardSweep& a) {
-  if (a.kind != Kind::kFloat || a.heads < 1 || a.heads > kHeads || a.images < 1 || a.upstream.data != nullptr)
-    return false;
-  return is_float_images(a.z, a.positions) && is_float_images(a.dz, a.positions) && backward_cut(a).slots.slots > 0;
+  if (a.kind != Kind::kFloat || a.heads < 1 || a.heads > kHeads || a.images < 1) return false;
+  for (const Map& map : {a.dz, a.upstream})
+    if (map.data != nullptr && !is_float_images(map, a.positions)) return false;
+  return is_float_images(a.z, a.positions) && backward_cut(a).slots.slots > 0;
 }
 
 int backward_float_images_programs(const BackwardSweep& a) { return std::min(a.images, processors()); }

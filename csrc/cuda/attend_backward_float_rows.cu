@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   constexpr int kSets = place.kSets, kAtOnce = place.kAtOnce;
   uint8_t* memory = shared_memory();
   Ring ring(cut, memory);
-  const bool tapped = a.upstream.data != nullptr;
+  const bool tapped = a.upstream.data != nullptr, writes = a.dz.data != nullptr;
   const int64_t items = static_cast<int64_t>(a.images) * cut.tiles;
   const int begin = static_cast<int>(items * blockIdx.x / gridDim.x);
   const int end = static_cast<int>(items * (blockIdx.x + 1) / gridDim.x);
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
             const float4 more = to[cut.map_bytes / 16];
             result.x += more.x, result.y += more.y, result.z += more.z, result.w += more.w;
           }
-          *to = result;
+          if (writes) *to = result;
         }
         if (a.dw == nullptr) continue;
         halve_sums<kQuads / 2>(products);
@@ -185,8 +185,9 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
           bulk_wait_read<0>();
           ask(slot_before);
         }
-        tensor_store(&dz_map, ring.base + ring.next(chunk) * cut.slot_bytes, first_position, chunk * cut.rows, image,
-                     kEvictNormal);
+        if (writes)
+          tensor_store(&dz_map, ring.base + ring.next(chunk) * cut.slot_bytes, first_position, chunk * cut.rows, image,
+                       kEvictNormal);
         bulk_commit();
       }
       slot_before = ring.next(chunk);
@@ -213,9 +214,9 @@ template <int kQuads>
 cudaError_t sweep(const BackwardSweep& a, const FloatRowsCut& cut, cudaStream_t stream) {
   CUtensorMap z, upstream, dz;
   const auto encoded = [&](CUtensorMap* tensor, const Map& map) {
-    return encode(tensor, map, a.images, a.channels, a.positions, cut);
+    return encode(tensor, map.data == nullptr ? a.z : map, a.images, a.channels, a.positions, cut);
   };
-  if (!encoded(&z, a.z) || !encoded(&dz, a.dz) || !encoded(&upstream, a.upstream.data == nullptr ? a.z : a.upstream))
+  if (!encoded(&z, a.z) || !encoded(&dz, a.dz) || !encoded(&upstream, a.upstream))
     return cudaErrorInvalidValue;
   return launch<backward_float_rows_kernel<kQuads>>(backward_float_rows_programs(a), 32 * cut.warps, cut.bytes, stream,
                                                     z, upstream, dz, a, cut);
@@ -224,9 +225,10 @@ cudaError_t sweep(const BackwardSweep& a, const FloatRowsCut& cut, cudaStream_t 
 }  // namespace
 
 bool can_sweep_backward_float_rows(const BackwardSweep& a) {
-  if (a.kind != Kind::kFloat || a.heads < 1 || a.heads > kHeads || a.images < 1 || a.dz.data == nullptr) return false;
-  if (!is_float_rows(a.z) || !is_float_rows(a.dz) || (a.upstream.data != nullptr && !is_float_rows(a.upstream)))
-    return false;
+  if (a.kind != Kind::kFloat || a.heads < 1 || a.heads > kHeads || a.images < 1) return false;
+  if (!is_float_rows(a.z)) return false;
+  for (const Map& map : {a.dz, a.upstream})
+    if (map.data != nullptr && !is_float_rows(map)) return false;
   const FloatRowsCut cut = backward_cut(a);
   return cut.slots > 0 && static_cast<int64_t>(a.images) * cut.tiles < INT32_MAX;
 }

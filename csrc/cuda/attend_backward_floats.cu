@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   static_assert(kValues == 32, "a lane has one");
   uint8_t* memory = shared_memory();
   const uint32_t base = shared_address(memory);
-  const bool tapped = a.upstream.data != nullptr;
+  const bool tapped = a.upstream.data != nullptr, writes = a.dz.data != nullptr;
   const auto full = [&](int slot) { return base + cut.barriers + 8 * slot; };
   const int64_t all_items = static_cast<int64_t>(a.images) * cut.tiles;
   const int begin = static_cast<int>(all_items * blockIdx.x / gridDim.x);
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
             result += masks[k] * dp[j][k];
           }
           if (tapped) result += to[cut.map_bytes / 4];
-          *to = result;
+          if (writes) *to = result;
         }
       }
       __syncwarp();
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
     fence_proxy_async();
     group_sync(group, cut.warps);
     if (leads) {
-      bulk_store(at(a.dz, item), base + slot * cut.slot_bytes, 4 * a.channels * of_tile, kEvictNormal);
+      if (writes) bulk_store(at(a.dz, item), base + slot * cut.slot_bytes, 4 * a.channels * of_tile, kEvictNormal);
       bulk_commit();
       const int next = item - cut.groups + cut.slots;
       if (item - cut.groups >= begin && next < end) {
@@ -204,9 +204,11 @@ cudaError_t sweep(const BackwardSweep& a, const FloatsCut& cut, cudaStream_t str
 }  // namespace
 
 bool can_sweep_backward_floats(const BackwardSweep& a) {
-  if (a.kind != Kind::kFloat || a.heads < 1 || a.heads > kHeads || a.images < 1 || a.dz.data == nullptr) return false;
+  if (a.kind != Kind::kFloat || a.heads < 1 || a.heads > kHeads || a.images < 1) return false;
   const auto dense = [&](const Map& map) { return is_dense_channels_last(map, a.channels); };
-  if (!dense(a.z) || !dense(a.dz) || (a.upstream.data != nullptr && !dense(a.upstream))) return false;
+  if (!dense(a.z)) return false;
+  for (const Map& map : {a.dz, a.upstream})
+    if (map.data != nullptr && !dense(map)) return false;
   const FloatsCut cut = backward_cut(a);
   // A slot is filled again when its group is through with the tile after.
   return cut.slots > cut.groups && static_cast<int64_t>(a.images) * cut.tiles < INT32_MAX;

@@ -100,6 +100,7 @@ constexpr Forward kForward[] = {
     {can_sweep_forward_rows, sweep_forward_rows, nullptr},
     {can_sweep_forward_floats, sweep_forward_floats, forward_floats_splits},
     {can_sweep_forward_float_rows, sweep_forward_float_rows, forward_float_rows_splits},
+    {can_sweep_forward_float_images, sweep_forward_float_images, nullptr},
 };
 
 struct Backward {
@@ -113,6 +114,7 @@ constexpr Backward kBackward[] = {
     {can_sweep_backward_rows, sweep_backward_rows, backward_rows_programs},
     {can_sweep_backward_floats, sweep_backward_floats, backward_floats_programs},
     {can_sweep_backward_float_rows, sweep_backward_float_rows, backward_float_rows_programs},
+    {can_sweep_backward_float_images, sweep_backward_float_images, backward_float_images_programs},
 };
 
 // Null: there is none.
@@ -199,14 +201,14 @@ void sweep_forward_(const Tensor& z, const Tensor& w, const MaybeTensor& b, cons
 }
 
 // How many shares of dW_H the backward sweep of such maps makes on the current device; 0: there is none here.
-int64_t sweep_backward_programs(Numbers sizes, Numbers strides, std::optional<Numbers> upstream, Numbers dz,
-                                int64_t heads, int64_t itemsize) {
+int64_t sweep_backward_programs(Numbers sizes, Numbers strides, std::optional<Numbers> upstream,
+                                std::optional<Numbers> dz, int64_t heads, int64_t itemsize) {
   static char there = 0;  // what is not null counts, not where it is
   BackwardSweep a = {};
   a.kind = kind_of_size(itemsize);
   if (!set_sizes(&a, sizes, heads)) return 0;
   a.z = map_of(sizes, strides, &there);
-  a.dz = map_of(sizes, dz, &there);
+  if (dz.has_value()) a.dz = map_of(sizes, *dz, &there);
   if (upstream.has_value()) a.upstream = map_of(sizes, *upstream, &there);
   const Backward* found = find(kBackward, a);
   return found == nullptr ? 0 : found->programs(a);
@@ -214,9 +216,9 @@ int64_t sweep_backward_programs(Numbers sizes, Numbers strides, std::optional<Nu
 
 void sweep_backward_(const Tensor& z, const MaybeTensor& b, const Tensor& lse, const Tensor& pairs, const Tensor& delta,
                      const MaybeTensor& unscale, const MaybeTensor& grad_logits, const MaybeTensor& upstream,
-                     const Tensor& dz, const MaybeTensor& dw) {
+                     const MaybeTensor& dz, const MaybeTensor& dw) {
   check_map("z", z);
-  check_like("dz", dz, "z", z);
+  if (dz.has_value()) check_like("dz", *dz, "z", z);
   if (upstream.has_value()) check_like("upstream", *upstream, "z", z);
   BackwardSweep a = {};
   const int64_t heads = lse.dim() == 2 ? lse.size(1) : 0;
@@ -232,7 +234,7 @@ void sweep_backward_(const Tensor& z, const MaybeTensor& b, const Tensor& lse, c
   check_shape("unscale", unscale, {images});
   check_shape("grad_logits", grad_logits, {images, heads, a.positions});
   a.z = map_of(z);
-  a.dz = map_of(dz);
+  if (dz.has_value()) a.dz = map_of(*dz);
   if (upstream.has_value()) a.upstream = map_of(*upstream);
   a.pairs = pairs.const_data_ptr();
   a.b = values_of("b", b);
@@ -257,11 +259,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ar_kernels_native, m) {
       "Tensor(b!) lse, Tensor(c!)? logits, Tensor(d!)? mean, Tensor(e!)? scores, Tensor(f!)? gates, "
       "Tensor(g!)? features, Tensor(h!)? part_m, Tensor(i!)? part_d, Tensor(j!)? part_p) -> ()");
   m.def(
-      "sweep_backward_programs(int[] sizes, int[] strides, int[]? upstream_strides, int[] dz_strides, int heads, "
+      "sweep_backward_programs(int[] sizes, int[] strides, int[]? upstream_strides, int[]? dz_strides, int heads, "
       "int itemsize) -> int");
   m.def(
       "sweep_backward_(Tensor z, Tensor? b, Tensor lse, Tensor pairs, Tensor delta, Tensor? unscale, "
-      "Tensor? grad_logits, Tensor? upstream, Tensor(a!) dz, Tensor(b!)? dw) -> ()");
+      "Tensor? grad_logits, Tensor? upstream, Tensor(a!)? dz, Tensor(b!)? dw) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ar_kernels_native, CompositeExplicitAutograd, m) {
