@@ -6,6 +6,7 @@ import torch
 from layers import channels_last
 
 import ar_kernels
+from ar_kernels import native
 
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="there is no C++ compiler for csrc/cuda's emulator")
 
@@ -143,7 +144,12 @@ def test_backward(kernels, dtype, rows, images, channels, positions, heads, mean
         expected = expected + upstream.double()
     expected_dw = torch.einsum("nks,ncs->kc", dl / scale, z)
     dz = dz if rows else dz.transpose(1, 2)
-    torch.testing.assert_close(dz.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=4e-2 * dz.abs().max().item() * torch.finfo(dtype).eps * 8)
+    torch.testing.assert_close(
+        dz.double(),
+        expected,
+        rtol=2 * torch.finfo(dtype).eps,
+        atol=4e-2 * dz.abs().max().item() * torch.finfo(dtype).eps * 8,
+    )
     torch.testing.assert_close(dw.sum(0).double(), expected_dw, rtol=1e-2, atol=1e-2 * expected_dw.abs().max().item())
 
 
@@ -192,22 +198,14 @@ def test_float_backward(kernels, rows, images, channels, positions, heads, mean,
     sizes = (KINDS[torch.float32], images, channels, positions, heads)
     maps = [None if x is None else layout(x, rows) for x in (z, upstream)]
     kernels.backward(*sizes, *maps, None, rows, *([None, 0] + [None] * 6), programs, True, processors=processors)
-    for has_dw in (True, False):
-        dw = torch.full((int(programs), heads, channels), torch.nan) if has_dw else None
-        dz = torch.full_like(maps[0], torch.nan)
-        kernels.backward(
-            *sizes, *maps, dz, rows, pairs, mean, b, lse, delta, None, grad_logits, dw, programs, True, processors=processors
-        )
-        if has_dw:
-            shares, first = dw, dz
-    assert torch.equal(first, dz)
-    again = torch.full_like(shares, torch.nan)
-    kernels.backward(
-        *sizes, *maps, dz, rows, pairs, mean, b, lse, delta, None, grad_logits, again, programs, False,
-        processors=processors,
-    )  # fmt: skip
-    assert torch.equal(again, shares)
-    assert torch.equal(first, dz)
+    shares = [torch.full((int(programs), heads, channels), torch.nan) for _ in range(2)]
+    dzs = [torch.full_like(maps[0], torch.nan) for _ in range(2)]
+    for dz, dw in ((0, 0), (1, None), (None, 1)):
+        writes, dz, dw = dz is not None, dzs[dz or 0], None if dw is None else shares[dw]
+        given = (dz, rows, pairs, mean, b, lse, delta, None, grad_logits, dw, programs, writes)
+        kernels.backward(*sizes, *maps, *given, processors=processors)
+    assert torch.equal(*dzs) and torch.equal(*shares)
+    dz, shares = dzs[0], shares[0]
 
     z, w, dp, lse, delta = (x.double() for x in (z, w, dp, lse, delta))
     dp, average = dp[:, :heads], dp[:, heads:].sum(1) / positions
@@ -225,9 +223,7 @@ def test_float_backward(kernels, rows, images, channels, positions, heads, mean,
     if tapped:
         expected, size = expected + upstream.double(), size + upstream.double().abs()
     check_float(dz if rows else dz.transpose(1, 2), expected, size)
-    check_float(
-        shares.double().sum(0), torch.einsum("nks,ncs->kc", dl, z), torch.einsum("nks,ncs->kc", of_dl, z.abs())
-    )
+    check_float(shares.double().sum(0), torch.einsum("nks,ncs->kc", dl, z), torch.einsum("nks,ncs->kc", of_dl, z.abs()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -365,6 +361,28 @@ def test_float_forward(kernels, rows, images, channels, positions, heads, gated,
         check_float(features, g[:, :, None] * pooled[:, :gated].double(), 2 * pooled[:, :gated].abs().double())
 
 
+@pytest.mark.parametrize("rows", [False, True])
+def test_float_maps_that_are_promised_fit(kernels, rows, monkeypatch):
+    """native.sweeps_float32 knows no kernel, but none may refuse a map that it names."""
+    monkeypatch.setattr(native, "has_sweeps", lambda: True)
+    something, count = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    promised = 0
+    for channels in (4, 8, 96, 100, 104, 128, 384, 1016, 1024, 1032, 1280, 2048, 2176, 2556, 2560, 2564):
+        for positions in (1, 4, 36, 49, 64, 100, 196, 225, 231, 256, 3136):
+            z = torch.empty(2, channels, positions, device="meta")
+            z = z if rows else z.transpose(1, 2).contiguous().transpose(1, 2)
+            if not native.sweeps_float32(z, 4):
+                continue
+            promised += 1
+            sizes = (KINDS[torch.float32], 2, channels, positions, 4)
+            for upstream in (None, something):
+                kernels.backward(*sizes, something, upstream, None, rows, *([None, 0] + [None] * 6), count, True)
+            kernels.forward(
+                *sizes, 0, something, rows, None, KINDS[torch.float32], *[None] * 10, count, 0, None, None, None
+            )
+    assert promised > 50
+
+
 class Operators:
     """ar_kernels_native's sweeps as the emulator runs them."""
 
@@ -410,7 +428,8 @@ class Operators:
         heads = lse.shape[1]
         self.kernels.backward(
             KINDS[z.dtype], images, channels, height * width, heads, z, upstream, dz, z.stride(3) == 1, pairs,
-            pairs.shape[1] > heads, None if b is None else b.float(), lse, delta, unscale, grad_logits, dw, torch.zeros(1, dtype=torch.int64), True,
+            pairs.shape[1] > heads, None if b is None else b.float(), lse, delta, unscale, grad_logits, dw,
+            torch.zeros(1, dtype=torch.int64), True,
             processors=self.processors,
         )  # fmt: skip
 

@@ -503,7 +503,9 @@ def _plan(
     elif config.group > 1:
         kernel, own = grouped_kernel, {"GROUP": config.group}
     if operator is not None:
-        return _Plan(None, operator, _merge(images, parts, constants) if parts > 1 else None, images * parts * (parts > 1), False)
+        merges = parts > 1
+        merge = _merge(images, parts, constants) if merges else None
+        return _Plan(None, operator, merge, images * parts if merges else 0, False)
     sweep = Launch(
         kernel,
         (images * config.splits,),

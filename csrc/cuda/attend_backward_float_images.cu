@@ -4,8 +4,8 @@
 //   l = W_H Z,  dA = dP Z,  a = exp(l + b_H - lse),  dl = a (dA - delta) + direct
 //   dZ = W_H^T dl + dP^T a (+ dP_mean / S) (+ upstream),  dW_H += dl Z^T
 //
-// W_H and dP lie side by side, column 2 k and 2 k + 1, and so do dl and a. A chunk turns into its dZ where it lies. dW_H
-// is added up in memory, by the same threads; the upstream gradient is read from memory where it is added.
+// W_H and dP lie side by side, column 2 k and 2 k + 1, and so do dl and a. A chunk turns into its dZ where it lies.
+// dW_H is added up in memory, by the same threads; the upstream gradient is read from memory where it is added.
 
 #include <algorithm>
 
@@ -69,7 +69,8 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
 #pragma unroll
     for (int i = 0; i < kColumns * kOwn; ++i) both[i / kOwn][i % kOwn] = masks[32 * i];
     uint8_t* dz = writes ? reinterpret_cast<uint8_t*>(static_cast<float*>(a.dz.data) + image * a.dz.image) : nullptr;
-    const float* upstream = tapped ? static_cast<const float*>(a.upstream.data) + image * a.upstream.image + lane : nullptr;
+    const float* upstream =
+        tapped ? static_cast<const float*>(a.upstream.data) + image * a.upstream.image + lane : nullptr;
     int slot_before = -1;
     for (int chunk = cut.slots.chunks - 1; chunk >= 0; --chunk) {
       const int slot = slots.wait(static_cast<int>(image) - begin, chunk, true);
@@ -112,8 +113,8 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
           slots.ask(slot_before);
         }
         if (writes)
-          bulk_store(dz + static_cast<int64_t>(chunk) * cut.slots.chunk_bytes, slots.base + slot * cut.slots.chunk_bytes,
-                   cut.slots.chunk_bytes, kEvictNormal);
+          bulk_store(dz + static_cast<int64_t>(chunk) * cut.slots.chunk_bytes,
+                     slots.base + slot * cut.slots.chunk_bytes, cut.slots.chunk_bytes, kEvictNormal);
         bulk_commit();
       }
       slot_before = slot;

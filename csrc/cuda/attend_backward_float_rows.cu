@@ -73,7 +73,8 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
     const int first_position = item % cut.tiles * kPositions;
     if (item / cut.tiles != image) {
       image = item / cut.tiles;
-      const float* pairs = static_cast<const float*>(a.pairs) + static_cast<int64_t>(image) * (a.heads + a.mean) * 2 * channels;
+      const float* pairs =
+          static_cast<const float*>(a.pairs) + static_cast<int64_t>(image) * (a.heads + a.mean) * 2 * channels;
       for (int channel = threadIdx.x; channel < cut.chunks * cut.rows; channel += threads) {
 #pragma unroll
         for (int i = 0; i < kColumns; ++i)
@@ -161,8 +162,8 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
           float4 result = {mean, mean, mean, mean};
 #pragma unroll
           for (int k = 0; k < kHeads; ++k) {
-            products[kHeads * i + k] = value.x * gradient[k].x + value.y * gradient[k].y + value.z * gradient[k].z +
-                                       value.w * gradient[k].w;
+            products[kHeads * i + k] =
+                value.x * gradient[k].x + value.y * gradient[k].y + value.z * gradient[k].z + value.w * gradient[k].w;
             result.x += of_logits[k] * gradient[k].x, result.y += of_logits[k] * gradient[k].y;
             result.z += of_logits[k] * gradient[k].z, result.w += of_logits[k] * gradient[k].w;
             result.x += dp[k] * mask[k].x, result.y += dp[k] * mask[k].y;
@@ -216,8 +217,7 @@ cudaError_t sweep(const BackwardSweep& a, const FloatRowsCut& cut, cudaStream_t 
   const auto encoded = [&](CUtensorMap* tensor, const Map& map) {
     return encode(tensor, map.data == nullptr ? a.z : map, a.images, a.channels, a.positions, cut);
   };
-  if (!encoded(&z, a.z) || !encoded(&dz, a.dz) || !encoded(&upstream, a.upstream))
-    return cudaErrorInvalidValue;
+  if (!encoded(&z, a.z) || !encoded(&dz, a.dz) || !encoded(&upstream, a.upstream)) return cudaErrorInvalidValue;
   return launch<backward_float_rows_kernel<kQuads>>(backward_float_rows_programs(a), 32 * cut.warps, cut.bytes, stream,
                                                     z, upstream, dz, a, cut);
 }

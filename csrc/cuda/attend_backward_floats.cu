@@ -4,8 +4,8 @@
 //   l = W_H Z,  dA = dP Z,  a = exp(l + b_H - lse),  dl = a (dA - delta) + direct
 //   dZ = W_H^T dl + dP^T a (+ dP_mean / S) (+ upstream),  dW_H += dl Z^T
 //
-// l and dA are sums over a warp's lanes, W_H, dP and dW_H stay in registers. A tile turns into its dZ where it lies, and
-// leaves by the copy engine.
+// l and dA are sums over a warp's lanes, W_H, dP and dW_H stay in registers. A tile turns into its dZ where it lies,
+// and leaves by the copy engine.
 
 #include <algorithm>
 
@@ -63,9 +63,10 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   const bool is_mask = lane % 2 == 1;
   const float bias = head < a.heads && a.b.data != nullptr ? value_of(a.b, head) : 0.f;
 
-  float* average = reinterpret_cast<float*>(memory + cut.sums) + threadIdx.x;  // what comes of the mean, of each channel
-  float w[kOwn][kHeads], dp[kOwn][kHeads];                                     // W_H, dP
-  float sums[kOwn * kHeads];                                                   // dW_H
+  float* average =
+      reinterpret_cast<float*>(memory + cut.sums) + threadIdx.x;  // what comes of the mean, of each channel
+  float w[kOwn][kHeads], dp[kOwn][kHeads];                        // W_H, dP
+  float sums[kOwn * kHeads];                                      // dW_H
 #pragma unroll
   for (int i = 0; i < kOwn * kHeads; ++i) sums[i] = 0;
   float shift = 0, delta = 0;
@@ -86,7 +87,8 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
           w[j][k] = there ? pairs[2 * k * a.channels + 32 * j] : 0.f;
           dp[j][k] = there ? pairs[(2 * k + 1) * a.channels + 32 * j] : 0.f;
         }
-        average[kFloatThreads * j] = a.mean && has(j) ? pairs[(2 * a.heads + 1) * a.channels + 32 * j] / a.positions : 0.f;
+        average[kFloatThreads * j] =
+            a.mean && has(j) ? pairs[(2 * a.heads + 1) * a.channels + 32 * j] / a.positions : 0.f;
       }
       if (head < a.heads) {
         shift = a.lse[image * a.heads + head] - bias;
@@ -178,9 +180,8 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
 
   if (a.dw == nullptr) return;
   groups_sync(blockDim.x);  // nobody needs the slots any more
-  add_groups(sums, group, cut.groups, blockDim.x, reinterpret_cast<float*>(memory), kHeads * a.channels, [&](int i) {
-    return has(i / kHeads) ? i % kHeads * a.channels + channel + 32 * (i / kHeads) : -1;
-  });
+  add_groups(sums, group, cut.groups, blockDim.x, reinterpret_cast<float*>(memory), kHeads * a.channels,
+             [&](int i) { return has(i / kHeads) ? i % kHeads * a.channels + channel + 32 * (i / kHeads) : -1; });
   if (group > 0) return;
   float* dw = a.dw + static_cast<int64_t>(blockIdx.x) * a.heads * a.channels + channel;
 #pragma unroll
@@ -192,7 +193,8 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
 }
 
 FloatsCut backward_cut(const BackwardSweep& a) {
-  return floats_cut(a.channels, a.positions, 1, kStep, a.upstream.data == nullptr ? 1 : 2, 0, 4 * kFloatThreads * kMostOwn);
+  return floats_cut(a.channels, a.positions, 1, kStep, a.upstream.data == nullptr ? 1 : 2, 0,
+                    4 * kFloatThreads * kMostOwn);
 }
 
 template <int kOwn>

@@ -9,12 +9,12 @@ struct ForwardSweep {
   Kind kind;  // of the map: kHalf or kBFloat16
   int images, channels, positions, heads, gated;
   Map z;
-  Values w, b;              // [heads, C], [heads] or null
-  Values score_w, score_b;  // [heads, C], [heads] or null; no gates without score_w
-  float *pooled, *lse;      // [N, heads, C], [N, heads]
-  float *logits, *mean;     // [N, heads, S], [N, C], or null
-  float *scores, *gates;    // [N, heads], [N, gated], or null
-  void* features;           // [N, gated, C] of `kind`, or null
+  Values w, b;                      // [heads, C], [heads] or null
+  Values score_w, score_b;          // [heads, C], [heads] or null; no gates without score_w
+  float *pooled, *lse;              // [N, heads, C], [N, heads]
+  float *logits, *mean;             // [N, heads, S], [N, C], or null
+  float *scores, *gates;            // [N, heads], [N, gated], or null
+  void* features;                   // [N, gated, C] of `kind`, or null
   int splits;                       // of an image, where there are parts of it (float32 only), else 0
   float *part_m, *part_d, *part_p;  // [N splits, rows], the same, [N splits, rows, C], where there are several
 };

@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   }
 
   const int warp = threadIdx.x / 32, lane = place.lane, threads = blockDim.x;
-  float* weights = reinterpret_cast<float*>(memory + cut.weights);  // [C, kHeads]
+  float* weights = reinterpret_cast<float*>(memory + cut.weights);   // [C, kHeads]
   float* sums = reinterpret_cast<float*>(memory + cut.sums) + lane;  // [C / kBatch, 32]: P
   float* means = reinterpret_cast<float*>(memory + cut.means);       // [C]
   float* parts = reinterpret_cast<float*>(memory + cut.parts);       // [warps, kHeads, kPositions]
@@ -151,7 +151,8 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
           if (a.mean != nullptr) {
             if constexpr (kSets > 1) halve_sums<kSets / 2>(averages);
 #pragma unroll
-            for (int lanes = kSets; lanes < kQuads; lanes *= 2) averages[0] += __shfl_xor_sync(kAll, averages[0], lanes);
+            for (int lanes = kSets; lanes < kQuads; lanes *= 2)
+              averages[0] += __shfl_xor_sync(kAll, averages[0], lanes);
             float* mean = means + chunk * cut.rows + kBatch * batch + place.quad * kAtOnce + place.row;
             if (place.quad < kSets) *mean = tile == begin ? averages[0] : *mean + averages[0];
           }
@@ -164,7 +165,8 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
     }
 
     // The image's end.
-    const int part_rows = a.heads + (a.mean != nullptr), length = min(end * kPositions, a.positions) - begin * kPositions;
+    const int part_rows = a.heads + (a.mean != nullptr),
+              length = min(end * kPositions, a.positions) - begin * kPositions;
     const int64_t part = static_cast<int64_t>(row) * part_rows;
     if (warp < a.heads) {
       d = warp_sum(d);
@@ -180,8 +182,8 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
       a.part_m[part + a.heads] = 0, a.part_d[part + a.heads] = static_cast<float>(length);
     __syncthreads();
     const float total = cut.splits > 1 ? 1.f : totals[place.head];
-    float* pooled = cut.splits > 1 ? a.part_p + part * a.channels
-                                   : a.pooled + static_cast<int64_t>(image) * a.heads * a.channels;
+    float* pooled =
+        cut.splits > 1 ? a.part_p + part * a.channels : a.pooled + static_cast<int64_t>(image) * a.heads * a.channels;
     float* average = cut.splits > 1 ? pooled + a.heads * a.channels : a.mean + static_cast<int64_t>(image) * a.channels;
     float t = 0;  // of this lane's head and channels
     for (int chunk = 0; chunk < cut.chunks; ++chunk)
@@ -211,7 +213,8 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
       for (int chunk = 0; chunk < cut.chunks; ++chunk)
         for (int batch = warp; batch < batches_of(chunk); batch += cut.warps) {
           const int batch_channel = chunk * cut.rows + kBatch * batch;
-          features[place.head * a.channels + batch_channel + place.channel] = gate * sums[32 * (batch_channel / kBatch)];
+          features[place.head * a.channels + batch_channel + place.channel] =
+              gate * sums[32 * (batch_channel / kBatch)];
         }
   }
 #endif  // AR_HOPPER

@@ -119,8 +119,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
         // The softmax, by each warp for itself.
         float most = real ? logit : -INFINITY;
 #pragma unroll
-        for (int lanes = kHeads; lanes < kValues; lanes *= 2)
-          most = maximum(most, __shfl_xor_sync(kAll, most, lanes));
+        for (int lanes = kHeads; lanes < kValues; lanes *= 2) most = maximum(most, __shfl_xor_sync(kAll, most, lanes));
         most = maximum(m, most);
         const float start = origin(most), shrink = expf(m - start), weight = real ? expf(logit - start) : 0.f;
         m = most;

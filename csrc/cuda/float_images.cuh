@@ -10,7 +10,7 @@
 
 namespace ar_kernels {
 
-constexpr int kUnit = 4;               // channels that a warp works on at once
+constexpr int kUnit = 4;              // channels that a warp works on at once
 constexpr int kImagePositions = 256;  // the most
 
 struct FloatImagesCut {

@@ -2,9 +2,9 @@
 //
 // A tile is 16, 32 or 64 positions of an image with all their channels. It comes into shared memory by the copy engine,
 // in chunks [channels, positions] that are slots of a ring. A warp works on 8 channels at a time: a lane has four
-// adjacent positions of every (32 / kQuads)th of them, so that a warp's loads are 512 bytes in a row. Sums over channels
-// are added up from lanes and warps once for each tile; sums over positions leave a lane the one of one of the 8
-// channels and one of the 4 heads, which it adds to its own in shared memory.
+// adjacent positions of every (32 / kQuads)th of them, so that a warp's loads are 512 bytes in a row. Sums over
+// channels are added up from lanes and warps once for each tile; sums over positions leave a lane the one of one of the
+// 8 channels and one of the 4 heads, which it adds to its own in shared memory.
 #pragma once
 
 #include "floats.cuh"
@@ -14,13 +14,13 @@ namespace ar_kernels {
 constexpr int kBatch = 8;  // channels
 
 struct FloatRowsCut {
-  int quads, positions, tiles;                // lanes beside each other: 4 positions each; of a tile; of an image
-  int splits;                                 // of an image: some of its tiles, none of them no tile
-  int warps, rows, chunks;                    // of a block; channels of a chunk; chunks of a tile
-  int slots, map_bytes, slot_bytes;           // a slot has a chunk of every map
-  int weights, sums, means, parts, masks;     // [C, columns], [C, kHeads], [C], [warps, columns, positions], [columns,
-                                              // positions] floats; C rounded up to whole chunks
-  int rest, barriers, bytes;                  // rest: 1 KB
+  int quads, positions, tiles;             // lanes beside each other: 4 positions each; of a tile; of an image
+  int splits;                              // of an image: some of its tiles, none of them no tile
+  int warps, rows, chunks;                 // of a block; channels of a chunk; chunks of a tile
+  int slots, map_bytes, slot_bytes;        // a slot has a chunk of every map
+  int weights, sums, means, parts, masks;  // [C, columns], [C, kHeads], [C], [warps, columns, positions], [columns,
+                                           // positions] floats; C rounded up to whole chunks
+  int rest, barriers, bytes;               // rest: 1 KB
 };
 
 // columns: sums over channels at every position. No slots: it does not fit.

@@ -1,9 +1,9 @@
 // What the Hopper kernels of float32 maps share.
 //
 // Products are plain multiply-adds, so what counts is how often shared memory is read. Of the two products that a sweep
-// makes with a tile one runs over what lies across a warp's lanes: its factors stay in registers, every lane has a share
-// of 32 sums, and lane_sums leaves each lane one of them. The other runs along what a lane keeps: its sums stay in
-// registers, and its factors come from shared memory, the same for all lanes.
+// makes with a tile one runs over what lies across a warp's lanes: its factors stay in registers, every lane has a
+// share of 32 sums, and lane_sums leaves each lane one of them. The other runs along what a lane keeps: its sums stay
+// in registers, and its factors come from shared memory, the same for all lanes.
 //
 // A block is groups of warps, each with tiles of its own, so that one group's exchanges are hidden behind the others'
 // work.
@@ -81,13 +81,13 @@ __device__ __forceinline__ void add_groups(float (&values)[kValues], int group, 
 // How channels_last maps are cut, and where what lies in shared memory. A tile is some positions with all their
 // channels, one run of memory; a lane has every 32nd channel of its warp's.
 struct FloatsCut {
-  int own, warps, groups;                // channels of a lane; warps of a group; groups
-  int step;                              // positions that a group works on at once
-  int tile, tiles;                       // positions of a tile; tiles of an image or a split of one
-  int splits;                            // of an image
-  int slots, map_bytes, slot_bytes;      // a slot has a tile of every map
-  int parts, weights;                    // [2, warps, 32], [warps, 32] floats; warps of all groups
-  int sums, heads;                       // what the kernel asks for; m, d, scores
+  int own, warps, groups;            // channels of a lane; warps of a group; groups
+  int step;                          // positions that a group works on at once
+  int tile, tiles;                   // positions of a tile; tiles of an image or a split of one
+  int splits;                        // of an image
+  int slots, map_bytes, slot_bytes;  // a slot has a tile of every map
+  int parts, weights;                // [2, warps, 32], [warps, 32] floats; warps of all groups
+  int sums, heads;                   // what the kernel asks for; m, d, scores
   int barriers, bytes;
 };
 
@@ -116,7 +116,8 @@ inline FloatsCut floats_cut(int channels, int positions, int splits, int most_st
   cut.map_bytes = 4 * channels * cut.tile;
   cut.slot_bytes = cut.map_bytes * maps;
   const int all = cut.warps * cut.groups;
-  const int others = 3 * all * 32 * 4 + cut.groups / 2 * sums + rest + 8 * kGroupWarps * kHeads * 4 + 8 * kMostSlots + 16;
+  const int others =
+      3 * all * 32 * 4 + cut.groups / 2 * sums + rest + 8 * kGroupWarps * kHeads * 4 + 8 * kMostSlots + 16;
   const int slots = (kSharedBytes - others) / cut.slot_bytes;
   cut.slots = slots < kMostSlots ? slots : kMostSlots;
   if (cut.slots < 2) {

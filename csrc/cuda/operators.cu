@@ -183,8 +183,8 @@ void sweep_forward_(const Tensor& z, const Tensor& w, const MaybeTensor& b, cons
   if (part_m.has_value()) {
     const int64_t parts = part_m->dim() == 2 ? part_m->size(0) : 0, rows = heads + mean.has_value();
     STD_TORCH_CHECK(parts > 0 && parts % images == 0 && parts <= kMost && part_d.has_value() && part_p.has_value(),
-                    "part_m [N splits, rows] must come with part_d and part_p, got ", shape_of(*part_m), " for N = ",
-                    images);
+                    "part_m [N splits, rows] must come with part_d and part_p, got ", shape_of(*part_m),
+                    " for N = ", images);
     check_shape("part_m", part_m, {parts, rows});
     check_shape("part_d", part_d, {parts, rows});
     check_shape("part_p", part_p, {parts, rows, channels});

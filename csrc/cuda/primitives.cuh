@@ -403,8 +403,8 @@ inline EncodeTiled encode_tiled() {
   return function;
 }
 
-// A tensor of 16-bit values or floats of kRank dimensions, innermost (adjacent) first: sizes, strides in bytes of all but the
-// innermost (multiples of 16), and the box that one copy brings. Returns false where the driver refuses.
+// A tensor of 16-bit values or floats of kRank dimensions, innermost (adjacent) first: sizes, strides in bytes of all
+// but the innermost (multiples of 16), and the box that one copy brings. Returns false where the driver refuses.
 template <class T, int kRank>
 bool encode_map(CUtensorMap* map, const void* data, const uint64_t (&sizes)[kRank],
                 const uint64_t (&strides)[kRank - 1], const uint32_t (&box)[kRank], CUtensorMapSwizzle swizzle) {
