@@ -152,9 +152,9 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
         float products[kQuads];
 #pragma unroll
         for (int i = 0; i < kSets; ++i) {
-          float4* to = z + kBatch * kQuads * batch + 32 * i;
+          float4* to = z + kBatch * kQuads * batch + 32 * place.set(i);
           const float4 value = *to;
-          const int channel = batch_channel + kAtOnce * i + place.row;
+          const int channel = batch_channel + kAtOnce * place.set(i) + place.row;
           const float4* w = reinterpret_cast<const float4*>(weights) + 2 * channel;
           const float4 low = w[0], high = w[1];
           const float of_logits[kHeads] = {low.x, low.z, high.x, high.z}, dp[kHeads] = {low.y, low.w, high.y, high.w};
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
           if (writes) *to = result;
         }
         if (a.dw == nullptr) continue;
-        halve_sums<kQuads / 2>(products);
+        halve_sums<kQuads / 2, kQuads / 2, 1, kHeads>(products);
         sums[32 * (batch_channel / kBatch)] += products[0];
       }
       fence_proxy_async();

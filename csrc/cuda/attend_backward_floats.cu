@@ -103,12 +103,13 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
       float values[kValues];  // what positions that are not there have in them stays with them
 #pragma unroll
       for (int s = 0; s < kStep; ++s) {
+        const float* from = z + (s ^ of_step) * a.channels;  // every lane begins with its own
         float* of_position = values + 2 * kHeads * s;
 #pragma unroll
         for (int i = 0; i < 2 * kHeads; ++i) of_position[i] = 0;
 #pragma unroll
         for (int j = 0; j < kOwn; ++j) {
-          const float value = has(j) ? z[s * a.channels + 32 * j] : 0.f;
+          const float value = has(j) ? from[32 * j] : 0.f;
 #pragma unroll
           for (int k = 0; k < kHeads; ++k) {
             of_position[2 * k] += value * w[j][k];
@@ -116,7 +117,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
           }
         }
       }
-      float own = lane_sums(values);
+      float own = lane_sums<2 * kHeads>(values);
       if (cut.warps > 1) {
         float* of_turn = parts + turn * 32 * cut.warps * cut.groups;
         of_turn[32 * of_group + lane] = own;

@@ -138,23 +138,22 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
           float products[kQuads], averages[kSets];
 #pragma unroll
           for (int i = 0; i < kSets; ++i) {
-            const float4 value = z[kBatch * kQuads * batch + 32 * i];
+            const float4 value = z[kBatch * kQuads * batch + 32 * place.set(i)];
 #pragma unroll
             for (int k = 0; k < kHeads; ++k)
               products[kHeads * i + k] =
                   value.x * mask[k].x + value.y * mask[k].y + value.z * mask[k].z + value.w * mask[k].w;
             averages[i] = value.x + value.y + (value.z + value.w);
           }
-          halve_sums<kQuads / 2>(products);
+          halve_sums<kQuads / 2, kQuads / 2, 1, kHeads>(products);
           float* sum = sums + 32 * (chunk * cut.rows / kBatch + batch);
           *sum = tile == begin ? products[0] : *sum * shrink + products[0];
           if (a.mean != nullptr) {
-            if constexpr (kSets > 1) halve_sums<kSets / 2>(averages);
+            if constexpr (kSets > 1) halve_sums<kSets / 2, kQuads / 2, 1, 1>(averages);
 #pragma unroll
-            for (int lanes = kSets; lanes < kQuads; lanes *= 2)
-              averages[0] += __shfl_xor_sync(kAll, averages[0], lanes);
-            float* mean = means + chunk * cut.rows + kBatch * batch + place.quad * kAtOnce + place.row;
-            if (place.quad < kSets) *mean = tile == begin ? averages[0] : *mean + averages[0];
+            for (int lanes = 1; lanes < kHeads; lanes *= 2) averages[0] += __shfl_xor_sync(kAll, averages[0], lanes);
+            float* mean = means + chunk * cut.rows + kBatch * batch + place.channel;
+            if (place.head == 0) *mean = tile == begin ? averages[0] : *mean + averages[0];
           }
         }
       }

@@ -93,16 +93,17 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
         float values[kValues];  // what positions that are not there have in them stays with them
 #pragma unroll
         for (int s = 0; s < kStep; ++s) {
+          const float* of_position = z + (s ^ of_step) * a.channels;  // every lane begins with its own
 #pragma unroll
           for (int k = 0; k < kHeads; ++k) values[kHeads * s + k] = 0;
 #pragma unroll
           for (int j = 0; j < kOwn; ++j) {
-            const float value = has(j) ? z[s * a.channels + 32 * j] : 0.f;
+            const float value = has(j) ? of_position[32 * j] : 0.f;
 #pragma unroll
             for (int k = 0; k < kHeads; ++k) values[kHeads * s + k] += value * w[j][k];
           }
         }
-        float logit = lane_sums(values);
+        float logit = lane_sums<kHeads>(values);
         if (cut.warps > 1) {
           float* of_turn = parts + turn * 32 * cut.warps * cut.groups;
           of_turn[32 * of_group + lane] = logit;
@@ -144,9 +145,15 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
             float* of_channel = sums + j * kRows;
             of_channel[0] += value * weights.x, of_channel[1] += value * weights.y;
             of_channel[2] += value * weights.z, of_channel[3] += value * weights.w;
-            of_channel[kHeads] += value;
           }
         }
+        if (a.mean != nullptr)
+#pragma unroll
+          for (int s = 0; s < kStep; ++s) {
+            if (s >= count) break;
+#pragma unroll
+            for (int j = 0; j < kOwn; ++j) sums[j * kRows + kHeads] += has(j) ? z[s * a.channels + 32 * j] : 0.f;
+          }
         __syncwarp();
       }
       group_sync(group, cut.warps);

@@ -133,6 +133,9 @@ struct Place {
   static_assert(4 * kSets == kQuads, "a lane gets one sum");
   int lane = threadIdx.x % 32, quad = lane % kQuads, row = lane / kQuads;
   int channel = quad / 4 * kAtOnce + row, head = quad % 4;
+
+  // Of a batch's sets the i-th, beginning with its own (halve_sums).
+  __device__ int set(int i) const { return i ^ quad / 4; }
 };
 
 // Of sums at a lane's four positions, [columns, 4], the sum over all of the warp's lanes; to [columns, positions].

@@ -23,22 +23,23 @@ constexpr int kMostOwn = 5;  // channels of a lane, for registers' sake
 #if AR_HOPPER
 
 // Lanes kLanes apart exchange halves of what they have sums of, 2 kSums of them; then lanes half as far apart, until
-// kLeft are left.
-template <int kSums, int kLanes = kSums, int kLeft = 1, int kValues>
+// kLeft are left. Which half a lane gives is a select for each, unless the lane has its values in an order of its own:
+// that of values[i] in values[i ^ lane % kValues / kTurned * kTurned].
+template <int kSums, int kLanes = kSums, int kLeft = 1, int kTurned = 2 * kSums, int kValues>
 __device__ __forceinline__ void halve_sums(float (&values)[kValues]) {
-  const bool upper = (threadIdx.x & kLanes) != 0;
+  const bool upper = kSums < kTurned && (threadIdx.x & kLanes) != 0;
 #pragma unroll
   for (int i = 0; i < kSums; ++i) {
     const float given = upper ? values[i] : values[i + kSums], kept = upper ? values[i + kSums] : values[i];
     values[i] = kept + __shfl_xor_sync(kAll, given, kLanes);
   }
-  if constexpr (kSums > kLeft) halve_sums<kSums / 2, kLanes / 2, kLeft>(values);
+  if constexpr (kSums > kLeft) halve_sums<kSums / 2, kLanes / 2, kLeft, kTurned>(values);
 }
 
-// Sums over a warp's lanes: lane i gets that of values[i % kValues].
-template <int kValues>
+// Sums over a warp's lanes: lane i gets that of values[i % kValues]. kTurned: as of halve_sums.
+template <int kTurned = 32, int kValues>
 __device__ __forceinline__ float lane_sums(float (&values)[kValues]) {
-  halve_sums<kValues / 2>(values);
+  halve_sums<kValues / 2, kValues / 2, 1, kTurned>(values);
 #pragma unroll
   for (int lanes = kValues; lanes < 32; lanes *= 2) values[0] += __shfl_xor_sync(kAll, values[0], lanes);
   return values[0];
