@@ -74,6 +74,8 @@ def sweeps_float32(feature_map: Tensor, heads: int) -> bool:
     """Whether csrc/cuda has sweeps for a float32 map of such sizes and strides, and for its gradient, on Hopper."""
     if not SWEEPS_FLOAT32 or feature_map.dtype != torch.float32 or heads > 4 or not has_sweeps():
         return False
+    if feature_map.storage_offset() % 4 != 0:  # 16 bytes
+        return False
     channels, sizes, strides = feature_map.shape[1], feature_map.shape, feature_map.stride()
     positions = math.prod(sizes[2:])
     if positions > 1 and strides[1] == 1:  # dense channels_last

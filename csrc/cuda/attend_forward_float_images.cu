@@ -74,16 +74,14 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
       const int slot = slots.wait(static_cast<int>(image) - begin, chunk, true);
       const float* z = reinterpret_cast<const float*>(memory + slot * cut.slots.chunk_bytes) + lane;
       for (int unit = kUnit * warp; unit < cut.rows; unit += kUnit * kGroupWarps) {
-        float products[kUnit * kHeads], averages[kUnit];
+        float products[kUnit * kHeads];
 #pragma unroll
         for (int c = 0; c < kUnit; ++c) {
-          averages[c] = 0;
 #pragma unroll
           for (int k = 0; k < kHeads; ++k) products[kHeads * c + k] = 0;
 #pragma unroll
           for (int i = 0; i < kOwn; ++i) {
             const float value = lane + 32 * i < positions ? z[(unit + c) * positions + 32 * i] : 0.f;
-            averages[c] += value;
 #pragma unroll
             for (int k = 0; k < kHeads; ++k) products[kHeads * c + k] += value * mask[k][i];
           }
@@ -95,6 +93,14 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
           if (a.gated > 0) t += value * value_of(a.score_w, head * channels + channel + own_channel);
         }
         if (a.mean != nullptr) {
+          float averages[kUnit];
+#pragma unroll
+          for (int c = 0; c < kUnit; ++c) {
+            averages[c] = 0;
+#pragma unroll
+            for (int i = 0; i < kOwn; ++i)
+              averages[c] += lane + 32 * i < positions ? z[(unit + c) * positions + 32 * i] : 0.f;
+          }
           const float average = lane_sums(averages) / static_cast<float>(positions);
           if (lane < kUnit) a.mean[image * channels + channel + lane] = average;
         }

@@ -14,13 +14,13 @@ namespace ar_kernels {
 constexpr int kBatch = 8;  // channels
 
 struct FloatRowsCut {
-  int quads, positions, tiles;             // lanes beside each other: 4 positions each; of a tile; of an image
-  int splits;                              // of an image: some of its tiles, none of them no tile
-  int warps, rows, chunks;                 // of a block; channels of a chunk; chunks of a tile
-  int slots, map_bytes, slot_bytes;        // a slot has a chunk of every map
-  int weights, sums, means, parts, masks;  // [C, columns], [C, kHeads], [C], [warps, columns, positions], [columns,
-                                           // positions] floats; C rounded up to whole chunks
-  int rest, barriers, bytes;               // rest: 1 KB
+  int quads, positions, tiles;       // lanes beside each other: 4 positions each; of a tile; of an image
+  int splits;                        // of an image: some of its tiles, none of them no tile
+  int warps, rows, chunks;           // of a block; channels of a chunk; chunks of a tile
+  int slots, map_bytes, slot_bytes;  // a slot has a chunk of every map
+  int weights, sums, means;          // [C, columns], [C, kHeads], [C] floats; C rounded up to whole chunks
+  int parts, masks;                  // [warps, columns, positions], [columns, positions] floats
+  int rest, barriers, bytes;         // rest: 1 KB
 };
 
 // columns: sums over channels at every position. No slots: it does not fit.
