@@ -174,13 +174,20 @@ def _why_not(candidate: str, data: Tensor, mask_weight: Tensor | None, named: bo
         return f"inputs are on {kind}, the kernels are tested on CUDA GPUs only"
     elif torch.version.hip is None and _capability(data.device)[0] < 8:
         return "the kernels need a GPU of compute capability 8.0 (Ampere) or newer"
-    if mask_weight is not None and not named and data.dtype.itemsize > 2:
+    if mask_weight is not None and not named and data.dtype.itemsize > 2 and not _is_swept(data, mask_weight):
         return f"{data.dtype} maps are faster in eager so far; name 'triton' to run the fused kernels all the same"
     if mask_weight is not None:
         most = MAX_FUSED_HEADS if mask_weight.dim() == 2 else MAX_FUSED_3X3_HEADS
         if mask_weight.shape[0] > most:
             return f"at most {most} {'3×3 ' * (mask_weight.dim() == 4)}heads are fused, got {mask_weight.shape[0]}"
     return None
+
+
+def _is_swept(data: Tensor, mask_weight: Tensor) -> bool:
+    """Whether "triton" would not run Triton's kernels on this map, but sweeps that are faster than eager."""
+    if torch.version.hip is not None or data.device.type != "cuda" or _capability(data.device)[0] != 9:
+        return False
+    return mask_weight.dim() == 2 and native.sweeps_float32(data, mask_weight.shape[0])
 
 
 def _choose(implementation: str | None, data: Tensor, mask_weight: Tensor | None) -> str:

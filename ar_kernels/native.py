@@ -6,9 +6,11 @@ runs without it. It holds kernels for the operators that ops.py defines in the n
 
 import ctypes
 import functools
+import math
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 NAMESPACE = "ar_kernels_native"
 PATH = Path(__file__).with_name("_native.so")
@@ -17,6 +19,9 @@ NOTE = PATH.with_suffix(".txt")
 """What setup.py has to say about the library: for what it was built, or why it was not."""
 
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+
+SWEEPS_FLOAT32 = True
+"""Whether csrc/cuda's sweeps of float32 maps are used where they can be, and so preferred to eager; not measured."""
 
 
 @functools.cache
@@ -55,6 +60,33 @@ def why_not(device_type: str) -> str | None:
 
 # Dynamo need not trace how a library is loaded: torch.compiler.assume_constant_result without importing all of it.
 why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def has_sweeps() -> bool:
+    """Whether the library is there and has Hopper's sweeps."""
+    return _load() is None and has_kernels("cuda", "sweep_forward_")
+
+
+has_sweeps._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def sweeps_float32(feature_map: Tensor, heads: int) -> bool:
+    """Whether csrc/cuda has sweeps for a float32 map of such sizes and strides, and for its gradient, on Hopper."""
+    if not SWEEPS_FLOAT32 or feature_map.dtype != torch.float32 or heads > 4 or not has_sweeps():
+        return False
+    if feature_map.storage_offset() % 4 != 0:  # 16 bytes
+        return False
+    channels, sizes, strides = feature_map.shape[1], feature_map.shape, feature_map.stride()
+    positions = math.prod(sizes[2:])
+    if positions > 1 and strides[1] == 1:  # dense channels_last
+        dense = strides[-1] == channels and (len(sizes) == 3 or strides[2] == channels * sizes[3])
+        return dense and channels % 4 == 0 and channels <= 2560 and strides[0] % 4 == 0
+    rows = strides[-1] == 1 and (len(sizes) == 3 or strides[2] == sizes[3])
+    if not rows or strides[0] % 4 != 0:
+        return False
+    if positions % 4 == 0 and channels % 8 == 0 and channels <= 1024 and strides[1] % 4 == 0:
+        return True
+    return positions <= 225 and channels % 128 == 0 and channels <= 2048 and strides[1] == positions
 
 
 def target() -> str:

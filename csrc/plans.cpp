@@ -120,8 +120,8 @@ struct Operator {
 };
 
 constexpr Operator kOperators[] = {
-    {"ar_kernels_native::sweep_forward_", "tt???tt?????"},
-    {"ar_kernels_native::sweep_backward_", "t?ttt???t?"},
+    {"ar_kernels_native::sweep_forward_", "tt???tt????????"},
+    {"ar_kernels_native::sweep_backward_", "t?ttt?????"},
 };
 
 struct Step {

@@ -22,7 +22,7 @@ WRAPPER = """
     AR_EXPORT int backward(int64_t kind, int64_t images, int64_t channels, int64_t positions, int64_t heads,
                            void* z, void* upstream, void* dz, int64_t rows, const void* pairs, int64_t mean,
                            const float* b, const float* lse, const float* delta, const float* unscale,
-                           const float* grad_logits, float* dw, int64_t* programs) {
+                           const float* grad_logits, float* dw, int64_t* programs, int64_t writes) {
       BackwardSweep a = {};
       const auto map = [&](void* data) {
         return rows ? Map{data, channels * positions, positions, 1} : Map{data, channels * positions, 1, channels};
@@ -31,6 +31,20 @@ WRAPPER = """
       a.z = map(z), a.upstream = map(upstream), a.dz = map(dz);
       a.pairs = pairs, a.mean = mean, a.b = {b, Kind::kFloat};
       a.lse = lse, a.delta = delta, a.unscale = unscale, a.grad_logits = grad_logits, a.dw = dw;
+      if (a.kind == Kind::kFloat) {
+        if (dz == nullptr) {
+          BackwardSweep b = a;
+          b.dz = map(&b);  // that there is one
+          *programs = can_sweep_backward_floats(b) ? backward_floats_programs(b)
+                      : can_sweep_backward_float_rows(b) ? backward_float_rows_programs(b)
+                      : can_sweep_backward_float_images(b) ? backward_float_images_programs(b) : 0;
+          return *programs < 1;
+        }
+        if (!writes) a.dz = {};
+        return can_sweep_backward_floats(a) ? sweep_backward_floats(a, nullptr)
+               : can_sweep_backward_float_rows(a) ? sweep_backward_float_rows(a, nullptr)
+                                                  : sweep_backward_float_images(a, nullptr);
+      }
       if (dz == nullptr) {
         *programs = rows == kRows ? backward_rows_programs(a) : backward_programs(a);
         return 0;
@@ -55,7 +69,8 @@ WRAPPER = """
     AR_EXPORT int forward(int64_t kind, int64_t images, int64_t channels, int64_t positions, int64_t heads,
                           int64_t gated, void* z, int64_t rows, const void* w, int64_t w_kind, const float* b,
                           const float* score_w, const float* score_b, float* pooled, float* lse, float* logits,
-                          float* mean, float* scores, float* gates, void* features) {
+                          float* mean, float* scores, float* gates, void* features, int64_t* splits,
+                          int64_t splits_given, float* part_m, float* part_d, float* part_p) {
       ForwardSweep a = {};
       a.kind = kind_of(kind), a.images = images, a.channels = channels, a.positions = positions, a.heads = heads;
       a.gated = gated;
@@ -64,13 +79,29 @@ WRAPPER = """
       a.score_w = {score_w, Kind::kFloat}, a.score_b = {score_b, Kind::kFloat};
       a.pooled = pooled, a.lse = lse, a.logits = logits, a.mean = mean;
       a.scores = scores, a.gates = gates, a.features = features;
+      a.splits = splits_given, a.part_m = part_m, a.part_d = part_d, a.part_p = part_p;
+      if (a.kind == Kind::kFloat) {
+        if (splits != nullptr) {
+          *splits = can_sweep_forward_floats(a) ? forward_floats_splits(a, false)
+                    : can_sweep_forward_float_rows(a) ? forward_float_rows_splits(a, false)
+                    : can_sweep_forward_float_images(a) ? 1 : 0;
+          return *splits < 1;
+        }
+        return can_sweep_forward_floats(a) ? sweep_forward_floats(a, nullptr)
+               : can_sweep_forward_float_rows(a) ? sweep_forward_float_rows(a, nullptr)
+                                                 : sweep_forward_float_images(a, nullptr);
+      }
       return rows == kRows ? sweep_forward_rows(a, nullptr) : sweep_forward(a, nullptr);
     }
 """
 # What a map's layout is called there: channels_last; NCHW by whole rows; NCHW by tiles of positions.
 LAST, ROWS, TILES = range(3)
 
-SOURCES = [f"csrc/cuda/attend_{name}.cu" for name in ("backward", "backward_rows", "forward", "forward_rows")]
+SOURCES = [
+    f"csrc/cuda/attend_{direction}{kind}.cu"
+    for direction in ("backward", "forward")
+    for kind in ("", "_rows", "_floats", "_float_rows", "_float_images")
+]
 KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
@@ -87,7 +118,7 @@ def layout(z, rows):
 def shares(kernels, sizes, maps, rows, processors=2):
     """What every program's share of dW_H goes to, NaN as yet."""
     programs = torch.zeros(1, dtype=torch.int64)
-    kernels.backward(*sizes, *maps, None, rows, *([None, 0] + [None] * 6), programs, processors=processors)
+    kernels.backward(*sizes, *maps, None, rows, *([None, 0] + [None] * 6), programs, True, processors=processors)
     return torch.full((int(programs), sizes[4], sizes[2]), torch.nan)
 
 
@@ -127,7 +158,7 @@ def test_backward(kernels, dtype, rows, images, channels, positions, heads, mean
     dw = shares(kernels, sizes, maps, rows)
     dz = torch.full_like(maps[0], torch.nan)
     kernels.backward(
-        *sizes, *maps, dz, rows, pairs, mean, b, lse, delta, unscale, grad_logits, dw, programs, processors=2
+        *sizes, *maps, dz, rows, pairs, mean, b, lse, delta, unscale, grad_logits, dw, programs, True, processors=2
     )
 
     z, w, dp = z.double(), w.double(), dp.double()
@@ -233,6 +264,80 @@ def test_backward_from_the_gradients_of_what_came_out(
     assert ((dw.sum(0) - expected_dw).abs() <= eps * allowed_dw).all()
 
 
+FLOAT_EPS = torch.finfo(torch.float32).eps
+
+
+def check_float(found, exact, size):
+    """`size` bounds what rounding errors are relative to: sums of absolute values."""
+    error = (found.double() - exact).abs()
+    assert (error <= 4 * FLOAT_EPS * size).all(), (error / size).max() / FLOAT_EPS
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("rows", "images", "channels", "positions", "heads", "mean", "tapped", "direct", "processors"),
+    [
+        (False, 3, 32, 9, 4, False, False, False, 2),
+        (False, 2, 96, 330, 4, True, False, False, 2),  # more tiles than slots
+        (False, 3, 160, 300, 3, True, True, True, 2),
+        (False, 5, 320, 64, 1, False, True, False, 2),  # images that follow each other in a block
+        (False, 2, 100, 50, 2, False, False, True, 3),  # channels in no whole 32s
+        (False, 2, 1024, 49, 4, True, True, True, 2),
+        (False, 1, 2048, 49, 4, False, False, False, 1),
+        (True, 3, 32, 12, 4, False, False, False, 2),
+        (True, 2, 96, 1200, 4, True, False, False, 2),  # more chunks than slots
+        (True, 3, 160, 196, 3, True, True, True, 2),
+        (True, 5, 320, 64, 1, False, True, False, 2),
+        (True, 2, 640, 36, 2, False, False, True, 3),
+        (True, 2, 1024, 52, 4, True, False, True, 1),
+        (True, 3, 256, 49, 4, False, True, True, 2),  # rows of any length
+        (True, 2, 128, 169, 3, True, False, False, 2),
+        (True, 1, 128, 225, 1, False, False, False, 1),
+        (True, 2, 2048, 49, 4, True, False, False, 1),  # more chunks than slots
+    ],
+)
+def test_float_backward(kernels, rows, images, channels, positions, heads, mean, tapped, direct, processors):
+    torch.manual_seed(0)
+    z = torch.randn(images, channels, positions)
+    w = torch.randn(heads, channels) / channels**0.5
+    dp = torch.randn(images, heads + mean, channels)
+    b, lse, delta = torch.randn(heads), torch.randn(images, heads) + 4, torch.randn(images, heads)
+    grad_logits = torch.randn(images, heads, positions) if direct else None
+    upstream = torch.randn(images, channels, positions) if tapped else None
+    pairs = torch.zeros(images, heads + mean, 2, channels)
+    pairs[:, :heads, 0], pairs[:, :, 1] = w, dp
+    programs = torch.zeros(1, dtype=torch.int64)
+    sizes = (KINDS[torch.float32], images, channels, positions, heads)
+    maps = [None if x is None else layout(x, rows) for x in (z, upstream)]
+    kernels.backward(*sizes, *maps, None, rows, *([None, 0] + [None] * 6), programs, True, processors=processors)
+    shares = [torch.full((int(programs), heads, channels), torch.nan) for _ in range(2)]
+    dzs = [torch.full_like(maps[0], torch.nan) for _ in range(2)]
+    for dz, dw in ((0, 0), (1, None), (None, 1)):
+        writes, dz, dw = dz is not None, dzs[dz or 0], None if dw is None else shares[dw]
+        given = (dz, rows, pairs, mean, b, lse, delta, None, grad_logits, dw, programs, writes)
+        kernels.backward(*sizes, *maps, *given, processors=processors)
+    assert torch.equal(*dzs) and torch.equal(*shares)
+    dz, shares = dzs[0], shares[0]
+
+    z, w, dp, lse, delta = (x.double() for x in (z, w, dp, lse, delta))
+    dp, average = dp[:, :heads], dp[:, heads:].sum(1) / positions
+    shift, direct = lse - b.double(), 0 if grad_logits is None else grad_logits.double()
+    logits, da = torch.einsum("kc,ncs->nks", w, z), torch.einsum("nkc,ncs->nks", dp, z)
+    a = torch.exp(logits - shift[:, :, None])
+    dl = a * (da - delta[:, :, None]) + direct
+    expected = torch.einsum("nks,nkc->ncs", a, dp) + torch.einsum("nks,kc->ncs", dl, w) + average[:, :, None]
+    # An error of the logits is one of a's digits.
+    of_a = a * (1 + torch.einsum("kc,ncs->nks", w.abs(), z.abs()) + lse.abs()[:, :, None] + b.abs()[:, None])
+    of_da = torch.einsum("nkc,ncs->nks", dp.abs(), z.abs()) + delta.abs()[:, :, None]
+    of_dl = of_a * of_da + (0 if grad_logits is None else direct.abs())
+    size = torch.einsum("nks,nkc->ncs", of_a, dp.abs()) + torch.einsum("nks,kc->ncs", of_dl, w.abs())
+    size += average.abs()[:, :, None]
+    if tapped:
+        expected, size = expected + upstream.double(), size + upstream.double().abs()
+    check_float(dz if rows else dz.transpose(1, 2), expected, size)
+    check_float(shares.double().sum(0), torch.einsum("nks,ncs->kc", dl, z), torch.einsum("nks,ncs->kc", of_dl, z.abs()))
+
+
 @emulated
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
@@ -265,7 +370,8 @@ def test_forward(kernels, dtype, rows, images, channels, positions, heads, gated
     scores, gates, features = empty(images, heads), empty(images, gated), empty(images, gated, channels, kind=dtype)
     kernels.forward(
         KINDS[dtype], images, channels, positions, heads, gated, layout(z, rows), rows, w, KINDS[w.dtype],
-        b, score_w if gated else None, score_b, pooled, lse, all_logits, average, scores, gates, features, processors=2,
+        b, score_w if gated else None, score_b, pooled, lse, all_logits, average, scores, gates, features,
+        None, 0, None, None, None, processors=2,
     )  # fmt: skip
 
     z, w = z.double(), w.to(dtype).double()
@@ -299,7 +405,7 @@ def test_what_is_not_finite_stays_in_its_image(kernels, rows, value):
     pooled, lse = torch.full((images, heads, channels), torch.nan), torch.full((images, heads), torch.nan)
     kernels.forward(
         1, images, channels, positions, heads, 0, layout(z, rows), rows, w, 1, *[None] * 3, pooled, lse, *[None] * 5,
-        processors=1,
+        None, 0, None, None, None, processors=1,
     )  # fmt: skip
     expected = torch.einsum("nks,ncs->nkc", torch.einsum("kc,ncs->nks", w.float(), z.float()).softmax(2), z.float())
     assert torch.equal(pooled.isnan(), expected.isnan())
@@ -312,37 +418,157 @@ def test_what_is_not_finite_stays_in_its_image(kernels, rows, value):
     dw = shares(kernels, sizes, (layout(z, rows), None), rows, processors=1)
     kernels.backward(
         *sizes, layout(z, rows), None, dz, rows, pairs, 0, None, lse,
-        torch.zeros(images, heads), None, None, dw, torch.zeros(1, dtype=torch.int64), processors=1,
+        torch.zeros(images, heads), None, None, dw, torch.zeros(1, dtype=torch.int64), True, processors=1,
     )  # fmt: skip
     assert dz[[0, 2]].isfinite().all() and not dz[1].isfinite().all()
     assert not dw.isfinite().all()
 
 
+def merged(part_m, part_d, part_p):
+    """m, d, P of [N, splits, ...], as merge_kernel of attend_forward.py makes them, in float64."""
+    m, d, p = part_m.double(), part_d.double(), part_p.double()
+    most = m.amax(1, keepdim=True)
+    scale = (m - most).exp()
+    return most.squeeze(1), (d * scale).sum(1), (p * scale[..., None]).sum(1)
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("rows", "images", "channels", "positions", "heads", "gated", "mean", "logits", "processors"),
+    [
+        (False, 3, 32, 9, 4, 4, False, True, 2),  # most groups have nothing to do
+        (False, 3, 96, 130, 4, 4, True, False, 2),
+        (False, 2, 160, 300, 4, 0, True, True, 2),
+        (False, 5, 320, 64, 3, 2, True, True, 2),  # images that follow each other in a block
+        (False, 2, 100, 50, 2, 2, False, False, 2),  # channels in no whole 32s
+        (False, 2, 1024, 49, 4, 3, True, True, 2),
+        (False, 1, 2048, 49, 1, 1, False, False, 1),
+        (False, 2, 96, 150, 3, 3, True, True, 7),  # split
+        (False, 1, 256, 49, 4, 0, False, False, 9),
+        (True, 3, 32, 12, 4, 4, False, True, 2),
+        (True, 2, 96, 132, 4, 4, True, False, 2),
+        (True, 3, 160, 196, 3, 2, True, True, 2),
+        (True, 5, 320, 64, 1, 1, False, True, 2),
+        (True, 2, 640, 36, 2, 0, True, False, 2),
+        (True, 1, 1024, 52, 4, 3, False, False, 1),
+        (True, 2, 104, 148, 3, 3, True, True, 7),  # split
+        (True, 1, 256, 100, 4, 0, False, False, 9),
+        (True, 3, 256, 49, 4, 4, True, True, 2),  # rows of any length
+        (True, 2, 128, 169, 3, 3, False, True, 2),
+        (True, 1, 128, 225, 1, 1, True, False, 1),
+        (True, 2, 2048, 49, 4, 0, False, False, 1),  # more chunks than slots
+    ],
+)
+def test_float_forward(kernels, rows, images, channels, positions, heads, gated, mean, logits, processors):
+    torch.manual_seed(0)
+    z = torch.randn(images, channels, positions)
+    w = torch.randn(heads, channels) * 3 / channels**0.5
+    b, score_w, score_b = torch.randn(heads), torch.randn(heads, channels) / 8, torch.randn(heads)
+    empty = lambda *sizes: torch.full(sizes, torch.nan)  # noqa: E731
+    pooled, lse = empty(images, heads, channels), empty(images, heads)
+    all_logits = empty(images, heads, positions) if logits else None
+    average = empty(images, channels) if mean else None
+    scores, gates, features = empty(images, heads), empty(images, gated), empty(images, gated, channels)
+    splits = torch.zeros(1, dtype=torch.int64)
+
+    def call(*splits_and_parts):
+        kernels.forward(
+            KINDS[torch.float32], images, channels, positions, heads, gated, layout(z, rows), rows, w, KINDS[w.dtype],
+            b, score_w if gated else None, score_b, pooled, lse, all_logits, average, scores, gates, features,
+            *splits_and_parts, processors=processors,
+        )  # fmt: skip
+
+    call(splits, 0, None, None, None)
+    parts = [empty(images, int(splits), heads + mean, *more) for more in ((), (), (channels,))]
+    call(None, int(splits), *parts)
+    z, w = z.double(), w.double()
+    expected_logits = torch.einsum("kc,ncs->nks", w, z) + b[:, None].double()
+    expected = torch.einsum("nks,ncs->nkc", expected_logits.softmax(2), z)
+    if int(splits) > 1:
+        assert processors > 2
+        m, d, p = merged(*parts)
+        lse, pooled = (m + d.log())[:, :heads], (p / d[..., None])[:, :heads]
+        average = (p / d[..., None])[:, heads] if mean else None
+    else:
+        assert processors <= 2
+
+    # Of sums of products by their absolute values, half of a unit in the last place for each of the few roundings.
+    of_logits = torch.einsum("kc,ncs->nks", w.abs(), z.abs()) + b.abs()[:, None].double()
+    most = of_logits.amax(2)
+    check_float(lse, expected_logits.logsumexp(2), most)
+    of_pooled = torch.einsum("nks,ncs->nkc", expected_logits.softmax(2), z.abs()) * (1 + most[:, :, None])
+    check_float(pooled, expected, of_pooled)
+    if logits:
+        check_float(all_logits, expected_logits, of_logits)
+    if mean:
+        check_float(average, z.mean(2), z.abs().mean(2))
+    if gated and int(splits) == 1:
+        t = (pooled.double() * score_w.double()).sum(2) + score_b.double()
+        check_float(scores, t, (pooled.double() * score_w.double()).abs().sum(2) + score_b.abs().double())
+        g = t[:, :gated].tanh().softmax(1)
+        check_float(gates, g, torch.full_like(g, 2))
+        check_float(features, g[:, :, None] * pooled[:, :gated].double(), 2 * pooled[:, :gated].abs().double())
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_float_maps_that_are_promised_fit(kernels, rows, monkeypatch):
+    """native.sweeps_float32 knows no kernel, but none may refuse a map that it names."""
+    monkeypatch.setattr(native, "has_sweeps", lambda: True)
+    something, count = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    promised = 0
+    for channels in (4, 8, 96, 100, 104, 128, 384, 1016, 1024, 1032, 1280, 2048, 2176, 2556, 2560, 2564):
+        for positions in (1, 4, 36, 49, 64, 100, 196, 225, 231, 256, 3136):
+            z = torch.empty(2, channels, positions, device="meta")
+            z = z if rows else z.transpose(1, 2).contiguous().transpose(1, 2)
+            if not native.sweeps_float32(z, 4):
+                continue
+            promised += 1
+            sizes = (KINDS[torch.float32], 2, channels, positions, 4)
+            for upstream in (None, something):
+                kernels.backward(*sizes, something, upstream, None, rows, *([None, 0] + [None] * 6), count, True)
+            kernels.forward(
+                *sizes, 0, something, rows, None, KINDS[torch.float32], *[None] * 10, count, 0, None, None, None
+            )
+    assert promised > 50
+
+
 class Operators:
     """ar_kernels_native's sweeps as the emulator runs them."""
 
-    def __init__(self, kernels):
+    def __init__(self, kernels, processors):
         self.kernels = kernels
+        self.processors = processors
         self.called = []
 
-    def forward_sweep(self, z, sizes, strides, heads, chip):
-        return self.forward
+    def forward_sweep(self, z, sizes, strides, heads, itemsize, alike, chip):
+        if itemsize == 2:
+            return self.forward, 1
+        splits = torch.zeros(1, dtype=torch.int64)
+        self.kernels.forward(
+            KINDS[torch.float32], sizes[0], sizes[1], sizes[2] * sizes[3], heads, 0, None, z.unit == "s", None,
+            KINDS[torch.float32], *[None] * 10, splits, 0, None, None, None, processors=self.processors,
+        )  # fmt: skip
+        return self.forward, int(splits)
 
-    def backward_sweep(self, z, sizes, strides, up_strides, dz_strides, heads, chip):
+    def backward_sweep(self, z, sizes, strides, up_strides, dz_strides, heads, itemsize, chip):
         positions = sizes[2] * sizes[3]
         programs = torch.zeros(1, dtype=torch.int64)
         empty = [None, None, None, z.unit == "s", None, 0, *[None] * 6]
-        self.kernels.backward(0, sizes[0], sizes[1], positions, heads, *empty, programs, processors=2)
+        kind = KINDS[torch.float32 if itemsize == 4 else torch.float16]
+        self.kernels.backward(
+            kind, sizes[0], sizes[1], positions, heads, *empty, programs, True, processors=self.processors
+        )
         return self.backward, int(programs)
 
-    def forward(self, z, w, b, score_w, score_b, pooled, lse, logits, mean, scores, gates, features):
+    def forward(self, z, w, b, score_w, score_b, pooled, lse, logits, mean, scores, gates, features, *parts):
         self.called.append("forward")
+        splits = 0 if parts[0] is None else parts[0].shape[0] // z.shape[0]
         images, channels, height, width = z.shape
         heads, gated = w.shape[0], 0 if gates is None else gates.shape[1]
         self.kernels.forward(
             KINDS[z.dtype], images, channels, height * width, heads, gated, z, z.stride(3) == 1, w, KINDS[w.dtype],
             *[None if value is None else value.float() for value in (b, score_w, score_b)],
-            pooled, lse, logits, mean, scores, gates, features, processors=2,
+            pooled, lse, logits, mean, scores, gates, features, None, splits, *parts, processors=self.processors,
         )  # fmt: skip
 
     def backward(self, z, b, lse, pairs, delta, unscale, grad_logits, upstream, dz, dw):
@@ -352,21 +578,23 @@ class Operators:
         self.kernels.backward(
             KINDS[z.dtype], images, channels, height * width, heads, z, upstream, dz, z.stride(3) == 1, pairs,
             pairs.shape[1] > heads, None if b is None else b.float(), lse, delta, unscale, grad_logits, dw,
-            torch.zeros(1, dtype=torch.int64), processors=2,
+            torch.zeros(1, dtype=torch.int64), True,
+            processors=self.processors,
         )  # fmt: skip
 
 
 @emulated
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("layout_of", [channels_last, torch.Tensor.contiguous])
 def test_layers_take_them(kernels, layout_of, dtype, monkeypatch):
     """A layer's outputs and gradients, sweep by sweep from the emulator, as close to float64's as Triton's are."""
     hopper = pytest.importorskip("ar_kernels.kernels.hopper", reason="the triton package is not installed")
     torch.manual_seed(0)
     tap = layout_of is channels_last
-    z = layout_of(torch.randn(3, 256, 7, 7).to(dtype))
+    side = 10 if dtype == torch.float32 else 7
+    z = layout_of(torch.randn(3, 256, side, side).to(dtype))
     attention = ar_kernels.AttentionModule(256, 10, heads=4).to(dtype)
-    grads = torch.randn(3, 10), torch.randn(3, 4, 7, 7), layout_of(torch.randn(3, 256, 7, 7))
+    grads = torch.randn(3, 10), torch.randn(3, 4, side, side), layout_of(torch.randn(3, 256, side, side))
 
     def step(module, z):
         z = z.detach().requires_grad_()
@@ -381,7 +609,7 @@ def test_layers_take_them(kernels, layout_of, dtype, monkeypatch):
     attention = attention.to(dtype)
     with ar_kernels.use_implementation("triton"):
         plain = step(attention, z)
-        operators = Operators(kernels)
+        operators = Operators(kernels, processors=7 if dtype == torch.float32 else 2)  # splits of float32 images
         monkeypatch.setattr(hopper, "can_read", lambda *maps: True)
         monkeypatch.setattr(hopper, "forward_sweep", operators.forward_sweep)
         monkeypatch.setattr(hopper, "backward_sweep", operators.backward_sweep)

@@ -480,8 +480,10 @@ def _plan(
         backward=True, tapped=up_strides is not None,
     )  # fmt: skip
     sweep, operator, programs = None, None, 0
-    if native:
-        operator, programs = hopper.backward_sweep(z, sizes, strides, up_strides, dz_strides, heads, chip(device))
+    if native and (has_dw or dz_strides is not None):
+        operator, programs = hopper.backward_sweep(
+            z, sizes, strides, up_strides, dz_strides, heads, dtype.itemsize, chip(device)
+        )
     if operator is None and (has_dw or dz_strides is not None):
         items = images * config.splits
         programs = min(items, config.per_processor * processors)

@@ -460,7 +460,7 @@ class _Plan(NamedTuple):
 
     sweep: Launch | None  # None: `native` does it
     native: Any  # an operator of the library built from csrc
-    merge: Launch | None  # None: no batch of such maps needs one
+    merge: Launch | None  # None: no batch of such maps needs one; after `native`, this one does not
     rows: int  # (image, split), where the sweep writes parts that are to be merged; else 0
     gets_parts: bool  # or the kernel is compiled without
 
@@ -482,9 +482,9 @@ def _plan(
     positions = math.prod(sizes[2:])
     rows = heads + mean
     z = map_strides(sizes, strides, dtype.itemsize)
-    operator = hopper.forward_sweep(z, sizes, strides, heads, chip(device)) if native else None
-    if operator is not None:
-        return _Plan(None, operator, None, 0, False)
+    operator, parts = None, 0
+    if native:
+        operator, parts = hopper.forward_sweep(z, sizes, strides, heads, dtype.itemsize, alike, chip(device))
     config = sweep_config(
         images, channels, positions, rows, dtype.itemsize, z.vector, z.unit == "c", chip(device), alike=alike,
         group=1 if mean else row_group(z, channels, positions, dtype.itemsize),  # grouped_kernel makes no mean
@@ -502,6 +502,10 @@ def _plan(
         kernel, own = wide_kernel if config.wide else held_kernel, {"PARTS": config.parts}
     elif config.group > 1:
         kernel, own = grouped_kernel, {"GROUP": config.group}
+    if operator is not None:
+        merges = parts > 1
+        merge = _merge(images, parts, constants) if merges else None
+        return _Plan(None, operator, merge, images * parts if merges else 0, False)
     sweep = Launch(
         kernel,
         (images * config.splits,),
@@ -512,15 +516,17 @@ def _plan(
         num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg,
     )  # fmt: skip
     whole = not config.held and config.position_tile >= positions
-    merge = None
-    if config.position_tile < positions:
-        tile = min(next_power_of_2(channels), max(16, 2048 // config.head_tile))
-        merge = Launch(
-            merge_kernel, (images,), (config.splits,), **constants, C_TILE=tile, J_TILE=32,
-            num_warps=4, maxnreg=MOST_REGISTERS, **SUMS_OVER_LANES,
-        )  # fmt: skip
+    merge = _merge(images, config.splits, constants) if config.position_tile < positions else None
     merges = config.splits > 1 or not (config.held or whole)
     return _Plan(sweep, None, merge, images * config.splits if merges else 0, not whole)
+
+
+def _merge(images: int, splits: int, constants: dict[str, Any]) -> Launch:
+    tile = min(next_power_of_2(constants["C"]), max(16, 2048 // constants["K_TILE"]))
+    return Launch(
+        merge_kernel, (images,), (splits,), **constants, C_TILE=tile, J_TILE=32,
+        num_warps=4, maxnreg=MOST_REGISTERS, **SUMS_OVER_LANES,
+    )  # fmt: skip
 
 
 def attend_forward(
@@ -545,17 +551,17 @@ def attend_forward(
         0 if gates is None else gates.shape[1], mean is not None, float32_precision(z.dtype), alike,
         hopper.can_read(z) and w.dtype in (z.dtype, torch.float32),
     )  # fmt: skip
-    if plan.sweep is None:
-        plan.native(z, w, b, score_w, score_b, pooled, lse, logits, mean, scores, gates, features)
-        return
     # Not to compile anew for a batch that needs no merge, a held sweep always gets pointers; these it does not follow.
     parts = (lse, lse, lse) if plan.gets_parts else (None, None, None)
     if plan.rows:
         rows = heads + (mean is not None)
         parts = tuple(lse.new_empty(plan.rows, rows, *more) for more in ((), (), (channels,)))
-    calls = [(plan.sweep, (z, w, b, score_w, score_b, pooled, lse, logits, mean, scores, gates, features, *parts))]
+    sweep = plan.sweep or plan.native
+    tensors = (z, w, b, score_w, score_b, pooled, lse, logits, mean, scores, gates, features, *parts)
+    calls: list[tuple[Any, tuple[Tensor | None, ...]]] = [(sweep, tensors)]
     if plan.merge is not None:
         calls.append((plan.merge, (score_w, score_b, pooled, lse, mean, scores, gates, features, *parts)))
-    prepare(calls)  # the merge too: a smaller batch of such maps is not to wait for a compiler
+    # The merge too: a smaller batch of such maps is not to wait for a compiler.
+    prepare([call for call in calls if isinstance(call[0], Launch)])
     for launch, tensors in calls[: 2 if plan.rows else 1]:
         launch(*tensors)

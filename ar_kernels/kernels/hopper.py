@@ -4,6 +4,10 @@ They take half-precision maps with up to 4 heads whose channels come in whole 64
 Triton leaves behind. Where all channels of a few positions fit no multiprocessor's registers, Triton's sweep reads the
 map twice; where rows of NCHW begin at no multiple of 16 bytes, it loads them element by element. Here tiles come into
 shared memory by byte count, whatever the length of rows, and registers hold sums alone.
+
+And float32 maps with up to 4 heads, by plain multiply-adds, whatever PyTorch's matmul precision allows: dense
+channels_last of up to 2,560 channels in whole 4s; NCHW of up to 1,024 channels in whole 8s whose positions come in
+whole 4s, or there are up to 256 of them and channels come in whole 128s or so. These do without dZ too.
 """
 
 import functools
@@ -44,24 +48,30 @@ def can_read(*maps: Tensor | None) -> bool:
     assert first is not None
     return (
         first.is_cuda
-        and first.dtype.itemsize == 2
+        and (first.dtype.itemsize == 2 or (first.dtype == torch.float32 and native.SWEEPS_FLOAT32))
         and all([value is None or value.data_ptr() % _ALIGNMENT == 0 for value in maps])
         and _operators() is not None
     )
 
 
-def _is_faster(z: MapStrides, channels: int, chip: Chip) -> bool:
+def _is_faster(z: MapStrides, channels: int, itemsize: int, chip: Chip) -> bool:
     """Where this replaces Triton; docs/performance.md has the measurements."""
     if chip.capability != 9:
         return False
+    if itemsize == 4:  # Triton makes three products of one; not measured
+        return True
     return channels >= FEWEST_CHANNELS or (z.unit == "s" and z.vector < 8)
 
 
-def forward_sweep(z: MapStrides, sizes: Sequence[int], strides: Sequence[int], heads: int, chip: Chip) -> Any:
-    """The operator for such maps, or None: the Triton kernel is faster, or there is none."""
-    if not _is_faster(z, sizes[1], chip) or not _operators().sweep_forward_fits(sizes, strides, heads):
-        return None
-    return _operators().sweep_forward_.default
+def forward_sweep(
+    z: MapStrides, sizes: Sequence[int], strides: Sequence[int], heads: int, itemsize: int, alike: bool, chip: Chip
+) -> tuple[Any, int]:
+    """The operator for such maps and into how many splits it cuts an image, whose parts are then to be merged; or None
+    and 0: the Triton kernel is faster, or there is none. alike: as in heuristics.sweep_config."""
+    if not _is_faster(z, sizes[1], itemsize, chip):
+        return None, 0
+    splits = _operators().sweep_forward_splits(sizes, strides, heads, itemsize, alike)
+    return (_operators().sweep_forward_.default, splits) if splits else (None, 0)
 
 
 def backward_sweep(
@@ -71,10 +81,11 @@ def backward_sweep(
     up_strides: Sequence[int] | None,
     dz_strides: Sequence[int] | None,
     heads: int,
+    itemsize: int,
     chip: Chip,
 ) -> tuple[Any, int]:
     """The operator for such maps and the number of its shares of dW_H, or None and 0."""
-    if dz_strides is None or not _is_faster(z, sizes[1], chip):
+    if not _is_faster(z, sizes[1], itemsize, chip):
         return None, 0
-    programs = _operators().sweep_backward_programs(sizes, strides, up_strides, dz_strides, heads)
+    programs = _operators().sweep_backward_programs(sizes, strides, up_strides, dz_strides, heads, itemsize)
     return (_operators().sweep_backward_.default, programs) if programs else (None, 0)

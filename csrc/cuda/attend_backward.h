@@ -20,7 +20,7 @@ struct PooledGradient {
 struct BackwardSweep {
   Kind kind;  // of the maps and of pairs: kHalf or kBFloat16
   int images, channels, positions, heads;
-  Map z, upstream, dz;
+  Map z, upstream, dz;       // float32 kernels do without dz
   PooledGradient of;         // of bfloat16 alone
   const void* pairs;         // [N, heads (+ 1: the mean's row), 2, C]: W_H and dP
   bool mean;                 // whether there is such a row
@@ -44,5 +44,19 @@ cudaError_t sweep_backward(const BackwardSweep& a, cudaStream_t stream);
 bool can_sweep_backward_rows(const BackwardSweep& a);
 int backward_rows_programs(const BackwardSweep& a);
 cudaError_t sweep_backward_rows(const BackwardSweep& a, cudaStream_t stream);
+
+// The same of float32 maps, channels_last and NCHW, with an upstream gradient or without; `unscale` is null.
+bool can_sweep_backward_floats(const BackwardSweep& a);
+int backward_floats_programs(const BackwardSweep& a);
+cudaError_t sweep_backward_floats(const BackwardSweep& a, cudaStream_t stream);
+
+bool can_sweep_backward_float_rows(const BackwardSweep& a);
+int backward_float_rows_programs(const BackwardSweep& a);
+cudaError_t sweep_backward_float_rows(const BackwardSweep& a, cudaStream_t stream);
+
+// NCHW of few positions, with rows of any length.
+bool can_sweep_backward_float_images(const BackwardSweep& a);
+int backward_float_images_programs(const BackwardSweep& a);
+cudaError_t sweep_backward_float_images(const BackwardSweep& a, cudaStream_t stream);
 
 }  // namespace ar_kernels

@@ -9,12 +9,14 @@ struct ForwardSweep {
   Kind kind;  // of the map: kHalf or kBFloat16
   int images, channels, positions, heads, gated;
   Map z;
-  Values w, b;              // [heads, C], [heads] or null
-  Values score_w, score_b;  // [heads, C], [heads] or null; no gates without score_w
-  float *pooled, *lse;      // [N, heads, C], [N, heads]
-  float *logits, *mean;     // [N, heads, S], [N, C], or null
-  float *scores, *gates;    // [N, heads], [N, gated], or null
-  void* features;           // [N, gated, C] of `kind`, or null
+  Values w, b;                      // [heads, C], [heads] or null
+  Values score_w, score_b;          // [heads, C], [heads] or null; no gates without score_w
+  float *pooled, *lse;              // [N, heads, C], [N, heads]
+  float *logits, *mean;             // [N, heads, S], [N, C], or null
+  float *scores, *gates;            // [N, heads], [N, gated], or null
+  void* features;                   // [N, gated, C] of `kind`, or null
+  int splits;                       // of an image, where there are parts of it (float32 only), else 0
+  float *part_m, *part_d, *part_p;  // [N splits, rows], the same, [N splits, rows, C], where there are several
 };
 
 // Whether this kernel takes such a sweep, on a GPU that it runs on. What data points to does not count.
@@ -27,5 +29,21 @@ cudaError_t sweep_forward(const ForwardSweep& a, cudaStream_t stream);
 // The same of NCHW maps.
 bool can_sweep_forward_rows(const ForwardSweep& a);
 cudaError_t sweep_forward_rows(const ForwardSweep& a, cudaStream_t stream);
+
+// The same of float32 maps of channels_last. Where an image is split, only logits and parts are written: maxima m,
+// Σ exp(l - m) and P with these weights of each split's heads (and the mean: 0, positions, a sum), for a kernel that
+// merges them. forward_..._splits: into how many is best; alike: whatever the number of images.
+bool can_sweep_forward_floats(const ForwardSweep& a);
+int forward_floats_splits(const ForwardSweep& a, bool alike);
+cudaError_t sweep_forward_floats(const ForwardSweep& a, cudaStream_t stream);
+
+// The same of NCHW.
+bool can_sweep_forward_float_rows(const ForwardSweep& a);
+int forward_float_rows_splits(const ForwardSweep& a, bool alike);
+cudaError_t sweep_forward_float_rows(const ForwardSweep& a, cudaStream_t stream);
+
+// The same of few positions, with rows of any length; images are not split.
+bool can_sweep_forward_float_images(const ForwardSweep& a);
+cudaError_t sweep_forward_float_images(const ForwardSweep& a, cudaStream_t stream);
 
 }  // namespace ar_kernels

@@ -88,18 +88,62 @@ void check_started(const char* name, cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, name, " did not start: ", cudaGetErrorString(error));
 }
 
-// Whether a half-precision map of such sizes and strides has a forward sweep here.
-bool sweep_forward_fits(Numbers sizes, Numbers strides, int64_t heads) {
+// The sweeps, the first that takes a map makes it. splits: null where images are never split.
+struct Forward {
+  bool (*can)(const ForwardSweep&);
+  cudaError_t (*sweep)(const ForwardSweep&, cudaStream_t);
+  int (*splits)(const ForwardSweep&, bool);
+};
+
+constexpr Forward kForward[] = {
+    {can_sweep_forward, sweep_forward, nullptr},
+    {can_sweep_forward_rows, sweep_forward_rows, nullptr},
+    {can_sweep_forward_floats, sweep_forward_floats, forward_floats_splits},
+    {can_sweep_forward_float_rows, sweep_forward_float_rows, forward_float_rows_splits},
+    {can_sweep_forward_float_images, sweep_forward_float_images, nullptr},
+};
+
+struct Backward {
+  bool (*can)(const BackwardSweep&);
+  cudaError_t (*sweep)(const BackwardSweep&, cudaStream_t);
+  int (*programs)(const BackwardSweep&);
+};
+
+constexpr Backward kBackward[] = {
+    {can_sweep_backward, sweep_backward, backward_programs},
+    {can_sweep_backward_rows, sweep_backward_rows, backward_rows_programs},
+    {can_sweep_backward_floats, sweep_backward_floats, backward_floats_programs},
+    {can_sweep_backward_float_rows, sweep_backward_float_rows, backward_float_rows_programs},
+    {can_sweep_backward_float_images, sweep_backward_float_images, backward_float_images_programs},
+};
+
+// Null: there is none.
+template <class Entry, size_t kCount, class Sweep>
+const Entry* find(const Entry (&entries)[kCount], const Sweep& a) {
+  for (const Entry& entry : entries)
+    if (entry.can(a)) return &entry;
+  return nullptr;
+}
+
+// Half precision is alike whichever it is.
+Kind kind_of_size(int64_t itemsize) { return itemsize == 4 ? Kind::kFloat : Kind::kHalf; }
+
+// Into how many splits the forward sweep of maps of such sizes and strides, of 2 or 4 bytes a number, cuts an image; 0:
+// there is none here. More than 1: it must be given parts, and leaves the rest to a kernel that merges them.
+int64_t sweep_forward_splits(Numbers sizes, Numbers strides, int64_t heads, int64_t itemsize, bool alike) {
   ForwardSweep a = {};
-  a.kind = a.w.kind = Kind::kHalf;
+  a.kind = a.w.kind = kind_of_size(itemsize);
   a.z = map_of(sizes, strides, nullptr);
-  return set_sizes(&a, sizes, heads) && (can_sweep_forward(a) || can_sweep_forward_rows(a));
+  if (!set_sizes(&a, sizes, heads)) return 0;
+  const Forward* found = find(kForward, a);
+  return found == nullptr ? 0 : found->splits == nullptr ? 1 : found->splits(a, alike);
 }
 
 void sweep_forward_(const Tensor& z, const Tensor& w, const MaybeTensor& b, const MaybeTensor& score_w,
                     const MaybeTensor& score_b, const Tensor& pooled, const Tensor& lse, const MaybeTensor& logits,
                     const MaybeTensor& mean, const MaybeTensor& scores, const MaybeTensor& gates,
-                    const MaybeTensor& features) {
+                    const MaybeTensor& features, const MaybeTensor& part_m, const MaybeTensor& part_d,
+                    const MaybeTensor& part_p) {
   check_map("z", z);
   const Numbers sizes = numbers(z.sizes());
   ForwardSweep a = {};
@@ -136,29 +180,45 @@ void sweep_forward_(const Tensor& z, const Tensor& w, const MaybeTensor& b, cons
   a.lse = floats("lse", lse);
   a.logits = floats("logits", logits);
   a.mean = floats("mean", mean);
+  if (part_m.has_value()) {
+    const int64_t parts = part_m->dim() == 2 ? part_m->size(0) : 0, rows = heads + mean.has_value();
+    STD_TORCH_CHECK(parts > 0 && parts % images == 0 && parts <= kMost && part_d.has_value() && part_p.has_value(),
+                    "part_m [N splits, rows] must come with part_d and part_p, got ", shape_of(*part_m),
+                    " for N = ", images);
+    check_shape("part_m", part_m, {parts, rows});
+    check_shape("part_d", part_d, {parts, rows});
+    check_shape("part_p", part_p, {parts, rows, channels});
+    a.splits = static_cast<int>(parts / images);
+    a.part_m = floats("part_m", part_m);
+    a.part_d = floats("part_d", part_d);
+    a.part_p = floats("part_p", part_p);
+  }
   const torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
-  check_started("sweep_forward_",
-                can_sweep_forward(a) ? sweep_forward(a, stream_of(z)) : sweep_forward_rows(a, stream_of(z)));
+  const Forward* found = find(kForward, a);
+  STD_TORCH_CHECK(found != nullptr && (a.splits <= 1 || found->splits != nullptr), "no sweep takes such a map, got ",
+                  shape_of(z));
+  check_started("sweep_forward_", found->sweep(a, stream_of(z)));
 }
 
 // How many shares of dW_H the backward sweep of such maps makes on the current device; 0: there is none here.
-int64_t sweep_backward_programs(Numbers sizes, Numbers strides, std::optional<Numbers> upstream, Numbers dz,
-                                int64_t heads) {
+int64_t sweep_backward_programs(Numbers sizes, Numbers strides, std::optional<Numbers> upstream,
+                                std::optional<Numbers> dz, int64_t heads, int64_t itemsize) {
   static char there = 0;  // what is not null counts, not where it is
   BackwardSweep a = {};
-  a.kind = Kind::kHalf;
+  a.kind = kind_of_size(itemsize);
   if (!set_sizes(&a, sizes, heads)) return 0;
   a.z = map_of(sizes, strides, &there);
-  a.dz = map_of(sizes, dz, &there);
+  if (dz.has_value()) a.dz = map_of(sizes, *dz, &there);
   if (upstream.has_value()) a.upstream = map_of(sizes, *upstream, &there);
-  return can_sweep_backward(a) ? backward_programs(a) : can_sweep_backward_rows(a) ? backward_rows_programs(a) : 0;
+  const Backward* found = find(kBackward, a);
+  return found == nullptr ? 0 : found->programs(a);
 }
 
 void sweep_backward_(const Tensor& z, const MaybeTensor& b, const Tensor& lse, const Tensor& pairs, const Tensor& delta,
                      const MaybeTensor& unscale, const MaybeTensor& grad_logits, const MaybeTensor& upstream,
-                     const Tensor& dz, const MaybeTensor& dw) {
+                     const MaybeTensor& dz, const MaybeTensor& dw) {
   check_map("z", z);
-  check_like("dz", dz, "z", z);
+  if (dz.has_value()) check_like("dz", *dz, "z", z);
   if (upstream.has_value()) check_like("upstream", *upstream, "z", z);
   BackwardSweep a = {};
   const int64_t heads = lse.dim() == 2 ? lse.size(1) : 0;
@@ -174,7 +234,7 @@ void sweep_backward_(const Tensor& z, const MaybeTensor& b, const Tensor& lse, c
   check_shape("unscale", unscale, {images});
   check_shape("grad_logits", grad_logits, {images, heads, a.positions});
   a.z = map_of(z);
-  a.dz = map_of(dz);
+  if (dz.has_value()) a.dz = map_of(*dz);
   if (upstream.has_value()) a.upstream = map_of(*upstream);
   a.pairs = pairs.const_data_ptr();
   a.b = values_of("b", b);
@@ -184,31 +244,30 @@ void sweep_backward_(const Tensor& z, const MaybeTensor& b, const Tensor& lse, c
   a.grad_logits = floats("grad_logits", grad_logits);
   a.dw = floats("dw", dw);
   const torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
-  const bool channels_last = can_sweep_backward(a);
-  if (dw.has_value())
-    check_shape("dw", *dw, {channels_last ? backward_programs(a) : backward_rows_programs(a), heads, channels});
-  check_started("sweep_backward_",
-                channels_last ? sweep_backward(a, stream_of(z)) : sweep_backward_rows(a, stream_of(z)));
+  const Backward* found = find(kBackward, a);
+  STD_TORCH_CHECK(found != nullptr, "no sweep takes such a map, got ", shape_of(z));
+  if (dw.has_value()) check_shape("dw", *dw, {found->programs(a), heads, channels});
+  check_started("sweep_backward_", found->sweep(a, stream_of(z)));
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ar_kernels_native, m) {
-  m.def("sweep_forward_fits(int[] sizes, int[] strides, int heads) -> bool");
+  m.def("sweep_forward_splits(int[] sizes, int[] strides, int heads, int itemsize, bool alike) -> int");
   m.def(
       "sweep_forward_(Tensor z, Tensor w, Tensor? b, Tensor? score_w, Tensor? score_b, Tensor(a!) pooled, "
       "Tensor(b!) lse, Tensor(c!)? logits, Tensor(d!)? mean, Tensor(e!)? scores, Tensor(f!)? gates, "
-      "Tensor(g!)? features) -> ()");
+      "Tensor(g!)? features, Tensor(h!)? part_m, Tensor(i!)? part_d, Tensor(j!)? part_p) -> ()");
   m.def(
-      "sweep_backward_programs(int[] sizes, int[] strides, int[]? upstream_strides, int[] dz_strides, int heads) -> "
-      "int");
+      "sweep_backward_programs(int[] sizes, int[] strides, int[]? upstream_strides, int[]? dz_strides, int heads, "
+      "int itemsize) -> int");
   m.def(
       "sweep_backward_(Tensor z, Tensor? b, Tensor lse, Tensor pairs, Tensor delta, Tensor? unscale, "
-      "Tensor? grad_logits, Tensor? upstream, Tensor(a!) dz, Tensor(b!)? dw) -> ()");
+      "Tensor? grad_logits, Tensor? upstream, Tensor(a!)? dz, Tensor(b!)? dw) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ar_kernels_native, CompositeExplicitAutograd, m) {
-  m.impl("sweep_forward_fits", TORCH_BOX(&sweep_forward_fits));
+  m.impl("sweep_forward_splits", TORCH_BOX(&sweep_forward_splits));
   m.impl("sweep_backward_programs", TORCH_BOX(&sweep_backward_programs));
 }
 

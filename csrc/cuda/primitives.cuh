@@ -403,12 +403,12 @@ inline EncodeTiled encode_tiled() {
   return function;
 }
 
-// A tensor of 16-bit values of kRank dimensions, innermost (adjacent) first: sizes, strides in bytes of all but the
-// innermost (multiples of 16), and the box that one copy brings. Returns false where the driver refuses.
+// A tensor of 16-bit values or floats of kRank dimensions, innermost (adjacent) first: sizes, strides in bytes of all
+// but the innermost (multiples of 16), and the box that one copy brings. Returns false where the driver refuses.
 template <class T, int kRank>
 bool encode_map(CUtensorMap* map, const void* data, const uint64_t (&sizes)[kRank],
                 const uint64_t (&strides)[kRank - 1], const uint32_t (&box)[kRank], CUtensorMapSwizzle swizzle) {
-  static_assert(sizeof(T) == 2, "T is __half or __nv_bfloat16");
+  static_assert(sizeof(T) == 2 || std::is_same_v<T, float>, "T is __half, __nv_bfloat16 or float");
   const EncodeTiled encode = encode_tiled();
   if (encode == nullptr) return false;
   cuuint64_t global[kRank], steps[kRank - 1];
@@ -419,8 +419,9 @@ bool encode_map(CUtensorMap* map, const void* data, const uint64_t (&sizes)[kRan
     elements[i] = 1;
     if (i + 1 < kRank) steps[i] = strides[i];
   }
-  const CUtensorMapDataType type =
-      std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const CUtensorMapDataType type = std::is_same_v<T, float>    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                   : std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                               : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   return encode(map, type, kRank, const_cast<void*>(data), global, steps, shape, elements,
                 CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;

@@ -1,0 +1,236 @@
+// The backward sweep of float32 channels_last maps, on Hopper (floats.cuh): one read of the map, one write of its
+// gradient.
+//
+//   l = W_H Z,  dA = dP Z,  a = exp(l + b_H - lse),  dl = a (dA - delta) + direct
+//   dZ = W_H^T dl + dP^T a (+ dP_mean / S) (+ upstream),  dW_H += dl Z^T
+//
+// l and dA are sums over a warp's lanes, W_H, dP and dW_H stay in registers. A tile turns into its dZ where it lies,
+// and leaves by the copy engine.
+
+#include <algorithm>
+
+#include "attend_backward.h"
+#include "floats.cuh"
+
+namespace ar_kernels {
+
+namespace {
+
+constexpr int kStep = 4;  // positions at once
+
+// kOwn: channels of a lane.
+template <int kOwn>
+__global__ void __launch_bounds__(kFloatThreads, 1)
+    backward_floats_kernel(const __grid_constant__ BackwardSweep a, const __grid_constant__ FloatsCut cut) {
+#if AR_HOPPER
+  constexpr int kValues = 2 * kStep * kHeads;  // [kStep, kHeads, 2]: l and dA, then dl and a
+  static_assert(kValues == 32, "a lane has one");
+  uint8_t* memory = shared_memory();
+  const uint32_t base = shared_address(memory);
+  const bool tapped = a.upstream.data != nullptr, writes = a.dz.data != nullptr;
+  const auto full = [&](int slot) { return base + cut.barriers + 8 * slot; };
+  const int64_t all_items = static_cast<int64_t>(a.images) * cut.tiles;
+  const int begin = static_cast<int>(all_items * blockIdx.x / gridDim.x);
+  const int end = static_cast<int>(all_items * (blockIdx.x + 1) / gridDim.x);
+  const auto count_of = [&](int tile) { return min(cut.tile, a.positions - tile * cut.tile); };
+  const auto at = [&](const Map& map, int item) {
+    return static_cast<float*>(map.data) + item / cut.tiles * map.image +
+           static_cast<int64_t>(item % cut.tiles) * cut.tile * a.channels;
+  };
+  const auto load = [&](int item, int slot) {
+    const uint32_t to = base + slot * cut.slot_bytes, bytes = 4 * a.channels * count_of(item % cut.tiles);
+    barrier_arrive_expect(full(slot), bytes * (1 + tapped));
+    bulk_load(to, at(a.z, item), bytes, full(slot), kEvictFirst);
+    if (tapped) bulk_load(to + cut.map_bytes, at(a.upstream, item), bytes, full(slot), kEvictFirst);
+  };
+  if (threadIdx.x == 0) {
+    for (int slot = 0; slot < cut.slots; ++slot) barrier_init(full(slot), 1);
+    fence_barrier_init();
+    for (int slot = 0; slot < min(cut.slots, end - begin); ++slot) load(begin + slot, slot);
+  }
+  __syncthreads();
+
+  // This lane's channels are `channel` and every 32nd after it; the warp's last 32 may not all be there.
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int group = warp / cut.warps, of_group = warp % cut.warps, planes = (a.channels + 31) / 32;
+  const int channel = planes * of_group / cut.warps * 32 + lane;
+  const bool whole = channel + 32 * (kOwn - 1) < min(a.channels, planes * (of_group + 1) / cut.warps * 32);
+  const auto has = [&](int j) { return j + 1 < kOwn || whole; };
+  const bool leads = of_group == 0 && lane == 0;  // asks for its group's copies
+  float* own_weights = reinterpret_cast<float*>(memory + cut.weights) + 32 * warp;
+  float* parts = reinterpret_cast<float*>(memory + cut.parts) + 32 * cut.warps * group;
+  const int of_step = lane / (2 * kHeads), head = lane / 2 % kHeads;  // of this lane's value
+  const bool is_mask = lane % 2 == 1;
+  const float bias = head < a.heads && a.b.data != nullptr ? value_of(a.b, head) : 0.f;
+
+  float* average =
+      reinterpret_cast<float*>(memory + cut.sums) + threadIdx.x;  // what comes of the mean, of each channel
+  float w[kOwn][kHeads], dp[kOwn][kHeads];                        // W_H, dP
+  float sums[kOwn * kHeads];                                      // dW_H
+#pragma unroll
+  for (int i = 0; i < kOwn * kHeads; ++i) sums[i] = 0;
+  float shift = 0, delta = 0;
+
+  int image = -1, slot = group, slot_before = 0, turn = 0;
+  uint32_t parity = 0;
+  for (int item = begin + group; item < end; item += cut.groups) {
+    const int tile = item % cut.tiles;
+    if (item / cut.tiles != image) {
+      image = item / cut.tiles;
+      const float* pairs = static_cast<const float*>(a.pairs) +
+                           static_cast<int64_t>(image) * (a.heads + a.mean) * 2 * a.channels + channel;
+#pragma unroll
+      for (int j = 0; j < kOwn; ++j) {
+#pragma unroll
+        for (int k = 0; k < kHeads; ++k) {
+          const bool there = k < a.heads && has(j);
+          w[j][k] = there ? pairs[2 * k * a.channels + 32 * j] : 0.f;
+          dp[j][k] = there ? pairs[(2 * k + 1) * a.channels + 32 * j] : 0.f;
+        }
+        average[kFloatThreads * j] =
+            a.mean && has(j) ? pairs[(2 * a.heads + 1) * a.channels + 32 * j] / a.positions : 0.f;
+      }
+      if (head < a.heads) {
+        shift = a.lse[image * a.heads + head] - bias;
+        delta = a.delta[image * a.heads + head];
+      }
+    }
+    barrier_wait(full(slot), parity);
+    const int of_tile = count_of(tile);
+    for (int step = 0; step < of_tile; step += kStep) {
+      float* z = reinterpret_cast<float*>(memory + slot * cut.slot_bytes) + step * a.channels + channel;
+      const int count = min(kStep, of_tile - step);
+      float values[kValues];  // what positions that are not there have in them stays with them
+#pragma unroll
+      for (int s = 0; s < kStep; ++s) {
+        const float* from = z + (s ^ of_step) * a.channels;  // every lane begins with its own
+        float* of_position = values + 2 * kHeads * s;
+#pragma unroll
+        for (int i = 0; i < 2 * kHeads; ++i) of_position[i] = 0;
+#pragma unroll
+        for (int j = 0; j < kOwn; ++j) {
+          const float value = has(j) ? from[32 * j] : 0.f;
+#pragma unroll
+          for (int k = 0; k < kHeads; ++k) {
+            of_position[2 * k] += value * w[j][k];
+            of_position[2 * k + 1] += value * dp[j][k];
+          }
+        }
+      }
+      float own = lane_sums<2 * kHeads>(values);
+      if (cut.warps > 1) {
+        float* of_turn = parts + turn * 32 * cut.warps * cut.groups;
+        of_turn[32 * of_group + lane] = own;
+        group_sync(group, cut.warps);
+        own = 0;
+        for (int other = 0; other < cut.warps; ++other) own += of_turn[32 * other + lane];
+        turn ^= 1;
+      }
+      const float partner = __shfl_xor_sync(kAll, own, 1);
+      const bool real = of_step < count && head < a.heads;
+      const float mask = real ? expf((is_mask ? partner : own) - shift) : 0.f;
+      float gradient = real ? mask * ((is_mask ? own : partner) - delta) : 0.f;
+      if (a.grad_logits != nullptr && real)
+        gradient += a.grad_logits[(static_cast<int64_t>(image) * a.heads + head) * a.positions + tile * cut.tile +
+                                  step + of_step];
+      own_weights[lane] = is_mask ? mask : gradient;
+      __syncwarp();
+
+      float means[kOwn];
+#pragma unroll
+      for (int j = 0; j < kOwn; ++j) means[j] = average[kFloatThreads * j];
+#pragma unroll
+      for (int s = 0; s < kStep; ++s) {
+        if (s >= count) break;
+        const float4 low = *reinterpret_cast<const float4*>(own_weights + 2 * kHeads * s);
+        const float4 high = *reinterpret_cast<const float4*>(own_weights + 2 * kHeads * s + 4);
+        const float of_logits[kHeads] = {low.x, low.z, high.x, high.z}, masks[kHeads] = {low.y, low.w, high.y, high.w};
+#pragma unroll
+        for (int j = 0; j < kOwn; ++j) {
+          if (!has(j)) continue;
+          float* to = z + s * a.channels + 32 * j;
+          const float value = *to;
+          float result = means[j];
+#pragma unroll
+          for (int k = 0; k < kHeads; ++k) {
+            sums[j * kHeads + k] += value * of_logits[k];
+            result += of_logits[k] * w[j][k];
+            result += masks[k] * dp[j][k];
+          }
+          if (tapped) result += to[cut.map_bytes / 4];
+          if (writes) *to = result;
+        }
+      }
+      __syncwarp();
+    }
+    fence_proxy_async();
+    group_sync(group, cut.warps);
+    if (leads) {
+      if (writes) bulk_store(at(a.dz, item), base + slot * cut.slot_bytes, 4 * a.channels * of_tile, kEvictNormal);
+      bulk_commit();
+      const int next = item - cut.groups + cut.slots;
+      if (item - cut.groups >= begin && next < end) {
+        bulk_wait_read<1>();
+        load(next, slot_before);
+      }
+    }
+    slot_before = slot;
+    for (slot += cut.groups; slot >= cut.slots; slot -= cut.slots) parity ^= 1;
+  }
+  if (leads) bulk_wait_read<0>();
+
+  if (a.dw == nullptr) return;
+  groups_sync(blockDim.x);  // nobody needs the slots any more
+  add_groups(sums, group, cut.groups, blockDim.x, reinterpret_cast<float*>(memory), kHeads * a.channels,
+             [&](int i) { return has(i / kHeads) ? i % kHeads * a.channels + channel + 32 * (i / kHeads) : -1; });
+  if (group > 0) return;
+  float* dw = a.dw + static_cast<int64_t>(blockIdx.x) * a.heads * a.channels + channel;
+#pragma unroll
+  for (int j = 0; j < kOwn; ++j)
+#pragma unroll
+    for (int k = 0; k < kHeads; ++k)
+      if (k < a.heads && has(j)) dw[k * a.channels + 32 * j] = sums[j * kHeads + k];
+#endif  // AR_HOPPER
+}
+
+FloatsCut backward_cut(const BackwardSweep& a) {
+  return floats_cut(a.channels, a.positions, 1, kStep, a.upstream.data == nullptr ? 1 : 2, 0,
+                    4 * kFloatThreads * kMostOwn);
+}
+
+template <int kOwn>
+cudaError_t sweep(const BackwardSweep& a, const FloatsCut& cut, cudaStream_t stream) {
+  return launch<backward_floats_kernel<kOwn>>(backward_floats_programs(a), 32 * cut.warps * cut.groups, cut.bytes,
+                                              stream, a, cut);
+}
+
+}  // namespace
+
+bool can_sweep_backward_floats(const BackwardSweep& a) {
+  if (a.kind != Kind::kFloat || a.heads < 1 || a.heads > kHeads || a.images < 1) return false;
+  const auto dense = [&](const Map& map) { return is_dense_channels_last(map, a.channels); };
+  if (!dense(a.z)) return false;
+  for (const Map& map : {a.dz, a.upstream})
+    if (map.data != nullptr && !dense(map)) return false;
+  const FloatsCut cut = backward_cut(a);
+  // A slot is filled again when its group is through with the tile after.
+  return cut.slots > cut.groups && static_cast<int64_t>(a.images) * cut.tiles < INT32_MAX;
+}
+
+int backward_floats_programs(const BackwardSweep& a) {
+  return static_cast<int>(std::min<int64_t>(static_cast<int64_t>(a.images) * backward_cut(a).tiles, processors()));
+}
+
+cudaError_t sweep_backward_floats(const BackwardSweep& a, cudaStream_t stream) {
+  if (!can_sweep_backward_floats(a) || a.unscale != nullptr) return cudaErrorInvalidValue;
+  const FloatsCut cut = backward_cut(a);
+  switch (cut.own) {
+    case 1: return sweep<1>(a, cut, stream);
+    case 2: return sweep<2>(a, cut, stream);
+    case 3: return sweep<3>(a, cut, stream);
+    case 4: return sweep<4>(a, cut, stream);
+    default: return sweep<5>(a, cut, stream);
+  }
+}
+
+}  // namespace ar_kernels

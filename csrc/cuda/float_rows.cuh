@@ -1,0 +1,158 @@
+// What the Hopper kernels of float32 NCHW maps share.
+//
+// A tile is 16, 32 or 64 positions of an image with all their channels. It comes into shared memory by the copy engine,
+// in chunks [channels, positions] that are slots of a ring. A warp works on 8 channels at a time: a lane has four
+// adjacent positions of every (32 / kQuads)th of them, so that a warp's loads are 512 bytes in a row. Sums over
+// channels are added up from lanes and warps once for each tile; sums over positions leave a lane the one of one of the
+// 8 channels and one of the 4 heads, which it adds to its own in shared memory.
+#pragma once
+
+#include "floats.cuh"
+
+namespace ar_kernels {
+
+constexpr int kBatch = 8;  // channels
+
+struct FloatRowsCut {
+  int quads, positions, tiles;       // lanes beside each other: 4 positions each; of a tile; of an image
+  int splits;                        // of an image: some of its tiles, none of them no tile
+  int warps, rows, chunks;           // of a block; channels of a chunk; chunks of a tile
+  int slots, map_bytes, slot_bytes;  // a slot has a chunk of every map
+  int weights, sums, means;          // [C, columns], [C, kHeads], [C] floats; C rounded up to whole chunks
+  int parts, masks;                  // [warps, columns, positions], [columns, positions] floats
+  int rest, barriers, bytes;         // rest: 1 KB
+};
+
+// columns: sums over channels at every position. No slots: it does not fit.
+inline FloatRowsCut float_rows_cut_of(int quads, int channels, int positions, int columns, int maps) {
+  FloatRowsCut cut = {};
+  if (channels < kBatch || channels % kBatch != 0 || positions < 1) return cut;
+  cut.quads = quads;
+  cut.positions = 4 * quads;
+  cut.tiles = (positions + cut.positions - 1) / cut.positions;
+  cut.splits = 1;
+  const int most_rows = quads == 16 ? 128 : 256;
+  cut.chunks = (channels + most_rows - 1) / most_rows;
+  cut.rows = (channels / kBatch + cut.chunks - 1) / cut.chunks * kBatch;
+  const int batches = cut.rows / kBatch, rounds = (batches + kGroupWarps - 1) / kGroupWarps;
+  cut.warps = (batches + rounds - 1) / rounds;
+  if (cut.warps < kHeads) cut.warps = kHeads;  // each head has one
+  cut.map_bytes = 4 * cut.rows * cut.positions;
+  cut.slot_bytes = cut.map_bytes * maps;
+  const int all = cut.chunks * cut.rows;
+  const int weights = 4 * all * columns, sums = 4 * all * kHeads, means = 4 * all;
+  const int masks = 4 * columns * cut.positions, parts = cut.warps * masks;
+  const int others = weights + sums + means + parts + masks + 1024 + 8 * kMostSlots;
+  const int slots = (kSharedBytes - others) / cut.slot_bytes;
+  cut.slots = slots < kMostSlots ? slots : kMostSlots;
+  // A slot may be filled again when the chunk after it was worked on.
+  if (cut.slots <= cut.chunks) {
+    cut.slots = 0;
+    return cut;
+  }
+  cut.weights = cut.slots * cut.slot_bytes;
+  cut.sums = cut.weights + weights;
+  cut.means = cut.sums + sums;
+  cut.parts = cut.means + means;
+  cut.masks = cut.parts + parts;
+  cut.rest = cut.masks + masks;
+  cut.barriers = cut.rest + 1024;
+  cut.bytes = cut.barriers + 8 * kMostSlots;
+  return cut;
+}
+
+// Of the tiles that fit those with which an image is done first. No slots: none fits.
+inline FloatRowsCut float_rows_cut(int channels, int positions, int columns, int maps) {
+  FloatRowsCut best = {};
+  int least = INT32_MAX;
+  for (int quads = 16; quads >= 4; quads /= 2) {
+    // Half of a tile at least is on its way while one is worked on.
+    FloatRowsCut cut = float_rows_cut_of(quads, channels, positions, columns, maps);
+    if (cut.slots == 0 || (quads > 4 && 2 * cut.slots < 3 * cut.chunks)) continue;
+    // What a tile costs besides is about what 16 positions do. How many images there are must not count: sums over
+    // channels would be added in another order.
+    const int time = cut.tiles * (cut.positions + 16);
+    if (time < least) least = time, best = cut;
+  }
+  return best;
+}
+
+// Whether the copy engine can bring tiles of it.
+inline bool is_float_rows(const Map& map) {
+  return map.position == 1 && map.channel > 0 && map.channel % 4 == 0 && map.image > 0 && map.image % 4 == 0;
+}
+
+inline bool encode(CUtensorMap* tensor, const Map& map, int images, int channels, int positions,
+                   const FloatRowsCut& cut) {
+  return encode_map<float, 3>(
+      tensor, map.data,
+      {static_cast<uint64_t>(positions), static_cast<uint64_t>(channels), static_cast<uint64_t>(images)},
+      {static_cast<uint64_t>(4 * map.channel), static_cast<uint64_t>(4 * map.image)},
+      {static_cast<uint32_t>(cut.positions), static_cast<uint32_t>(cut.rows), 1}, CU_TENSOR_MAP_SWIZZLE_NONE);
+}
+
+#if AR_HOPPER
+
+// What a block reads, tile by tile, chunk by chunk. All threads follow it; thread 0 asks.
+struct Ring {
+  const FloatRowsCut& cut;
+  uint32_t base;
+  int slot = 0;
+  uint32_t parity = 0;
+
+  __device__ Ring(const FloatRowsCut& cut, const uint8_t* memory) : cut(cut), base(shared_address(memory)) {}
+
+  __device__ uint32_t barrier(int which) const { return base + cut.barriers + 8 * which; }
+
+  __device__ void start() const {
+    for (int i = 0; i < cut.slots; ++i) barrier_init(barrier(i), 1);
+    fence_barrier_init();
+  }
+
+  // Another slot of the tile that `slot` begins, and its parity.
+  __device__ int next(int chunk) const { return slot + chunk < cut.slots ? slot + chunk : slot + chunk - cut.slots; }
+  __device__ void wait(int chunk) const {
+    barrier_wait(barrier(next(chunk)), slot + chunk < cut.slots ? parity : parity ^ 1);
+  }
+  __device__ void advance() {
+    slot += cut.chunks;
+    if (slot >= cut.slots) slot -= cut.slots, parity ^= 1;
+  }
+
+  __device__ void load(const CUtensorMap* map, int which, int of_map, int position, int chunk, int image) const {
+    tensor_load(base + which * cut.slot_bytes + of_map * cut.map_bytes, map, position, chunk * cut.rows, image,
+                barrier(which), cut.quads == 16 ? kEvictFirst : kEvictNormal);
+  }
+};
+
+// A lane's place: its positions are 4 quad to 4 quad + 3, its channels of 8 row, row + kAtOnce, ... After sums over
+// positions it has the one of channel `channel` of 8 and of head `head`.
+template <int kQuads>
+struct Place {
+  static constexpr int kAtOnce = 32 / kQuads, kSets = kBatch / kAtOnce;
+  static_assert(4 * kSets == kQuads, "a lane gets one sum");
+  int lane = threadIdx.x % 32, quad = lane % kQuads, row = lane / kQuads;
+  int channel = quad / 4 * kAtOnce + row, head = quad % 4;
+
+  // Of a batch's sets the i-th, beginning with its own (halve_sums).
+  __device__ int set(int i) const { return i ^ quad / 4; }
+};
+
+// Of sums at a lane's four positions, [columns, 4], the sum over all of the warp's lanes; to [columns, positions].
+template <int kQuads, int kValues>
+__device__ __forceinline__ void store_sums(float (&values)[kValues], const Place<kQuads>& place, float* to) {
+  constexpr int kAtOnce = 32 / kQuads, kLeft = kValues / kAtOnce;
+  if constexpr (kAtOnce > 1) halve_sums<kValues / 2, kQuads * kAtOnce / 2, kLeft>(values);
+  const int begin = place.row * kLeft;  // of values
+  to += begin / 4 * 4 * kQuads + 4 * place.quad + begin % 4;
+#pragma unroll
+  for (int i = 0; i < kLeft; i += 4)
+    if constexpr (kLeft >= 4)
+      *reinterpret_cast<float4*>(to + i * kQuads) = make_float4(values[i], values[i + 1], values[i + 2], values[i + 3]);
+    else
+      *reinterpret_cast<float2*>(to) = make_float2(values[0], values[1]);
+}
+
+#endif  // AR_HOPPER
+
+}  // namespace ar_kernels

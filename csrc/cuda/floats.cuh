@@ -1,0 +1,151 @@
+// What the Hopper kernels of float32 maps share.
+//
+// Products are plain multiply-adds, so what counts is how often shared memory is read. Of the two products that a sweep
+// makes with a tile one runs over what lies across a warp's lanes: its factors stay in registers, every lane has a
+// share of 32 sums, and lane_sums leaves each lane one of them. The other runs along what a lane keeps: its sums stay
+// in registers, and its factors come from shared memory, the same for all lanes.
+//
+// A block is groups of warps, each with tiles of its own, so that one group's exchanges are hidden behind the others'
+// work.
+#pragma once
+
+#include "gates.cuh"
+#include "sweep.h"
+#include "values.cuh"
+
+namespace ar_kernels {
+
+constexpr int kGroupWarps = 16;  // the most, of all groups
+constexpr int kFloatThreads = 32 * kGroupWarps;
+constexpr int kMostSlots = 32;
+constexpr int kMostOwn = 5;  // channels of a lane, for registers' sake
+
+#if AR_HOPPER
+
+// Lanes kLanes apart exchange halves of what they have sums of, 2 kSums of them; then lanes half as far apart, until
+// kLeft are left. Which half a lane gives is a select for each, unless the lane has its values in an order of its own:
+// that of values[i] in values[i ^ lane % kValues / kTurned * kTurned].
+template <int kSums, int kLanes = kSums, int kLeft = 1, int kTurned = 2 * kSums, int kValues>
+__device__ __forceinline__ void halve_sums(float (&values)[kValues]) {
+  const bool upper = kSums < kTurned && (threadIdx.x & kLanes) != 0;
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) {
+    const float given = upper ? values[i] : values[i + kSums], kept = upper ? values[i + kSums] : values[i];
+    values[i] = kept + __shfl_xor_sync(kAll, given, kLanes);
+  }
+  if constexpr (kSums > kLeft) halve_sums<kSums / 2, kLanes / 2, kLeft, kTurned>(values);
+}
+
+// Sums over a warp's lanes: lane i gets that of values[i % kValues]. kTurned: as of halve_sums.
+template <int kTurned = 32, int kValues>
+__device__ __forceinline__ float lane_sums(float (&values)[kValues]) {
+  halve_sums<kValues / 2, kValues / 2, 1, kTurned>(values);
+#pragma unroll
+  for (int lanes = kValues; lanes < 32; lanes *= 2) values[0] += __shfl_xor_sync(kAll, values[0], lanes);
+  return values[0];
+}
+
+// A barrier of one group.
+__device__ __forceinline__ void group_sync(int group, int warps) {
+  if (warps > 1)
+    named_sync(2 + group, 32 * warps);
+  else
+    __syncwarp();
+}
+
+// A barrier of all groups.
+__device__ __forceinline__ void groups_sync(int threads) { named_sync(1, threads); }
+
+// Adds up the groups' values, in the same order every time; the first group gets the sums. to: where this lane's values
+// of what the first group gives lie in `buffer`, `step` floats apart; the next group's lie `group_step` further.
+template <int kValues, class Offset>
+__device__ __forceinline__ void add_groups(float (&values)[kValues], int group, int groups, int threads, float* buffer,
+                                           int group_step, const Offset& offset) {
+  for (int left = groups; left > 1;) {
+    const int half = (left + 1) / 2;
+    if (group >= half && group < left)
+#pragma unroll
+      for (int i = 0; i < kValues; ++i)
+        if (offset(i) >= 0) buffer[(group - half) * group_step + offset(i)] = values[i];
+    groups_sync(threads);
+    if (group + half < left)
+#pragma unroll
+      for (int i = 0; i < kValues; ++i)
+        if (offset(i) >= 0) values[i] += buffer[group * group_step + offset(i)];
+    groups_sync(threads);
+    left = half;
+  }
+}
+
+#endif  // AR_HOPPER
+
+// How channels_last maps are cut, and where what lies in shared memory. A tile is some positions with all their
+// channels, one run of memory; a lane has every 32nd channel of its warp's.
+struct FloatsCut {
+  int own, warps, groups;            // channels of a lane; warps of a group; groups
+  int step;                          // positions that a group works on at once
+  int tile, tiles;                   // positions of a tile; tiles of an image or a split of one
+  int splits;                        // of an image
+  int slots, map_bytes, slot_bytes;  // a slot has a tile of every map
+  int parts, weights;                // [2, warps, 32], [warps, 32] floats; warps of all groups
+  int sums, heads;                   // what the kernel asks for; m, d, scores
+  int barriers, bytes;
+};
+
+// most_step: positions that a group works on at once; 4 where there are not the registers, or few tiles would fit.
+// sums: bytes for each two groups; rest: bytes beside. No slots: it does not fit.
+inline FloatsCut floats_cut(int channels, int positions, int splits, int most_step, int maps, int sums, int rest) {
+  FloatsCut cut = {};
+  const int planes = (channels + 31) / 32;
+  if (channels < 4 || channels % 4 != 0 || positions < 1) return cut;
+  // A step takes as long as a lane has channels, and about two of them more for what is exchanged.
+  int best = 0;
+  for (int warps = (planes + kMostOwn - 1) / kMostOwn; warps <= kGroupWarps && warps <= planes; ++warps) {
+    const int own = (planes + warps - 1) / warps, speed = 1024 * (kGroupWarps / warps) / (own + 2);
+    if (speed > best) best = speed, cut.own = own, cut.warps = warps, cut.groups = kGroupWarps / warps;
+  }
+  if (best == 0) return cut;
+  const int step = cut.own < kMostOwn && channels <= 1024 ? most_step : 4;
+  cut.step = step;
+  cut.splits = splits;
+  const int length = (positions + splits - 1) / splits, bytes = 4 * channels * maps;
+  const int each = (length + cut.groups - 1) / cut.groups;  // so that every group has something to do
+  int steps = 8192 / (bytes * step);
+  if (steps > (each + step - 1) / step) steps = (each + step - 1) / step;
+  cut.tile = step * (steps < 1 ? 1 : steps);
+  cut.tiles = (length + cut.tile - 1) / cut.tile;
+  cut.map_bytes = 4 * channels * cut.tile;
+  cut.slot_bytes = cut.map_bytes * maps;
+  const int all = cut.warps * cut.groups;
+  const int others =
+      3 * all * 32 * 4 + cut.groups / 2 * sums + rest + 8 * kGroupWarps * kHeads * 4 + 8 * kMostSlots + 16;
+  const int slots = (kSharedBytes - others) / cut.slot_bytes;
+  cut.slots = slots < kMostSlots ? slots : kMostSlots;
+  if (cut.slots < 2) {
+    cut.slots = 0;
+    return cut;
+  }
+  cut.parts = cut.slots * cut.slot_bytes;
+  cut.weights = cut.parts + 2 * all * 32 * 4;
+  cut.sums = cut.weights + all * 32 * 4;
+  cut.heads = cut.sums + cut.groups / 2 * sums + rest;
+  cut.barriers = cut.heads + 8 * kGroupWarps * kHeads * 4;
+  cut.bytes = cut.barriers + 8 * kMostSlots + 16;
+  return cut;
+}
+
+// Into how many splits a forward sweep may cut an image: few images are split, so that all multiprocessors have
+// something to do, or, where that must not depend on their number, large ones.
+inline int splits_of(int images, int channels, int positions, int most, bool alike) {
+  constexpr int kSplitBytes = 256 * 1024;
+  const int64_t bytes = int64_t{4} * channels * positions;
+  const int64_t splits = alike ? bytes / kSplitBytes : processors() / images;
+  return static_cast<int>(splits < 1 || most < 1 ? 1 : splits < most ? splits : most);
+}
+
+// Whether an image of it is one run of memory, as channels_last has it, that the copy engine can bring.
+inline bool is_dense_channels_last(const Map& map, int channels) {
+  return map.channel == 1 && map.position == channels && map.image > 0 && map.image % 4 == 0;
+}
+
+}  // namespace ar_kernels
