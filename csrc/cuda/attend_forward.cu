@@ -24,7 +24,7 @@ constexpr int kChannels = 128;  // of a row of P, that a warp stores at once
 struct Rest {
   int logits;   // [rows, kHeads] floats
   int weights;  // [warps, rows, 8]: softmax weights of each position, by each warp for itself
-  int scores;   // [kHeads, chunks] floats
+  int scores;   // [chunks, kHeads] floats
   int pooled;   // [kHeads + 1, pitch] floats: P, the mean's row at kMean
   int pitch, bytes;
 };
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(32 * kMostWarps / kPer, kPer)
       const float part = channel < a.channels ? store_pooled(a, image, r, channel, values_at(r, channel)) : 0.f;
       if (r == a.heads || a.gated == 0) continue;
       const float sum = warp_sum(part);
-      if (lane == 0) score_parts[unit] = sum;
+      if (lane == 0) score_parts[unit % chunks * kHeads + r] = sum;
     }
     if (a.gated == 0) continue;
     __syncthreads();

@@ -59,7 +59,7 @@ __device__ __forceinline__ void store_features(const ForwardSweep& a, int64_t im
       make_uint2(packed<T>(gate * values.x, gate * values.y), packed<T>(gate * values.z, gate * values.w));
 }
 
-// Scores, from the `count` parts of each head's, and gates of an image, 0 beyond `gated`; thread 0 stores them.
+// Scores, from `count` parts of each head's, and gates of an image, 0 beyond `gated`; thread 0 stores them.
 __device__ __forceinline__ void make_gates(const ForwardSweep& a, int64_t image, const float* score_parts, int count,
                                            float (&gates)[kHeads]) {
   float total = 0;
@@ -68,7 +68,7 @@ __device__ __forceinline__ void make_gates(const ForwardSweep& a, int64_t image,
     float score = 0;
     if (k < a.heads) {
       score = a.score_b.data != nullptr ? value_of(a.score_b, k) : 0.f;
-      for (int i = 0; i < count; ++i) score += score_parts[k * count + i];
+      for (int i = 0; i < count; ++i) score += score_parts[i * kHeads + k];
       if (threadIdx.x == 0) a.scores[image * a.heads + k] = score;
     }
     gates[k] = k < a.gated ? __expf(gate_tanh(score)) : 0.f;
