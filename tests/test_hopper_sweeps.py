@@ -52,7 +52,8 @@ WRAPPER = """
       return rows == kRows ? sweep_backward_rows(a, nullptr) : sweep_backward(a, nullptr);
     }
     AR_EXPORT int backward_of(int64_t images, int64_t channels, int64_t positions, int64_t heads, int64_t gated,
-                              void* z, void* dz, int64_t rows, const float* lse, float* dw, const void* w,
+                              void* z, void* upstream, void* dz, int64_t rows, const float* b, const float* lse,
+                              const float* grad_logits, float* dw, const void* w,
                               const float* score_w, const float* pooled, const float* scores, const float* gates,
                               const void* grad_features, const float* grad_gates, const float* grad_scores,
                               const float* grad_pooled, const float* grad_lse, const float* grad_mean, float* dt) {
@@ -61,7 +62,8 @@ WRAPPER = """
         return rows ? Map{data, channels * positions, positions, 1} : Map{data, channels * positions, 1, channels};
       };
       a.kind = Kind::kBFloat16, a.images = images, a.channels = channels, a.positions = positions, a.heads = heads;
-      a.z = map(z), a.dz = map(dz), a.mean = grad_mean != nullptr, a.lse = lse, a.dw = dw;
+      a.z = map(z), a.upstream = map(upstream), a.dz = map(dz), a.mean = grad_mean != nullptr;
+      a.b = {b, Kind::kFloat}, a.lse = lse, a.grad_logits = grad_logits, a.dw = dw;
       a.of = {{w, Kind::kBFloat16}, {score_w, Kind::kFloat}, static_cast<int>(gated), pooled, scores, gates,
               grad_features, grad_gates, grad_scores, grad_pooled, grad_lse, grad_mean, dt};
       return rows == kRows ? sweep_backward_rows(a, nullptr) : sweep_backward(a, nullptr);
@@ -225,7 +227,7 @@ def test_backward_from_the_gradients_of_what_came_out(
     sizes = (KINDS[dtype], images, channels, positions, heads)
     dw = shares(kernels, sizes, (laid, None), rows)
     kernels.backward_of(
-        *sizes[1:], gated, laid, dz, rows, lse, dw, w, score_w, pooled, scores if gated else None,
+        *sizes[1:], gated, laid, None, dz, rows, None, lse, None, dw, w, score_w, pooled, scores if gated else None,
         gates if gated else None, grad_features, *given.values(), dt, processors=2,
     )  # fmt: skip
 
@@ -571,10 +573,18 @@ class Operators:
             pooled, lse, logits, mean, scores, gates, features, None, splits, *parts, processors=self.processors,
         )  # fmt: skip
 
-    def backward(self, z, b, lse, pairs, delta, unscale, grad_logits, upstream, dz, dw):
+    def backward(self, z, b, lse, pairs, delta, unscale, grad_logits, upstream, dz, dw, *of_pooled):
         self.called.append("backward")
         images, channels, height, width = z.shape
         heads = lse.shape[1]
+        if pairs is None:
+            w, score_w, pooled, scores, gates, *others = of_pooled
+            self.kernels.backward_of(
+                images, channels, height * width, heads, gates.shape[1], z, upstream, dz, z.stride(3) == 1,
+                None if b is None else b.float(), lse, grad_logits, dw, w, score_w.float(), pooled, scores, gates,
+                *others, processors=self.processors,
+            )  # fmt: skip
+            return
         self.kernels.backward(
             KINDS[z.dtype], images, channels, height * width, heads, z, upstream, dz, z.stride(3) == 1, pairs,
             pairs.shape[1] > heads, None if b is None else b.float(), lse, delta, unscale, grad_logits, dw,

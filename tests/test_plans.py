@@ -190,7 +190,7 @@ def sweep():
     if hopper._operators() is None:
         pytest.skip(native.why_not("cuda") or "the native library has no kernels for Hopper")
 
-    def add(z, b, lse, pairs, delta, unscale, grad_logits, upstream, dz, dw):
+    def add(z, b, lse, pairs, delta, unscale, grad_logits, upstream, dz, dw, *others):
         torch.add(z, lse, out=dz)
         dz += 0 if b is None else b
 
@@ -204,8 +204,8 @@ def test_operators_of_the_library_are_repeated(toy, sweep):
     def operator(x, y, shift):
         toy.python += 1
         scratch, out = x.new_empty(x.shape), x.new_empty(x.shape)
-        sweep(x, None, x, x, x, None, None, None, scratch, None)
-        sweep(scratch, y, x, x, x, None, None, None, out, None)
+        sweep(x, None, x, x, x, None, None, None, scratch, *[None] * 13)
+        sweep(scratch, y, x, x, x, None, None, None, out, *[None] * 13)
         return out, x.new_empty(0)
 
     toy.operator = operator
@@ -220,7 +220,7 @@ def test_operators_that_take_a_part_of_something_have_no_plan(toy, sweep):
     def operator(x, y, shift):
         toy.python += 1
         out = x.new_empty(x.shape)
-        sweep(x.view(6, 4), None, y.view(6, 4), x, x, None, None, None, out.view(6, 4), None)
+        sweep(x.view(6, 4), None, y.view(6, 4), x, x, None, None, None, out.view(6, 4), *[None] * 13)
         return out, x.new_empty(0)
 
     toy.operator = operator

@@ -502,7 +502,8 @@ def _plan(
             num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg,
         )  # fmt: skip
     pooled = None
-    if sweep is None or not config.fused:
+    fused = hopper.makes_pooled_gradient(dtype) if operator is not None else sweep is not None and config.fused
+    if not fused:
         head_tile = next_power_of_2(rows)
         tile = min(next_power_of_2(channels), max(16, 4096 // head_tile))
         pooled = Launch(
@@ -548,7 +549,8 @@ def attend_backward(
         z.shape, z.stride(),
         None if upstream is None else upstream.stride(), None if dz is None else dz.stride(),
         z.dtype, z.get_device(), heads, 0 if gates is None else gates.shape[1], has_mean,
-        dw is not None, dscore_w is not None, float32_precision(z.dtype), hopper.can_read(z, upstream, dz),
+        dw is not None, dscore_w is not None, float32_precision(z.dtype),
+        hopper.can_read(z, upstream, dz) and w.dtype in (z.dtype, torch.float32),
     )  # fmt: skip
     received = (grad_features, grad_gates, grad_scores, grad_pooled, grad_lse, grad_mean, grad_logits)
     dt = None if dscore_w is None else lse.new_empty(images, heads)
@@ -562,7 +564,10 @@ def attend_backward(
     if plan.pooled is not None:
         calls.append((plan.pooled, (score_w, pooled, scores, gates, *received, w, pairs, delta, dt, unscale)))
     if plan.native is not None:
-        calls.append((plan.native, (z, b, lse, pairs, delta, unscale, grad_logits, upstream, dz, shares)))
+        of_pooled = (w, score_w, pooled, scores, gates, *received[:-1], dt)
+        if plan.pooled is not None:
+            of_pooled = (None,) * len(of_pooled)
+        calls.append((plan.native, (z, b, lse, pairs, delta, unscale, grad_logits, upstream, dz, shares, *of_pooled)))
     if plan.sweep is not None:
         if plan.sweep.kernel is held_kernel:
             tensors = (

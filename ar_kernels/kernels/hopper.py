@@ -89,3 +89,9 @@ def backward_sweep(
         return None, 0
     programs = _operators().sweep_backward_programs(sizes, strides, up_strides, dz_strides, heads, itemsize)
     return (_operators().sweep_backward_.default, programs) if programs else (None, 0)
+
+
+def makes_pooled_gradient(dtype: torch.dtype) -> bool:
+    """Whether the backward sweep of such maps makes the pooled features' gradients itself. In float16 they are scaled
+    by the largest, which must be known before."""
+    return dtype == torch.bfloat16

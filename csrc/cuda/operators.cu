@@ -214,9 +214,14 @@ int64_t sweep_backward_programs(Numbers sizes, Numbers strides, std::optional<Nu
   return found == nullptr ? 0 : found->programs(a);
 }
 
-void sweep_backward_(const Tensor& z, const MaybeTensor& b, const Tensor& lse, const Tensor& pairs, const Tensor& delta,
-                     const MaybeTensor& unscale, const MaybeTensor& grad_logits, const MaybeTensor& upstream,
-                     const MaybeTensor& dz, const MaybeTensor& dw) {
+// Without pairs, which only bfloat16 does without, the sweep makes dP itself, of w and what follows it; and dt.
+void sweep_backward_(const Tensor& z, const MaybeTensor& b, const Tensor& lse, const MaybeTensor& pairs,
+                     const MaybeTensor& delta, const MaybeTensor& unscale, const MaybeTensor& grad_logits,
+                     const MaybeTensor& upstream, const MaybeTensor& dz, const MaybeTensor& dw, const MaybeTensor& w,
+                     const MaybeTensor& score_w, const MaybeTensor& pooled, const MaybeTensor& scores,
+                     const MaybeTensor& gates, const MaybeTensor& grad_features, const MaybeTensor& grad_gates,
+                     const MaybeTensor& grad_scores, const MaybeTensor& grad_pooled, const MaybeTensor& grad_lse,
+                     const MaybeTensor& grad_mean, const MaybeTensor& dt) {
   check_map("z", z);
   if (dz.has_value()) check_like("dz", *dz, "z", z);
   if (upstream.has_value()) check_like("upstream", *upstream, "z", z);
@@ -225,18 +230,56 @@ void sweep_backward_(const Tensor& z, const MaybeTensor& b, const Tensor& lse, c
   STD_TORCH_CHECK(kind_of(z.scalar_type(), &a.kind) && set_sizes(&a, numbers(z.sizes()), heads), "z is too large, got ",
                   shape_of(z));
   const int64_t images = a.images, channels = a.channels;
-  a.mean = pairs.dim() == 4 && pairs.size(1) == heads + 1;
   check_shape("b", b, {heads});
   check_shape("lse", lse, {images, heads});
-  check_shape("pairs", pairs, {images, heads + a.mean, 2, channels});
-  check_dtype("pairs", pairs, "z", z);
-  check_shape("delta", delta, {images, heads});
   check_shape("unscale", unscale, {images});
   check_shape("grad_logits", grad_logits, {images, heads, a.positions});
+  if (pairs.has_value()) {
+    STD_TORCH_CHECK(delta.has_value(), "pairs must come with delta");
+    a.mean = pairs->dim() == 4 && pairs->size(1) == heads + 1;
+    check_shape("pairs", pairs, {images, heads + a.mean, 2, channels});
+    check_dtype("pairs", pairs, "z", z);
+    check_shape("delta", delta, {images, heads});
+    a.pairs = pairs->const_data_ptr();
+  } else {
+    STD_TORCH_CHECK(a.kind == Kind::kBFloat16 && w.has_value() && pooled.has_value(),
+                    "pairs may be missing for bfloat16 maps alone, with w and pooled");
+    a.mean = grad_mean.has_value();
+    PooledGradient& of = a.of;
+    if (gates.has_value()) {
+      STD_TORCH_CHECK(gates->dim() == 2 && gates->size(1) <= heads && score_w.has_value() && scores.has_value(),
+                      "gates [N, K'] must come with score_w and scores, and K' at most K = ", heads);
+      of.gated = static_cast<int>(gates->size(1));
+    }
+    check_shape("w", w, {heads, channels});
+    check_shape("score_w", score_w, {heads, channels});
+    check_shape("pooled", pooled, {images, heads, channels});
+    check_shape("scores", scores, {images, heads});
+    check_shape("gates", gates, {images, of.gated});
+    check_shape("grad_features", grad_features, {images, of.gated * channels});
+    check_dtype("grad_features", grad_features, "z", z);
+    check_shape("grad_gates", grad_gates, {images, of.gated});
+    check_shape("grad_scores", grad_scores, {images, heads});
+    check_shape("grad_pooled", grad_pooled, {images, heads, channels});
+    check_shape("grad_lse", grad_lse, {images, heads});
+    check_shape("grad_mean", grad_mean, {images, channels});
+    check_shape("dt", dt, {images, heads});
+    of.w = values_of("w", w);
+    if (gates.has_value()) of.score_w = values_of("score_w", score_w);
+    of.pooled = floats("pooled", pooled);
+    of.scores = floats("scores", scores);
+    of.gates = floats("gates", gates);
+    of.grad_features = grad_features.has_value() ? grad_features->const_data_ptr() : nullptr;
+    of.grad_gates = floats("grad_gates", grad_gates);
+    of.grad_scores = floats("grad_scores", grad_scores);
+    of.grad_pooled = floats("grad_pooled", grad_pooled);
+    of.grad_lse = floats("grad_lse", grad_lse);
+    of.grad_mean = floats("grad_mean", grad_mean);
+    of.dt = floats("dt", dt);
+  }
   a.z = map_of(z);
   if (dz.has_value()) a.dz = map_of(*dz);
   if (upstream.has_value()) a.upstream = map_of(*upstream);
-  a.pairs = pairs.const_data_ptr();
   a.b = values_of("b", b);
   a.lse = floats("lse", lse);
   a.delta = floats("delta", delta);
@@ -262,8 +305,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ar_kernels_native, m) {
       "sweep_backward_programs(int[] sizes, int[] strides, int[]? upstream_strides, int[]? dz_strides, int heads, "
       "int itemsize) -> int");
   m.def(
-      "sweep_backward_(Tensor z, Tensor? b, Tensor lse, Tensor pairs, Tensor delta, Tensor? unscale, "
-      "Tensor? grad_logits, Tensor? upstream, Tensor(a!)? dz, Tensor(b!)? dw) -> ()");
+      "sweep_backward_(Tensor z, Tensor? b, Tensor lse, Tensor? pairs, Tensor? delta, Tensor? unscale, "
+      "Tensor? grad_logits, Tensor? upstream, Tensor(a!)? dz, Tensor(b!)? dw, Tensor? w, Tensor? score_w, "
+      "Tensor? pooled, Tensor? scores, Tensor? gates, Tensor? grad_features, Tensor? grad_gates, Tensor? grad_scores, "
+      "Tensor? grad_pooled, Tensor? grad_lse, Tensor? grad_mean, Tensor(c!)? dt) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ar_kernels_native, CompositeExplicitAutograd, m) {
