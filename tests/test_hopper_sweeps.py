@@ -93,6 +93,10 @@ WRAPPER = """
                : can_sweep_forward_float_rows(a) ? sweep_forward_float_rows(a, nullptr)
                                                  : sweep_forward_float_images(a, nullptr);
       }
+      if (splits != nullptr) {
+        *splits = rows == kRows ? 1 : forward_splits(a, false);
+        return 0;
+      }
       return rows == kRows ? sweep_forward_rows(a, nullptr) : sweep_forward(a, nullptr);
     }
 """
@@ -394,6 +398,45 @@ def test_forward(kernels, dtype, rows, images, channels, positions, heads, gated
         torch.testing.assert_close(features.double(), g[:, :, None] * pooled[:, :gated].double(), rtol=eps, atol=eps)
 
 
+def merged(part_m, part_d, part_p):
+    """m, d, P of [N, splits, ...], as merge_kernel of attend_forward.py makes them, in float64."""
+    m, d, p = part_m.double(), part_d.double(), part_p.double()
+    most = m.amax(1, keepdim=True)
+    scale = (m - most).exp()
+    return most.squeeze(1), (d * scale).sum(1), (p * scale[..., None]).sum(1)
+
+
+@emulated
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("rows", [LAST, TILES])
+def test_few_images_are_split(kernels, rows, mean):
+    torch.manual_seed(0)
+    images, channels, positions, heads = 2, 128, 600, 3
+    z = torch.randn(images, channels, positions).bfloat16()
+    w, b = torch.randn(heads, channels).bfloat16() / 4, torch.randn(heads)
+    splits, logits = torch.zeros(1, dtype=torch.int64), torch.full((images, heads, positions), torch.nan)
+
+    def call(*splits_and_parts):
+        kernels.forward(
+            1, images, channels, positions, heads, 0, layout(z, rows), rows, w, 1, b, None, None, None, None, logits,
+            z if mean else None, None, None, None, *splits_and_parts, processors=9,
+        )  # fmt: skip
+
+    call(splits, 0, None, None, None)
+    assert int(splits) > 2
+    parts = [torch.full((images, int(splits), heads + mean, *more), torch.nan) for more in ((), (), (channels,))]
+    call(None, int(splits), *parts)
+    m, d, p = merged(*parts)
+    expected_logits = torch.einsum("kc,ncs->nks", w.double(), z.double()) + b[:, None].double()
+    torch.testing.assert_close(logits.double(), expected_logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close((m + d.log())[:, :heads], expected_logits.logsumexp(2), rtol=1e-5, atol=1e-5)
+    expected = torch.einsum("nks,ncs->nkc", expected_logits.softmax(2), z.double())
+    eps = torch.finfo(z.dtype).eps
+    torch.testing.assert_close((p / d[..., None])[:, :heads], expected, rtol=eps, atol=eps)
+    if mean:
+        torch.testing.assert_close((p / d[..., None])[:, heads], z.double().mean(2), rtol=1e-5, atol=1e-5)
+
+
 @emulated
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("rows", [LAST, ROWS, TILES])
@@ -424,14 +467,6 @@ def test_what_is_not_finite_stays_in_its_image(kernels, rows, value):
     )  # fmt: skip
     assert dz[[0, 2]].isfinite().all() and not dz[1].isfinite().all()
     assert not dw.isfinite().all()
-
-
-def merged(part_m, part_d, part_p):
-    """m, d, P of [N, splits, ...], as merge_kernel of attend_forward.py makes them, in float64."""
-    m, d, p = part_m.double(), part_d.double(), part_p.double()
-    most = m.amax(1, keepdim=True)
-    scale = (m - most).exp()
-    return most.squeeze(1), (d * scale).sum(1), (p * scale[..., None]).sum(1)
 
 
 @emulated
@@ -543,7 +578,7 @@ class Operators:
         self.called = []
 
     def forward_sweep(self, z, sizes, strides, heads, itemsize, alike, chip):
-        if itemsize == 2:
+        if itemsize == 2:  # images alone are split, and these are not few for what processors there are
             return self.forward, 1
         splits = torch.zeros(1, dtype=torch.int64)
         self.kernels.forward(

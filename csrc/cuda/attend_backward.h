@@ -1,4 +1,4 @@
-// The backward sweep of half-precision channels_last maps of many channels on Hopper: what it is told, as plain data.
+// The backward sweeps on Hopper: what they are told, as plain data.
 #pragma once
 
 #include "sweep.h"
@@ -40,7 +40,7 @@ int backward_programs(const BackwardSweep& a);
 // Launches them; cudaErrorInvalidValue where can_sweep_backward is false, or data is not aligned to 16 bytes.
 cudaError_t sweep_backward(const BackwardSweep& a, cudaStream_t stream);
 
-// The same of NCHW maps, without an upstream gradient.
+// The same of NCHW maps with rows of any length, without an upstream gradient.
 bool can_sweep_backward_rows(const BackwardSweep& a);
 int backward_rows_programs(const BackwardSweep& a);
 cudaError_t sweep_backward_rows(const BackwardSweep& a, cudaStream_t stream);

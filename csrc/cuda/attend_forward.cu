@@ -3,7 +3,9 @@
 //   l = W_H Z + b_H,  A = softmax over positions of l,  P = A Z^T,  lse = log sum exp l    (online: m, d, P rescaled)
 //   t_k = W_G[k] . P_k + b_G[k],  g = softmax over heads of tanh t,  x = g P
 //
-// A block takes whole images. The mean over positions is one more row of P, whose weights are 1.
+// A block takes whole images, or splits of images where there are few of them: then it writes parts (m, d, P), which
+// merge_kernel of ar_kernels/kernels/attend_forward.py adds up. The mean over positions is one more row of P, whose
+// weights are 1.
 
 #include "attend_forward.h"
 
@@ -52,20 +54,28 @@ __global__ void __launch_bounds__(32 * kMostWarps / kPer, kPer)
   memory += -shared_address(memory) & 1023;
   const uint32_t base = shared_address(memory);
   const auto full = [&](int stage) { return base + cut.barriers + 8 * stage; };
-  const int first = static_cast<int>(static_cast<int64_t>(a.images) * blockIdx.x / gridDim.x);
-  const int last = static_cast<int>(static_cast<int64_t>(a.images) * (blockIdx.x + 1) / gridDim.x);
-  const int begin = first * cut.tiles, end = last * cut.tiles;
+  const int splits = max(a.splits, 1), split_tiles = (cut.tiles + splits - 1) / splits;
+  const int64_t splits_in_all = static_cast<int64_t>(a.images) * splits;
+  const int first = static_cast<int>(splits_in_all * blockIdx.x / gridDim.x);
+  const int last = static_cast<int>(splits_in_all * (blockIdx.x + 1) / gridDim.x);
+  const auto begin_of = [&](int split) { return split % splits * split_tiles; };
+  const auto end_of = [&](int split) { return min(begin_of(split) + split_tiles, cut.tiles); };
 
-  // One thread asks for all copies.
-  const auto load = [&](int item, int stage) {
+  // One thread asks for all copies, in order, as stages get free.
+  int asked_split = first, asked_tile = begin_of(first);
+  const auto load = [&](int stage) {
+    if (asked_split >= last) return;
     barrier_arrive_expect(full(stage), 2 * a.channels * cut.tile);
-    load_tile<kLayout>(cut, a.channels, base + stage * cut.stage_bytes, &z_map, item / cut.tiles,
-                       item % cut.tiles * cut.tile, full(stage));
+    load_tile<kLayout>(cut, a.channels, base + stage * cut.stage_bytes, &z_map, asked_split / splits,
+                       asked_tile * cut.tile, full(stage));
+    if (++asked_tile < end_of(asked_split)) return;
+    ++asked_split;
+    asked_tile = begin_of(asked_split);
   };
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < cut.stages; ++stage) barrier_init(full(stage), 1);
     fence_barrier_init();
-    for (int stage = 0; stage < cut.stages && begin + stage < end; ++stage) load(begin + stage, stage);
+    for (int stage = 0; stage < cut.stages; ++stage) load(stage);
   }
 
   // A lane's place in what a warp has of a matrix: row `row`, columns 2 * column and + 1 (primitives.cuh).
@@ -89,9 +99,10 @@ __global__ void __launch_bounds__(32 * kMostWarps / kPer, kPer)
   const float bias = head < a.heads && a.b.data != nullptr ? value_of(a.b, head) : 0.f;
 
   __syncthreads();
-  int item = begin, stage = 0, stage_before = 0;
+  int stage = 0, stage_before = -1;
   uint32_t parity = 0;
-  for (int image = first; image < last; ++image) {
+  for (int split = first; split < last; ++split) {
+    const int image = split / splits;
     float m[kHeads], d[kHeads];  // d: of this lane's positions
     float sums[kBlocks][4];      // [16 channels, 8 columns]: heads, then the mean
 #pragma unroll
@@ -101,8 +112,8 @@ __global__ void __launch_bounds__(32 * kMostWarps / kPer, kPer)
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums[b][i] = 0;
 
-    for (int position = 0; position < a.positions; position += cut.tile, ++item) {
-      const int count = min(cut.tile, a.positions - position);
+    for (int of_image = begin_of(split); of_image < end_of(split); ++of_image) {
+      const int position = of_image * cut.tile, count = min(cut.tile, a.positions - position);
       const uint32_t z = base + stage * cut.stage_bytes;
       barrier_wait(full(stage), parity);
 
@@ -130,7 +141,7 @@ __global__ void __launch_bounds__(32 * kMostWarps / kPer, kPer)
                             both[tile][0][2 * half + 1] + both[tile][1][2 * half + 1]);
       __syncthreads();
       // All warps are through with the tile before.
-      if (threadIdx.x == 0 && item > begin && item - 1 + cut.stages < end) load(item - 1 + cut.stages, stage_before);
+      if (threadIdx.x == 0 && stage_before >= 0) load(stage_before);
 
       // Of all channels.
       for (int entry = threadIdx.x; entry < kEntries; entry += threads) {
@@ -208,14 +219,27 @@ __global__ void __launch_bounds__(32 * kMostWarps / kPer, kPer)
     // The image's end: P, scores, gates, features.
 #pragma unroll
     for (int k = 0; k < kHeads; ++k) d[k] = warp_sum(d[k]);
+    const bool whole = splits == 1;
+    const int rows = a.heads + (a.mean != nullptr);
+    const int64_t part = static_cast<int64_t>(split) * rows;
     if (warp == 0 && lane < a.heads) {
       const float own = lane == 0 ? m[0] : lane == 1 ? m[1] : lane == 2 ? m[2] : m[3];
       const float total = lane == 0 ? d[0] : lane == 1 ? d[1] : lane == 2 ? d[2] : d[3];
-      a.lse[image * a.heads + lane] = origin(own) + __logf(total);
+      if (whole) {
+        a.lse[image * a.heads + lane] = origin(own) + __logf(total);
+      } else {
+        a.part_m[part + lane] = own;
+        a.part_d[part + lane] = total;
+      }
+    }
+    const int positions = min(end_of(split) * cut.tile, a.positions) - begin_of(split) * cut.tile;
+    if (!whole && threadIdx.x == 0 && a.mean != nullptr) {
+      a.part_m[part + a.heads] = 0;
+      a.part_d[part + a.heads] = static_cast<float>(positions);
     }
     // Columns 2 * column and + 1 of P become rows in shared memory.
-    const float low = 1 / (column == 0 ? d[0] : column == 1 ? d[2] : a.positions);
-    const float high = 1 / (column == 0 ? d[1] : d[3]);
+    const float low = whole ? 1 / (column == 0 ? d[0] : column == 1 ? d[2] : a.positions) : 1.f;
+    const float high = whole ? 1 / (column == 0 ? d[1] : d[3]) : 1.f;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
@@ -229,14 +253,19 @@ __global__ void __launch_bounds__(32 * kMostWarps / kPer, kPer)
     const auto values_at = [&](int r, int channel) {
       return *reinterpret_cast<const float4*>(pooled + (r == a.heads ? kMean : r) * rest.pitch + channel);
     };
-    for (int unit = warp; unit < (a.heads + (a.mean != nullptr)) * chunks; unit += warps) {
+    for (int unit = warp; unit < rows * chunks; unit += warps) {
       const int r = unit / chunks, channel = unit % chunks * kChannels + 4 * lane;
+      if (!whole) {
+        if (channel < a.channels)
+          *reinterpret_cast<float4*>(a.part_p + (part + r) * a.channels + channel) = values_at(r, channel);
+        continue;
+      }
       const float part = channel < a.channels ? store_pooled(a, image, r, channel, values_at(r, channel)) : 0.f;
       if (r == a.heads || a.gated == 0) continue;
       const float sum = warp_sum(part);
       if (lane == 0) score_parts[unit % chunks * kHeads + r] = sum;
     }
-    if (a.gated == 0) continue;
+    if (a.gated == 0 || !whole) continue;
     __syncthreads();
     float gates[kHeads];
     make_gates(a, image, score_parts, chunks, gates);
@@ -260,9 +289,10 @@ template <class T, Layout kLayout, int kBlocks, int kTiles, int kPer>
 cudaError_t sweep(const ForwardSweep& a, const Cut& cut, cudaStream_t stream) {
   CUtensorMap z;
   if (!encode<T>(kLayout, &z, a.z, a.images, a.channels, a.positions, cut)) return cudaErrorInvalidValue;
-  return launch<forward_kernel<T, kLayout, kBlocks, kTiles, kPer>>(std::min(a.images, cut.per_processor * processors()),
-                                                                   32 * cut.warps, cut.bytes, stream, z, a, cut,
-                                                                   rest_of(cut.warps, 16 * kTiles, a.channels));
+  return launch<forward_kernel<T, kLayout, kBlocks, kTiles, kPer>>(
+      static_cast<int>(
+          std::min<int64_t>(static_cast<int64_t>(a.images) * std::max(a.splits, 1), cut.per_processor * processors())),
+      32 * cut.warps, cut.bytes, stream, z, a, cut, rest_of(cut.warps, 16 * kTiles, a.channels));
 }
 
 template <class T>
@@ -291,11 +321,25 @@ bool can_sweep_forward(const ForwardSweep& a) {
   if (a.w.kind != a.kind && a.w.kind != Kind::kFloat) return false;
   if (a.heads < 1 || a.heads > kHeads || a.images < 1) return false;
   const Cut cut = forward_cut(a);
-  return is_of(layout_of(a), a.z) && cut.stages > 0 && static_cast<int64_t>(a.images) * cut.tiles < INT32_MAX;
+  return is_of(layout_of(a), a.z) && cut.stages > 0 && a.splits <= cut.tiles &&
+         static_cast<int64_t>(a.images) * cut.tiles < INT32_MAX;
+}
+
+int forward_splits(const ForwardSweep& a, bool alike) {
+  constexpr int64_t kLarge = 1 << 19, kSplit = 1 << 18;  // bytes of an image, of a split
+  const Cut cut = forward_cut(a);
+  const int64_t bytes = int64_t{2} * a.channels * a.positions;
+  // A merge follows: worth its launch where most of the GPU would idle.
+  const bool few = 4 * a.images <= processors() || (2 * a.images <= processors() && bytes >= kLarge);
+  const int64_t wanted = alike ? bytes / kSplit : few ? cut.per_processor * processors() / a.images : 1;
+  const int splits = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(wanted, cut.tiles / 2)));
+  const int tiles = (cut.tiles + splits - 1) / splits;
+  return (cut.tiles + tiles - 1) / tiles;  // none of them empty
 }
 
 cudaError_t sweep_forward(const ForwardSweep& a, cudaStream_t stream) {
   if (!can_sweep_forward(a)) return cudaErrorInvalidValue;
+  if (a.splits > 1 && (a.part_m == nullptr || a.part_d == nullptr || a.part_p == nullptr)) return cudaErrorInvalidValue;
   return a.kind == Kind::kHalf ? sweep<__half>(a, stream) : sweep<__nv_bfloat16>(a, stream);
 }
 

@@ -1,4 +1,4 @@
-// The forward sweep of half-precision channels_last maps of many channels on Hopper: what it is told, as plain data.
+// The forward sweeps on Hopper: what they are told, as plain data.
 #pragma once
 
 #include "sweep.h"
@@ -15,24 +15,27 @@ struct ForwardSweep {
   float *logits, *mean;             // [N, heads, S], [N, C], or null
   float *scores, *gates;            // [N, heads], [N, gated], or null
   void* features;                   // [N, gated, C] of `kind`, or null
-  int splits;                       // of an image, where there are parts of it (float32 only), else 0
+  int splits;                       // of an image, where there are parts of it, else 0
   float *part_m, *part_d, *part_p;  // [N splits, rows], the same, [N splits, rows, C], where there are several
 };
 
 // Whether this kernel takes such a sweep, on a GPU that it runs on. What data points to does not count.
 bool can_sweep_forward(const ForwardSweep& a);
 
+// Into how many splits it is best to cut an image; alike: whatever the number of images. Where an image is split, only
+// logits and parts are written: maxima m, Σ exp(l - m) and P with these weights of each split's heads (and the mean: 0,
+// positions, a sum), for a kernel that merges them.
+int forward_splits(const ForwardSweep& a, bool alike);
+
 // Launches it on the current device; cudaErrorInvalidValue where can_sweep_forward is false, or the map is not aligned
 // to 16 bytes.
 cudaError_t sweep_forward(const ForwardSweep& a, cudaStream_t stream);
 
-// The same of NCHW maps.
+// The same of NCHW maps with rows of any length; images are not split.
 bool can_sweep_forward_rows(const ForwardSweep& a);
 cudaError_t sweep_forward_rows(const ForwardSweep& a, cudaStream_t stream);
 
-// The same of float32 maps of channels_last. Where an image is split, only logits and parts are written: maxima m,
-// Σ exp(l - m) and P with these weights of each split's heads (and the mean: 0, positions, a sum), for a kernel that
-// merges them. forward_..._splits: into how many is best; alike: whatever the number of images.
+// The same of float32 maps of channels_last.
 bool can_sweep_forward_floats(const ForwardSweep& a);
 int forward_floats_splits(const ForwardSweep& a, bool alike);
 cudaError_t sweep_forward_floats(const ForwardSweep& a, cudaStream_t stream);

@@ -96,7 +96,7 @@ struct Forward {
 };
 
 constexpr Forward kForward[] = {
-    {can_sweep_forward, sweep_forward, nullptr},
+    {can_sweep_forward, sweep_forward, forward_splits},
     {can_sweep_forward_rows, sweep_forward_rows, nullptr},
     {can_sweep_forward_floats, sweep_forward_floats, forward_floats_splits},
     {can_sweep_forward_float_rows, sweep_forward_float_rows, forward_float_rows_splits},
