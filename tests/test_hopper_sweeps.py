@@ -687,7 +687,7 @@ def test_registers_suffice():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
     ("layout", "n", "c", "h", "w", "k", "tap"),
     [
@@ -696,11 +696,13 @@ def test_registers_suffice():
         ("channels_last", 140, 768, 3, 5, 3, True),
         ("channels_last", 2, 64, 3, 5, 1, False),
         ("channels_last", 3, 1152, 5, 7, 4, True),
+        ("channels_last", 2, 256, 40, 30, 4, True),
         ("contiguous", 5, 1024, 14, 14, 4, False),
         ("contiguous", 300, 2048, 7, 7, 4, False),
         ("contiguous", 140, 384, 6, 6, 3, False),
         ("contiguous", 140, 320, 16, 16, 4, True),
         ("contiguous", 2, 32, 4, 4, 1, True),
+        ("contiguous", 2, 256, 40, 30, 4, True),
         ("contiguous", 3, 128, 7, 7, 4, False),
     ],
 )
@@ -716,9 +718,10 @@ def test_within_the_error_budget_on_a_gpu(native_sweeps, layout, n, c, h, w, k, 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
-def test_same_bits_on_every_run_on_a_gpu(native_sweeps, layout, device):
-    layer = Layer(n=150, c=1024, h=7, w=7, k=4, tap=False, dtype=torch.bfloat16, device=device)
+def test_same_bits_on_every_run_on_a_gpu(native_sweeps, layout, dtype, device):
+    layer = Layer(n=150, c=1024, h=7, w=7, k=4, tap=False, dtype=dtype, device=device)
     first = layer.run("triton", layout=LAYOUTS[layout])
     for _ in range(4):
         again = layer.run("triton", layout=LAYOUTS[layout])
