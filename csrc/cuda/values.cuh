@@ -33,6 +33,10 @@ cudaError_t prepare() {
   if (error == cudaSuccess && (major != 9 || attributes.ptxVersion < 90)) error = cudaErrorInvalidDeviceFunction;
   if (error == cudaSuccess)
     error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  // Or two blocks of half of it might not be put on one multiprocessor.
+  if (error == cudaSuccess)
+    error =
+        cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (error == cudaSuccess) prepared |= bit;
   return error;
 }
