@@ -25,9 +25,7 @@
 #include <utility>
 #include <vector>
 
-#if defined(__linux__)  // defined by a torch with CUDA alone
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
-#endif
+#include "stream.h"
 
 namespace ar_kernels {
 
@@ -87,15 +85,6 @@ void* current_context() {
   void* context = nullptr;
   check(driver.context(&context), "cuCtxGetCurrent");
   return context;
-}
-
-void* current_stream(int32_t device) {
-  void* stream = nullptr;
-#if defined(__linux__)
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-#endif
-  return stream;
 }
 
 // ---------------------------------------------------------------------------------------------- plans

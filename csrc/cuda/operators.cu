@@ -1,8 +1,5 @@
 // The sweeps as operators: what kernels get to know of tensors. ar_kernels/kernels/hopper.py calls them.
 
-#define USE_CUDA 1  // the shims of streams are declared then
-
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -11,11 +8,9 @@
 #include <vector>
 
 #include "../checks.h"
+#include "../stream.h"
 #include "attend_backward.h"
 #include "attend_forward.h"
-
-// Weak: the library also loads where torch has no CUDA.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 
 namespace ar_kernels {
 
@@ -78,11 +73,7 @@ float* floats(const char* name, const MaybeTensor& tensor) {
   return static_cast<float*>(const_cast<void*>(tensor->const_data_ptr()));
 }
 
-cudaStream_t stream_of(const Tensor& z) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(z.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
+cudaStream_t stream_of(const Tensor& z) { return static_cast<cudaStream_t>(current_stream(z.get_device_index())); }
 
 void check_started(const char* name, cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, name, " did not start: ", cudaGetErrorString(error));
