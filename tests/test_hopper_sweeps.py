@@ -359,6 +359,9 @@ def test_float_backward(kernels, rows, images, channels, positions, heads, mean,
         (ROWS, 1, 128, 16, 1, 1, False, False),
         (TILES, 2, 32, 200, 4, 4, True, True),
         (TILES, 3, 320, 64, 3, 2, False, True),
+        (LAST, 19, 64, 40, 3, 2, True, True),  # images that follow each other in a block
+        (LAST, 5, 512, 49, 4, 4, True, True),
+        (TILES, 17, 64, 72, 4, 3, True, True),
         (TILES, 1, 640, 72, 1, 0, True, False),
     ],
 )

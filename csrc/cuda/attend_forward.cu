@@ -18,38 +18,47 @@ namespace ar_kernels {
 
 namespace {
 
-constexpr int kMean = kHeads;  // the column of the mean
+constexpr int kMean = kHeads;         // the column of the mean
+constexpr int kPart = 16 * kHeads;    // logits of 16 positions
+constexpr int kMostBlocks = 16;       // of 16 channels, of a warp
+constexpr int kWarps = 8;             // of a block, if so many suffice: each knows the softmax for itself
+constexpr int kFewBytes = 32 * 1024;  // of a tile of channels_last, if that has 16 positions or more
+constexpr float kLog2OfE = 1.44269504089f;
 
-constexpr int kChannels = 128;  // of a row of P, that a warp stores at once
+// Where a part of logits [kHeads, 16 positions] has a head: sums over channels, where a lane has heads 2i and 2i + 1,
+// are then stored, and by heads loaded, without bank conflicts.
+__device__ __forceinline__ int place_of(int head) { return 16 * (head % 2 == 0 ? head / 2 : 3 - head / 2); }
 
-// Offsets from Cut::rest, in bytes; `rows` positions of a tile, rounded up.
-struct Rest {
-  int logits;   // [rows, kHeads] floats
-  int weights;  // [warps, rows, 8]: softmax weights of each position, by each warp for itself
-  int scores;   // [chunks, kHeads] floats
-  int pooled;   // [kHeads + 1, pitch] floats: P, the mean's row at kMean
-  int pitch, bytes;
-};
-
-inline Rest rest_of(int warps, int rows, int channels) {
-  Rest rest = {};
-  rest.pitch = channels + 8;  // rows 2 apart begin in different banks
-  rest.weights = rest.logits + rows * kHeads * 4;
-  rest.scores = rest.weights + warps * rows * 16;
-  rest.pooled = rest.scores + kHeads * (channels + kChannels - 1) / kChannels * 4;
-  rest.pooled = (rest.pooled + 15) / 16 * 16;
-  rest.bytes = rest.pooled + (kHeads + 1) * rest.pitch * 4;
-  return rest;
+// Two adjacent values.
+__device__ __forceinline__ float2 two_of(const Values& values, int index) {
+  if (values.kind == Kind::kFloat)
+    return *reinterpret_cast<const float2*>(static_cast<const float*>(values.data) + index);
+  const uint32_t word = *reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(values.data) + index);
+  return values.kind == Kind::kHalf ? unpacked<__half>(word) : unpacked<__nv_bfloat16>(word);
 }
 
-// kBlocks: of 16 channels, of a warp. kTiles: of 16 positions, of a tile. kPer: blocks that share a multiprocessor.
-template <class T, Layout kLayout, int kBlocks, int kTiles, int kPer>
-__global__ void __launch_bounds__(32 * kMostWarps / kPer, kPer)
+// The first factor of a product whose rows are those of shared memory (kStraight), or its columns.
+template <bool kStraight>
+__device__ __forceinline__ void load_rows(uint32_t (&to)[4], uint32_t row) {
+  if constexpr (kStraight)
+    load_matrix(to, row);
+  else
+    load_matrix_transposed(to, row);
+}
+
+// A block's warps have the same channels all the time; of a tile each makes its part of the logits, and after the
+// tile's one __syncthreads adds up all parts for itself, knows the softmax for itself, and adds to its channels of P.
+//
+// kBlocks: of 16 channels, of a warp. kTiles: of 16 positions, of a tile. What a tile has beyond its image are zeros.
+template <class T, Layout kLayout, int kBlocks, int kTiles>
+__global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostWarps), 1)
     forward_kernel(const __grid_constant__ CUtensorMap z_map, const __grid_constant__ ForwardSweep a,
-                   const __grid_constant__ Cut cut, const __grid_constant__ Rest rest) {
+                   const __grid_constant__ Cut cut) {
 #if AR_HOPPER
-  constexpr int kEntries = 16 * kTiles * kHeads;  // positions and heads of a tile
-  constexpr int kOwn = (16 * kTiles + 31) / 32;   // positions of a lane, 32 apart
+  constexpr bool kLast = kLayout == Layout::kChannelsLast;
+  constexpr int kTile = 16 * kTiles;
+  constexpr int kChains = kTiles < 4 ? 4 / kTiles : 1;  // of products that don't wait for each other, of 16 positions
+  constexpr int kOwn = (kTiles + 1) / 2;                // lanes have logits of every other 16 positions
   uint8_t* memory = shared_memory();
   memory += -shared_address(memory) & 1023;
   const uint32_t base = shared_address(memory);
@@ -62,15 +71,17 @@ __global__ void __launch_bounds__(32 * kMostWarps / kPer, kPer)
   const auto end_of = [&](int split) { return min(begin_of(split) + split_tiles, cut.tiles); };
 
   // One thread asks for all copies, in order, as stages get free.
-  int asked_split = first, asked_tile = begin_of(first);
+  int asked_split = first, asked_image = first / splits, asked_tile = begin_of(first), asked_end = end_of(first);
   const auto load = [&](int stage) {
     if (asked_split >= last) return;
-    barrier_arrive_expect(full(stage), 2 * a.channels * cut.tile);
-    load_tile<kLayout>(cut, a.channels, base + stage * cut.stage_bytes, &z_map, asked_split / splits,
-                       asked_tile * cut.tile, full(stage));
-    if (++asked_tile < end_of(asked_split)) return;
+    barrier_arrive_expect(full(stage), cut.stage_bytes);
+    load_tile<kLayout>(cut, a.channels, base + stage * cut.stage_bytes, &z_map, asked_image, asked_tile * kTile,
+                       full(stage));
+    if (++asked_tile < asked_end) return;
     ++asked_split;
+    asked_image = asked_split / splits;
     asked_tile = begin_of(asked_split);
+    asked_end = end_of(asked_split);
   };
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < cut.stages; ++stage) barrier_init(full(stage), 1);
@@ -78,15 +89,27 @@ __global__ void __launch_bounds__(32 * kMostWarps / kPer, kPer)
     for (int stage = 0; stage < cut.stages; ++stage) load(stage);
   }
 
-  // A lane's place in what a warp has of a matrix: row `row`, columns 2 * column and + 1 (primitives.cuh).
+  // A lane's place in what a warp has of a matrix: row `row`, columns 2 * column and + 1 (primitives.cuh). In P rows
+  // are channels; columns are heads, then the mean.
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
-  const int warps = blockDim.x / 32, threads = blockDim.x, first_channel = 16 * kBlocks * warp;
-  float* parts = reinterpret_cast<float*>(memory + cut.parts);                // [warps, 16 kTiles, 8]
-  float* logits = reinterpret_cast<float*>(memory + cut.rest + rest.logits);  // [16 kTiles, kHeads]
-  float* score_parts = reinterpret_cast<float*>(memory + cut.rest + rest.scores);
-  float* pooled = reinterpret_cast<float*>(memory + cut.rest + rest.pooled);
-  uint4* own_weights = reinterpret_cast<uint4*>(memory + cut.rest + rest.weights) + 16 * kTiles * warp;
-  const auto address = [&](int tile, int b) { return matrix_row<kLayout>(cut, warp * kBlocks + b, tile); };
+  const int warps = blockDim.x / 32, first_channel = 16 * kBlocks * warp;
+  const int part_floats = kTiles * kPart;
+  float* parts = reinterpret_cast<float*>(memory + cut.parts);       // [2, warps, kTiles, kPart]
+  float* score_parts = reinterpret_cast<float*>(memory + cut.rest);  // [warps, kHeads]
+
+  // Where a lane's row of 16 by 16 elements is in a tile, which is read over channels and over positions. Matrices 1
+  // and 3 of the four are the second eight of a product's rows, 2 and 3 of what it sums over.
+  const auto row_of = [&](bool over_channels) {
+    const int of_rows = lane / 8 % 2, of_sum = lane / 16;
+    const bool straight = kLast == over_channels;
+    return swizzled(8 * (straight ? of_rows : of_sum) + lane % 8, straight ? of_sum : of_rows) +
+           512 * kBlocks * kTiles * warp;
+  };
+  const uint32_t over_channels = row_of(true), over_positions = row_of(false);
+  // The row of block b and tile t, where `at` is the first one's.
+  const auto address = [&](uint32_t at, int b, int t) {
+    return kLast ? (at ^ b % 4 * 32) + b / 4 * kTile * 128 + t * 16 * 128 : (at ^ t * 32) + b * 16 * 128;
+  };
 
   uint32_t masks[kBlocks][2];  // W_H
 #pragma unroll
@@ -95,108 +118,117 @@ __global__ void __launch_bounds__(32 * kMostWarps / kPer, kPer)
     for (int half = 0; half < 2; ++half)
       masks[b][half] =
           row < a.heads ? weight_pair<T>(a.w, row * a.channels + first_channel + 16 * b + 8 * half + 2 * column) : 0;
-  const int head = threadIdx.x % kHeads;  // of this thread, in the sum over warps
+
+  // This warp's part of a tile's logits.
+  const auto make_part = [&](uint32_t z, float* to) {
+    float sums[kTiles][kChains][4];
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+      for (int i = 0; i < 4 * kChains; ++i) sums[t][i / 4][i % 4] = 0;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+        uint32_t fragment[4];
+        load_rows<kLast>(fragment, address(z + over_channels, b, t));
+        mma<T>(sums[t][b % kChains], fragment, masks[b][0], masks[b][1]);
+      }
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4 * (kChains - 1); ++i) sums[t][0][i % 4] += sums[t][1 + i / 4][i % 4];
+      if (column >= kHeads / 2) continue;
+      // Positions p and p + 8 are adjacent.
+      float* own = to + part_floats * warp + kPart * t + 2 * row;
+      *reinterpret_cast<float2*>(own + place_of(2 * column)) = make_float2(sums[t][0][0], sums[t][0][2]);
+      *reinterpret_cast<float2*>(own + place_of(2 * column + 1)) = make_float2(sums[t][0][1], sums[t][0][3]);
+    }
+  };
+
+  // In the softmax a lane has one head, as the factor of the sum over positions wants it: of 16 positions 2 * column,
+  // + 8, + 1 and + 9, and where there are more than 16, rows from kHeads on have every second 16.
+  const int head = row % kHeads, own_tile = kTiles > 1 ? row / kHeads : 0;
+  const auto position_of = [&](int j, int i) { return 16 * (2 * j + own_tile) + 2 * column + i / 2 + i % 2 * 8; };
+  const float* own_parts = parts + kPart * own_tile + place_of(head) + 4 * column;
   const float bias = head < a.heads && a.b.data != nullptr ? value_of(a.b, head) : 0.f;
+  const uint32_t ones = row == kHeads ? packed<T>(1.f, 1.f) : 0;  // the mean's weights
 
   __syncthreads();
-  int stage = 0, stage_before = -1;
+  int stage = 0, buffer = 0, writer = 0;
   uint32_t parity = 0;
+  if (first < last) {
+    barrier_wait(full(0), 0);
+    make_part(base, parts);
+  }
+  __syncthreads();
   for (int split = first; split < last; ++split) {
-    const int image = split / splits;
-    float m[kHeads], d[kHeads];  // d: of this lane's positions
-    float sums[kBlocks][4];      // [16 channels, 8 columns]: heads, then the mean
-#pragma unroll
-    for (int k = 0; k < kHeads; ++k) m[k] = -INFINITY, d[k] = 0;
+    const int image = split / splits, begin = begin_of(split), end = end_of(split);
+    float m = -INFINITY, d = 0;  // of this lane's head; d: of its positions
+    float sums[kBlocks][4];      // P [16 channels, 8 columns]
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums[b][i] = 0;
 
-    for (int of_image = begin_of(split); of_image < end_of(split); ++of_image) {
-      const int position = of_image * cut.tile, count = min(cut.tile, a.positions - position);
-      const uint32_t z = base + stage * cut.stage_bytes;
-      barrier_wait(full(stage), parity);
+    for (int of_image = begin; of_image < end; ++of_image) {
+      const int position = of_image * kTile, count = a.positions - position;
 
-      // Logits, of this warp's channels.
-      float both[kTiles][2][4];  // two chains of products that don't wait for each other
+      // Logits, of all channels.
+      float l[kOwn][4];
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-        for (int i = 0; i < 8; ++i) both[tile][i / 4][i % 4] = 0;
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b)
-#pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-          uint32_t fragment[4];
-          load_factor<kLayout, true>(fragment, z + address(tile, b));
-          mma<T>(both[tile][b % 2], fragment, masks[b][0], masks[b][1]);
-        }
-      if (column < kHeads / 2)
-#pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-          for (int half = 0; half < 2; ++half)
-            *reinterpret_cast<float2*>(parts + warp * kEntries + (16 * tile + 8 * half + row) * kHeads + 2 * column) =
-                make_float2(both[tile][0][2 * half] + both[tile][1][2 * half],
-                            both[tile][0][2 * half + 1] + both[tile][1][2 * half + 1]);
-      __syncthreads();
-      // All warps are through with the tile before.
-      if (threadIdx.x == 0 && stage_before >= 0) load(stage_before);
-
-      // Of all channels.
-      for (int entry = threadIdx.x; entry < kEntries; entry += threads) {
-        float logit = bias;
+      for (int i = 0; i < 4 * kOwn; ++i) l[i / 4][i % 4] = bias;
+      const float* from = own_parts + buffer * warps * part_floats;
 #pragma unroll 4
-        for (int other = 0; other < warps; ++other) logit += parts[other * kEntries + entry];
-        const int s = entry / kHeads;
-        logits[entry] = s < count ? logit : -INFINITY;
-        if (a.logits != nullptr && s < count && head < a.heads)
-          a.logits[(static_cast<int64_t>(image) * a.heads + head) * a.positions + position + s] = logit;
-      }
-      __syncthreads();
-
-      // The softmax, by each warp for itself.
-      float l[kOwn][kHeads], shrink[kHeads];
+      for (int other = 0; other < warps; ++other, from += part_floats)
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
-        float4 own = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
-        if (32 * i + lane < 16 * kTiles) own = *reinterpret_cast<const float4*>(logits + kHeads * (32 * i + lane));
-        l[i][0] = own.x, l[i][1] = own.y, l[i][2] = own.z, l[i][3] = own.w;
-      }
-      bool shrinks = false;
-#pragma unroll
-      for (int k = 0; k < kHeads; ++k) {
-        float most = l[0][k];
-#pragma unroll
-        for (int i = 1; i < kOwn; ++i) most = maximum(most, l[i][k]);
-        most = maximum(m[k], warp_maximum(most));
-        const float start = origin(most);
-        shrink[k] = __expf(m[k] - start);
-        shrinks = shrinks || shrink[k] != 1;
-        m[k] = most;
-        d[k] *= shrink[k];
-#pragma unroll
-        for (int i = 0; i < kOwn; ++i) {
-          l[i][k] = __expf(l[i][k] - start);
-          d[k] += l[i][k];
+        for (int j = 0; j < kOwn; ++j) {
+          const float4 part = *reinterpret_cast<const float4*>(from + 2 * kPart * j);
+          l[j][0] += part.x, l[j][1] += part.y, l[j][2] += part.z, l[j][3] += part.w;
         }
-      }
+      if (a.logits != nullptr && warp == writer && head < a.heads && own_tile == row / kHeads) {
+        float* to = a.logits + (static_cast<int64_t>(image) * a.heads + head) * a.positions + position;
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
-        const int s = 32 * i + lane;
-        const float real = s < count ? 1 : 0;
-        if (s < 16 * kTiles)
-          own_weights[s] =
-              make_uint4(packed<T>(l[i][0], l[i][1]), packed<T>(l[i][2], l[i][3]), packed<T>(real, 0.f), 0);
+        for (int i = 0; i < 4 * kOwn; ++i)
+          if (position_of(i / 4, i % 4) < count) to[position_of(i / 4, i % 4)] = l[i / 4][i % 4];
       }
-      __syncwarp();
-      uint32_t weights[kTiles][2];  // [positions, columns]
+      if (++writer == warps) writer = 0;
+      if (count < kTile)
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile)
-        load_matrix_transposed(weights[tile], shared_address(own_weights + 16 * tile + lane % 16));
-      if (shrinks) {  // alike in all lanes
-        const float low = column == 0 ? shrink[0] : column == 1 ? shrink[2] : 1.f;
-        const float high = column == 0 ? shrink[1] : column == 1 ? shrink[3] : 1.f;
+        for (int i = 0; i < 4 * kOwn; ++i)
+          if (position_of(i / 4, i % 4) >= count) l[i / 4][i % 4] = -INFINITY;
+
+      // The softmax.
+      float most = l[0][0];
+#pragma unroll
+      for (int i = 1; i < 4 * kOwn; ++i) most = maximum(most, l[i / 4][i % 4]);
+      most = maximum(most, __shfl_xor_sync(kAll, most, 1));
+      most = maximum(most, __shfl_xor_sync(kAll, most, 2));
+      if (kTiles > 1) most = maximum(most, __shfl_xor_sync(kAll, most, 16));
+      most = maximum(m, most);
+      const float start = origin(most), shrink = power_of_two((m - start) * kLog2OfE);
+      m = most;
+      d *= shrink;
+#pragma unroll
+      for (int i = 0; i < 4 * kOwn; ++i) {
+        l[i / 4][i % 4] = power_of_two((l[i / 4][i % 4] - start) * kLog2OfE);
+        d += l[i / 4][i % 4];
+      }
+      uint32_t weights[kTiles][2];  // [16 positions, 8 columns]
+#pragma unroll
+      for (int j = 0; j < kOwn; ++j)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint32_t own = packed<T>(l[j][half], l[j][2 + half]);
+          weights[2 * j][half] = row < kHeads ? own : ones;
+          if constexpr (kTiles > 1) {
+            const uint32_t other = __shfl_xor_sync(kAll, own, 16);
+            weights[2 * j + 1][half] = row < kHeads ? other : ones;
+          }
+        }
+      if (__any_sync(kAll, shrink != 1)) {
+        float low = __shfl_sync(kAll, shrink, 8 * column), high = __shfl_sync(kAll, shrink, 8 * column + 4);
+        if (column >= kHeads / 2) low = high = 1;
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
           sums[b][0] *= low, sums[b][1] *= high;
@@ -204,74 +236,110 @@ __global__ void __launch_bounds__(32 * kMostWarps / kPer, kPer)
         }
       }
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b)
+      for (int t = 0; t < kTiles; ++t)
 #pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
+        for (int b = 0; b < kBlocks; ++b) {
           uint32_t fragment[4];
-          load_factor<kLayout, false>(fragment, z + address(tile, b));
-          mma<T>(sums[b], fragment, weights[tile][0], weights[tile][1]);
+          load_rows<!kLast>(fragment, address(base + stage * cut.stage_bytes + over_positions, b, t));
+          mma<T>(sums[b], fragment, weights[t][0], weights[t][1]);
         }
-      __syncwarp();
-      stage_before = stage;
+
+      // The tile after, perhaps of the next image, so that one barrier is enough.
+      const int used = stage;
       if (++stage == cut.stages) stage = 0, parity ^= 1;
+      buffer ^= 1;
+      if (of_image + 1 < end || split + 1 < last) {
+        barrier_wait(full(stage), parity);
+        make_part(base + stage * cut.stage_bytes, parts + buffer * warps * part_floats);
+      }
+      __syncthreads();
+      if (threadIdx.x == 0) load(used);
     }
 
     // The image's end: P, scores, gates, features.
-#pragma unroll
-    for (int k = 0; k < kHeads; ++k) d[k] = warp_sum(d[k]);
-    const bool whole = splits == 1;
-    const int rows = a.heads + (a.mean != nullptr);
-    const int64_t part = static_cast<int64_t>(split) * rows;
-    if (warp == 0 && lane < a.heads) {
-      const float own = lane == 0 ? m[0] : lane == 1 ? m[1] : lane == 2 ? m[2] : m[3];
-      const float total = lane == 0 ? d[0] : lane == 1 ? d[1] : lane == 2 ? d[2] : d[3];
+    d += __shfl_xor_sync(kAll, d, 1);
+    d += __shfl_xor_sync(kAll, d, 2);
+    if (kTiles > 1) d += __shfl_xor_sync(kAll, d, 16);
+    const bool whole = splits == 1, is_mean = 2 * column == kMean;
+    const int64_t part = static_cast<int64_t>(split) * (a.heads + (a.mean != nullptr));
+    if (warp == 0 && column == 0 && row < a.heads) {
       if (whole) {
-        a.lse[image * a.heads + lane] = origin(own) + __logf(total);
+        a.lse[static_cast<int64_t>(image) * a.heads + row] = origin(m) + __logf(d);
       } else {
-        a.part_m[part + lane] = own;
-        a.part_d[part + lane] = total;
+        a.part_m[part + row] = m;
+        a.part_d[part + row] = d;
       }
     }
-    const int positions = min(end_of(split) * cut.tile, a.positions) - begin_of(split) * cut.tile;
     if (!whole && threadIdx.x == 0 && a.mean != nullptr) {
       a.part_m[part + a.heads] = 0;
-      a.part_d[part + a.heads] = static_cast<float>(positions);
+      a.part_d[part + a.heads] = static_cast<float>(min(end * kTile, a.positions) - begin * kTile);
     }
-    // Columns 2 * column and + 1 of P become rows in shared memory.
-    const float low = whole ? 1 / (column == 0 ? d[0] : column == 1 ? d[2] : a.positions) : 1.f;
-    const float high = whole ? 1 / (column == 0 ? d[1] : d[3]) : 1.f;
+    // Where a lane's columns go, 2 * column and + 1; nowhere if there are none.
+    const int channel =
+        first_channel + row + row % 2 * 7;  // of pairs: even rows have row and + 1, others row + 7 and + 8
+    float *low_to = nullptr, *high_to = nullptr;
+    if (whole) {
+      float* pooled = a.pooled + (static_cast<int64_t>(image) * a.heads + 2 * column) * a.channels + channel;
+      if (2 * column < a.heads) low_to = pooled;
+      if (2 * column + 1 < a.heads) high_to = pooled + a.channels;
+      if (is_mean && a.mean != nullptr) low_to = a.mean + static_cast<int64_t>(image) * a.channels + channel;
+    } else {
+      float* pooled = a.part_p + (part + (is_mean ? a.heads : 2 * column)) * a.channels + channel;
+      if (is_mean ? a.mean != nullptr : 2 * column < a.heads) low_to = pooled;
+      if (2 * column + 1 < a.heads) high_to = pooled + a.channels;
+    }
+    const float scale = whole ? 1 / d : 1.f, of_low = __shfl_sync(kAll, scale, 8 * column);
+    const float high = __shfl_sync(kAll, scale, 8 * column + 4);
+    const float low = is_mean ? (whole ? 1.f / a.positions : 1.f) : of_low;
+    float low_score = 0, high_score = 0;
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b)
+    for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float* to = pooled + 2 * column * rest.pitch + first_channel + 16 * b + 8 * half + row;
-        if (2 * column <= kMean) to[0] = sums[b][2 * half] * low;
-        if (2 * column < kMean) to[rest.pitch] = sums[b][2 * half + 1] * high;
+      for (int i = 0; i < 2; ++i) {  // of a column: of channels row and row + 8 make two adjacent ones
+        float &x = sums[b][i], &y = sums[b][2 + i];
+        const float other = __shfl_xor_sync(kAll, row % 2 == 0 ? y : x, 4);
+        (row % 2 == 0 ? y : x) = other;
+        x *= i == 0 ? low : high;
+        y *= i == 0 ? low : high;
       }
-    __syncthreads();
-    const int chunks = (a.channels + kChannels - 1) / kChannels;
-    const auto values_at = [&](int r, int channel) {
-      return *reinterpret_cast<const float4*>(pooled + (r == a.heads ? kMean : r) * rest.pitch + channel);
-    };
-    for (int unit = warp; unit < rows * chunks; unit += warps) {
-      const int r = unit / chunks, channel = unit % chunks * kChannels + 4 * lane;
-      if (!whole) {
-        if (channel < a.channels)
-          *reinterpret_cast<float4*>(a.part_p + (part + r) * a.channels + channel) = values_at(r, channel);
-        continue;
-      }
-      const float part = channel < a.channels ? store_pooled(a, image, r, channel, values_at(r, channel)) : 0.f;
-      if (r == a.heads || a.gated == 0) continue;
-      const float sum = warp_sum(part);
-      if (lane == 0) score_parts[unit % chunks * kHeads + r] = sum;
+      if (low_to != nullptr) *reinterpret_cast<float2*>(low_to + 16 * b) = make_float2(sums[b][0], sums[b][2]);
+      if (high_to != nullptr) *reinterpret_cast<float2*>(high_to + 16 * b) = make_float2(sums[b][1], sums[b][3]);
     }
     if (a.gated == 0 || !whole) continue;
+    if (2 * column < a.heads) {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        const float2 of = two_of(a.score_w, 2 * column * a.channels + channel + 16 * b);
+        low_score += sums[b][0] * of.x + sums[b][2] * of.y;
+      }
+    }
+    if (2 * column + 1 < a.heads) {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        const float2 of = two_of(a.score_w, (2 * column + 1) * a.channels + channel + 16 * b);
+        high_score += sums[b][1] * of.x + sums[b][3] * of.y;
+      }
+    }
+#pragma unroll
+    for (int lanes = 4; lanes < 32; lanes *= 2) {
+      low_score += __shfl_xor_sync(kAll, low_score, lanes);
+      high_score += __shfl_xor_sync(kAll, high_score, lanes);
+    }
+    if (row == 0 && column < kHeads / 2)
+      *reinterpret_cast<float2*>(score_parts + kHeads * warp + 2 * column) = make_float2(low_score, high_score);
     __syncthreads();
     float gates[kHeads];
-    make_gates(a, image, score_parts, chunks, gates);
-    for (int unit = warp; unit < a.gated * chunks; unit += warps) {
-      const int r = unit / chunks, channel = unit % chunks * kChannels + 4 * lane;
-      if (channel < a.channels) store_features<T>(a, image, r, channel, values_at(r, channel), gate_of(gates, r));
+    make_gates(a, image, score_parts, warps, gates);
+    T* features =
+        static_cast<T*>(a.features) + (static_cast<int64_t>(image) * a.gated + 2 * column) * a.channels + channel;
+    const float low_gate = column == 0 ? gates[0] : gates[2], high_gate = column == 0 ? gates[1] : gates[3];
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      if (2 * column < a.gated)
+        *reinterpret_cast<uint32_t*>(features + 16 * b) = packed<T>(low_gate * sums[b][0], low_gate * sums[b][2]);
+      if (2 * column + 1 < a.gated)
+        *reinterpret_cast<uint32_t*>(features + a.channels + 16 * b) =
+            packed<T>(high_gate * sums[b][1], high_gate * sums[b][3]);
     }
   }
 #endif  // AR_HOPPER
@@ -281,37 +349,66 @@ Layout layout_of(const ForwardSweep& a) {
   return is_of(Layout::kChannelsLast, a.z) ? Layout::kChannelsLast : Layout::kNchw;
 }
 
-Cut forward_cut(const ForwardSweep& a) {
-  return cut_of(layout_of(a), a.channels, a.positions, 1, rest_of(kMostWarps, kRow, a.channels).bytes);
+// With so many blocks on a multiprocessor. No stages: it does not fit.
+Cut forward_cut(const ForwardSweep& a, int per_processor) {
+  const bool last = layout_of(a) == Layout::kChannelsLast;
+  const int unit = last ? kRow : 16, most_blocks = last ? kMostBlocks : 4;
+  Cut cut = {};
+  if (a.channels < unit || a.channels % unit != 0 || a.positions < 1) return cut;
+  cut.per_processor = per_processor;
+  cut.blocks = unit / 16;
+  cut.warps = a.channels / unit;
+  while (cut.warps > kWarps && cut.warps % 2 == 0 && cut.blocks < most_blocks) cut.blocks *= 2, cut.warps /= 2;
+  if (cut.warps > kMostWarps / per_processor) return cut;
+  cut.tile = last ? 16 : kRow;
+  while (cut.tile < kRow && cut.tile < a.positions && 2 * cut.tile * 2 * a.channels <= kFewBytes) cut.tile *= 2;
+  cut.tiles = (a.positions + cut.tile - 1) / cut.tile;
+  cut.boxes = last ? 1 : (a.channels + kMostBoxRows - 1) / kMostBoxRows;
+  while (a.channels % cut.boxes != 0) ++cut.boxes;
+  cut.stage_bytes = cut.map_bytes = cut.tile * 2 * a.channels;
+  const int parts = 2 * cut.warps * cut.tile * kHeads * 4, scores = cut.warps * kHeads * 4;
+  const int shared = (kSharedBytes + 1024) / per_processor - 1024;  // 1024 of each block's are the system's
+  const int stages = (shared - 1024 - parts - scores - 8 * kMostStages) / cut.stage_bytes;
+  cut.stages = stages < 2 ? 0 : std::min(stages, kMostStages);
+  cut.parts = cut.stages * cut.stage_bytes;
+  cut.rest = cut.parts + parts;
+  cut.barriers = cut.rest + scores;
+  cut.bytes = cut.barriers + 8 * kMostStages + 1024;  // tiles begin at a multiple of 1024
+  return cut;
 }
 
-template <class T, Layout kLayout, int kBlocks, int kTiles, int kPer>
+// As many blocks a multiprocessor as have three stages each: one works while others wait.
+Cut forward_cut(const ForwardSweep& a) {
+  for (int per_processor = 4; per_processor > 1; per_processor /= 2) {
+    const Cut cut = forward_cut(a, per_processor);
+    if (cut.stages >= 3) return cut;
+  }
+  return forward_cut(a, 1);
+}
+
+template <class T, Layout kLayout, int kBlocks, int kTiles>
 cudaError_t sweep(const ForwardSweep& a, const Cut& cut, cudaStream_t stream) {
   CUtensorMap z;
   if (!encode<T>(kLayout, &z, a.z, a.images, a.channels, a.positions, cut)) return cudaErrorInvalidValue;
-  return launch<forward_kernel<T, kLayout, kBlocks, kTiles, kPer>>(
+  return launch<forward_kernel<T, kLayout, kBlocks, kTiles>>(
       static_cast<int>(
           std::min<int64_t>(static_cast<int64_t>(a.images) * std::max(a.splits, 1), cut.per_processor * processors())),
-      32 * cut.warps, cut.bytes, stream, z, a, cut, rest_of(cut.warps, 16 * kTiles, a.channels));
+      32 * cut.warps, cut.bytes, stream, z, a, cut);
 }
 
 template <class T>
 cudaError_t sweep(const ForwardSweep& a, cudaStream_t stream) {
   const Cut cut = forward_cut(a);
-  const bool two = cut.per_processor == 2, few = cut.tile <= 16;
-  if (layout_of(a) == Layout::kNchw) {
-    if (cut.blocks == 1)
-      return two ? sweep<T, Layout::kNchw, 1, 4, 2>(a, cut, stream) : sweep<T, Layout::kNchw, 1, 4, 1>(a, cut, stream);
-    if (cut.blocks == 2)
-      return two ? sweep<T, Layout::kNchw, 2, 4, 2>(a, cut, stream) : sweep<T, Layout::kNchw, 2, 4, 1>(a, cut, stream);
-    return sweep<T, Layout::kNchw, 4, 4, 1>(a, cut, stream);
+  constexpr Layout kLast = Layout::kChannelsLast, kNchw = Layout::kNchw;
+  if (layout_of(a) == kNchw) {
+    if (cut.blocks == 1) return sweep<T, kNchw, 1, 4>(a, cut, stream);
+    return cut.blocks == 2 ? sweep<T, kNchw, 2, 4>(a, cut, stream) : sweep<T, kNchw, 4, 4>(a, cut, stream);
   }
-  constexpr Layout kLast = Layout::kChannelsLast;
-  if (cut.blocks == 4 && few)
-    return two ? sweep<T, kLast, 4, 1, 2>(a, cut, stream) : sweep<T, kLast, 4, 1, 1>(a, cut, stream);
-  if (cut.blocks == 4) return two ? sweep<T, kLast, 4, 2, 2>(a, cut, stream) : sweep<T, kLast, 4, 2, 1>(a, cut, stream);
-  if (few) return two ? sweep<T, kLast, 8, 1, 2>(a, cut, stream) : sweep<T, kLast, 8, 1, 1>(a, cut, stream);
-  return sweep<T, kLast, 8, 2, 1>(a, cut, stream);
+  // More than 4 blocks of channels a warp come with more than 512 channels, so with 16 positions a tile.
+  if (cut.blocks == 16) return sweep<T, kLast, 16, 1>(a, cut, stream);
+  if (cut.blocks == 8) return sweep<T, kLast, 8, 1>(a, cut, stream);
+  if (cut.tile == 16) return sweep<T, kLast, 4, 1>(a, cut, stream);
+  return cut.tile == 32 ? sweep<T, kLast, 4, 2>(a, cut, stream) : sweep<T, kLast, 4, 4>(a, cut, stream);
 }
 
 }  // namespace

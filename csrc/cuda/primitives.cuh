@@ -334,6 +334,13 @@ __device__ __forceinline__ float maximum(float a, float b) {
   return result;
 }
 
+// 2 to a power, 0 where the result is denormal: one instruction.
+__device__ __forceinline__ float power_of_two(float power) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(power));
+  return result;
+}
+
 #endif  // AR_EMULATOR
 
 // ------------------------------------------------------------------------------------------------ values

@@ -234,6 +234,7 @@ void mma(float (&c)[4], const uint32_t (&a)[2], uint32_t b, Site site = Site::he
   emulator::multiply(c, a, &b, 8, std::is_same_v<T, __half>);
 }
 
+inline float power_of_two(float power) { return exp2f(power); }
 inline float maximum(float a, float b) { return a != a ? a : b != b ? b : fmaxf(a, b); }
 
 }  // namespace ar_kernels
