@@ -29,12 +29,22 @@ constexpr float kLog2OfE = 1.44269504089f;
 // are then stored, and by heads loaded, without bank conflicts.
 __device__ __forceinline__ int place_of(int head) { return 16 * (head % 2 == 0 ? head / 2 : 3 - head / 2); }
 
-// Two adjacent values.
-__device__ __forceinline__ float2 two_of(const Values& values, int index) {
-  if (values.kind == Kind::kFloat)
-    return *reinterpret_cast<const float2*>(static_cast<const float*>(values.data) + index);
-  const uint32_t word = *reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(values.data) + index);
-  return values.kind == Kind::kHalf ? unpacked<__half>(word) : unpacked<__nv_bfloat16>(word);
+// Two adjacent weights of a head, in the map's dtype.
+template <class T>
+__device__ __forceinline__ uint32_t pair_at(const T* from) {
+  return *reinterpret_cast<const uint32_t*>(from);
+}
+template <class T>
+__device__ __forceinline__ uint32_t pair_at(const float* from) {
+  const float2 pair = *reinterpret_cast<const float2*>(from);
+  return packed<T>(pair.x, pair.y);
+}
+
+// Of a score, in float32.
+__device__ __forceinline__ float2 floats_at(const float* from) { return *reinterpret_cast<const float2*>(from); }
+template <class T>
+__device__ __forceinline__ float2 floats_at(const T* from) {
+  return unpacked<T>(*reinterpret_cast<const uint32_t*>(from));
 }
 
 // The first factor of a product whose rows are those of shared memory (kStraight), or its columns.
@@ -61,7 +71,7 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
   constexpr int kOwn = (kTiles + 1) / 2;                // lanes have logits of every other 16 positions
   uint8_t* memory = shared_memory();
   memory += -shared_address(memory) & 1023;
-  const uint32_t base = shared_address(memory);
+  const uint32_t base = kept(shared_address(memory));
   const auto full = [&](int stage) { return base + cut.barriers + 8 * stage; };
   const int splits = max(a.splits, 1), split_tiles = (cut.tiles + splits - 1) / splits;
   const int64_t splits_in_all = static_cast<int64_t>(a.images) * splits;
@@ -105,19 +115,25 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
     return swizzled(8 * (straight ? of_rows : of_sum) + lane % 8, straight ? of_sum : of_rows) +
            512 * kBlocks * kTiles * warp;
   };
-  const uint32_t over_channels = row_of(true), over_positions = row_of(false);
+  const uint32_t over_channels = kept(row_of(true)), over_positions = kept(row_of(false));
   // The row of block b and tile t, where `at` is the first one's.
   const auto address = [&](uint32_t at, int b, int t) {
     return kLast ? (at ^ b % 4 * 32) + b / 4 * kTile * 128 + t * 16 * 128 : (at ^ t * 32) + b * 16 * 128;
   };
 
   uint32_t masks[kBlocks][2];  // W_H
+  const int of_masks = min(row, a.heads - 1) * a.channels + first_channel + 2 * column;
+  const auto load_masks = [&](const auto* w) {
 #pragma unroll
-  for (int b = 0; b < kBlocks; ++b)
+    for (int i = 0; i < 2 * kBlocks; ++i) masks[i / 2][i % 2] = pair_at<T>(w + of_masks + 8 * i);
+  };
+  if (a.w.kind == Kind::kFloat)  // asked once, so that no load waits for another
+    load_masks(static_cast<const float*>(a.w.data));
+  else
+    load_masks(static_cast<const T*>(a.w.data));
+  if (row >= a.heads)
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      masks[b][half] =
-          row < a.heads ? weight_pair<T>(a.w, row * a.channels + first_channel + 16 * b + 8 * half + 2 * column) : 0;
+    for (int i = 0; i < 2 * kBlocks; ++i) masks[i / 2][i % 2] = 0;
 
   // This warp's part of a tile's logits.
   const auto make_part = [&](uint32_t z, float* to) {
@@ -152,6 +168,7 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
   const auto position_of = [&](int j, int i) { return 16 * (2 * j + own_tile) + 2 * column + i / 2 + i % 2 * 8; };
   const float* own_parts = parts + kPart * own_tile + place_of(head) + 4 * column;
   const float bias = head < a.heads && a.b.data != nullptr ? value_of(a.b, head) : 0.f;
+  const float score_bias = head < a.heads && a.score_b.data != nullptr ? value_of(a.score_b, head) : 0.f;
   const uint32_t ones = row == kHeads ? packed<T>(1.f, 1.f) : 0;  // the mean's weights
 
   __syncthreads();
@@ -291,7 +308,21 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
     const float scale = whole ? 1 / d : 1.f, of_low = __shfl_sync(kAll, scale, 8 * column);
     const float high = __shfl_sync(kAll, scale, 8 * column + 4);
     const float low = is_mean ? (whole ? 1.f / a.positions : 1.f) : of_low;
-    float low_score = 0, high_score = 0;
+    const bool scored = a.gated > 0 && whole;
+    float2 score_weights[kBlocks][2];  // of heads 2 * column and + 1; asked for before they are needed
+    const auto load_score_weights = [&](const auto* w) {
+      const int of_low = min(2 * column, a.heads - 1) * a.channels + channel;
+      const int of_high = min(2 * column + 1, a.heads - 1) * a.channels + channel;
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        score_weights[b][0] = floats_at(w + of_low + 16 * b);
+        score_weights[b][1] = floats_at(w + of_high + 16 * b);
+      }
+    };
+    if (scored && a.score_w.kind == Kind::kFloat) load_score_weights(static_cast<const float*>(a.score_w.data));
+    if (scored && a.score_w.kind == Kind::kHalf) load_score_weights(static_cast<const __half*>(a.score_w.data));
+    if (scored && a.score_w.kind == Kind::kBFloat16)
+      load_score_weights(static_cast<const __nv_bfloat16*>(a.score_w.data));
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
@@ -305,20 +336,12 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
       if (low_to != nullptr) *reinterpret_cast<float2*>(low_to + 16 * b) = make_float2(sums[b][0], sums[b][2]);
       if (high_to != nullptr) *reinterpret_cast<float2*>(high_to + 16 * b) = make_float2(sums[b][1], sums[b][3]);
     }
-    if (a.gated == 0 || !whole) continue;
-    if (2 * column < a.heads) {
+    if (!scored) continue;
+    float low_score = 0, high_score = 0;
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
-        const float2 of = two_of(a.score_w, 2 * column * a.channels + channel + 16 * b);
-        low_score += sums[b][0] * of.x + sums[b][2] * of.y;
-      }
-    }
-    if (2 * column + 1 < a.heads) {
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
-        const float2 of = two_of(a.score_w, (2 * column + 1) * a.channels + channel + 16 * b);
-        high_score += sums[b][1] * of.x + sums[b][3] * of.y;
-      }
+    for (int b = 0; b < kBlocks; ++b) {
+      low_score += sums[b][0] * score_weights[b][0].x + sums[b][2] * score_weights[b][0].y;
+      high_score += sums[b][1] * score_weights[b][1].x + sums[b][3] * score_weights[b][1].y;
     }
 #pragma unroll
     for (int lanes = 4; lanes < 32; lanes *= 2) {
@@ -328,11 +351,21 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
     if (row == 0 && column < kHeads / 2)
       *reinterpret_cast<float2*>(score_parts + kHeads * warp + 2 * column) = make_float2(low_score, high_score);
     __syncthreads();
-    float gates[kHeads];
-    make_gates(a, image, score_parts, warps, gates);
+    float score = score_bias;  // of this lane's head
+#pragma unroll 4
+    for (int other = 0; other < warps; ++other) score += score_parts[kHeads * other + head];
+    float gate = head < a.gated ? __expf(gate_tanh(score)) : 0.f, total = gate;
+    total += __shfl_xor_sync(kAll, total, 4);
+    total += __shfl_xor_sync(kAll, total, 8);
+    gate /= total;
+    if (warp == 0 && column == 0 && row < a.heads) {
+      a.scores[static_cast<int64_t>(image) * a.heads + row] = score;
+      if (row < a.gated) a.gates[static_cast<int64_t>(image) * a.gated + row] = gate;
+    }
+    const float low_gate = __shfl_sync(kAll, gate, 8 * column);
+    const float high_gate = __shfl_sync(kAll, gate, 8 * column + 4);
     T* features =
         static_cast<T*>(a.features) + (static_cast<int64_t>(image) * a.gated + 2 * column) * a.channels + channel;
-    const float low_gate = column == 0 ? gates[0] : gates[2], high_gate = column == 0 ? gates[1] : gates[3];
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       if (2 * column < a.gated)

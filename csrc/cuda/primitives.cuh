@@ -41,6 +41,12 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The same value, which the compiler now keeps in a register instead of finding it anew in each turn of a loop.
+__device__ __forceinline__ uint32_t kept(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // ------------------------------------------------------------------------------------------------ mbarrier
 
 // A barrier is one 64-bit word of shared memory. Its phase ends when all arrivals and all announced bytes have come;

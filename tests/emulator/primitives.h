@@ -15,6 +15,8 @@ inline uint32_t shared_address(const void* pointer, Site site = Site::here()) {
   return emulator::shared_address(pointer);
 }
 
+inline uint32_t kept(uint32_t value) { return value; }
+
 // ------------------------------------------------------------------------------------------------ mbarrier
 
 inline void barrier_init(uint32_t barrier, uint32_t arrivals, Site site = Site::here()) {
