@@ -23,6 +23,7 @@ constexpr int kPart = 16 * kHeads;    // logits of 16 positions
 constexpr int kMostBlocks = 16;       // of 16 channels, of a warp
 constexpr int kWarps = 8;             // of a block, if so many suffice: each knows the softmax for itself
 constexpr int kFewBytes = 32 * 1024;  // of a tile of channels_last, if that has 16 positions or more
+constexpr float kSlack = 8;           // e^8 is a weight that float16 still has
 constexpr float kLog2OfE = 1.44269504089f;
 
 // Where a part of logits [kHeads, 16 positions] has a head: sums over channels, where a lane has heads 2i and 2i + 1,
@@ -215,17 +216,27 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
         for (int i = 0; i < 4 * kOwn; ++i)
           if (position_of(i / 4, i % 4) >= count) l[i / 4][i % 4] = -INFINITY;
 
-      // The softmax.
+      // The softmax. What exponents are counted from follows the maximum where that has grown by more than kSlack.
       float most = l[0][0];
 #pragma unroll
       for (int i = 1; i < 4 * kOwn; ++i) most = maximum(most, l[i / 4][i % 4]);
-      most = maximum(most, __shfl_xor_sync(kAll, most, 1));
-      most = maximum(most, __shfl_xor_sync(kAll, most, 2));
-      if (kTiles > 1) most = maximum(most, __shfl_xor_sync(kAll, most, 16));
-      most = maximum(m, most);
-      const float start = origin(most), shrink = power_of_two((m - start) * kLog2OfE);
-      m = most;
-      d *= shrink;
+      if (__any_sync(kAll, !(most <= m + kSlack))) {  // NaN too
+        most = maximum(most, __shfl_xor_sync(kAll, most, 1));
+        most = maximum(most, __shfl_xor_sync(kAll, most, 2));
+        if (kTiles > 1) most = maximum(most, __shfl_xor_sync(kAll, most, 16));
+        most = maximum(m, most);
+        const float shrink = power_of_two((m - origin(most)) * kLog2OfE);
+        m = most;
+        d *= shrink;
+        float low = __shfl_sync(kAll, shrink, 8 * column), high = __shfl_sync(kAll, shrink, 8 * column + 4);
+        if (column >= kHeads / 2) low = high = 1;
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+          sums[b][0] *= low, sums[b][1] *= high;
+          sums[b][2] *= low, sums[b][3] *= high;
+        }
+      }
+      const float start = origin(m);
 #pragma unroll
       for (int i = 0; i < 4 * kOwn; ++i) {
         l[i / 4][i % 4] = power_of_two((l[i / 4][i % 4] - start) * kLog2OfE);
@@ -243,15 +254,6 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
             weights[2 * j + 1][half] = row < kHeads ? other : ones;
           }
         }
-      if (__any_sync(kAll, shrink != 1)) {
-        float low = __shfl_sync(kAll, shrink, 8 * column), high = __shfl_sync(kAll, shrink, 8 * column + 4);
-        if (column >= kHeads / 2) low = high = 1;
-#pragma unroll
-        for (int b = 0; b < kBlocks; ++b) {
-          sums[b][0] *= low, sums[b][1] *= high;
-          sums[b][2] *= low, sums[b][3] *= high;
-        }
-      }
 #pragma unroll
       for (int t = 0; t < kTiles; ++t)
 #pragma unroll
