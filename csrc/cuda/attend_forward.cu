@@ -103,8 +103,8 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
   // A lane's place in what a warp has of a matrix: row `row`, columns 2 * column and + 1 (primitives.cuh). In P rows
   // are channels; columns are heads, then the mean.
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
-  const int warps = blockDim.x / 32, first_channel = 16 * kBlocks * warp;
-  const int part_floats = kTiles * kPart;
+  const int warps = kept(blockDim.x / 32), first_channel = 16 * kBlocks * warp;
+  constexpr int kPartFloats = kTiles * kPart;
   float* parts = reinterpret_cast<float*>(memory + cut.parts);       // [2, warps, kTiles, kPart]
   float* score_parts = reinterpret_cast<float*>(memory + cut.rest);  // [warps, kHeads]
 
@@ -132,12 +132,18 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
     load_masks(static_cast<const float*>(a.w.data));
   else
     load_masks(static_cast<const T*>(a.w.data));
+  // Weights of scores are needed when nothing is left to do meanwhile.
+  const int score_bytes = a.gated > 0 ? a.heads * a.channels * (a.score_w.kind == Kind::kFloat ? 4 : 2) : 0;
+  for (int byte = 128 * threadIdx.x; byte < score_bytes; byte += 128 * blockDim.x)
+    prefetch(static_cast<const char*>(a.score_w.data) + byte);
   if (row >= a.heads)
 #pragma unroll
     for (int i = 0; i < 2 * kBlocks; ++i) masks[i / 2][i % 2] = 0;
 
   // This warp's part of a tile's logits.
-  const auto make_part = [&](uint32_t z, float* to) {
+  const int of_part = kept(kPartFloats * warp + 2 * row + place_of(2 * column));
+  const int to_next = place_of(2 * column + 1) - place_of(2 * column);  // head
+  const auto make_part = [&](uint32_t z, int buffer) {
     float sums[kTiles][kChains][4];
 #pragma unroll
     for (int t = 0; t < kTiles; ++t)
@@ -157,9 +163,9 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
       for (int i = 0; i < 4 * (kChains - 1); ++i) sums[t][0][i % 4] += sums[t][1 + i / 4][i % 4];
       if (column >= kHeads / 2) continue;
       // Positions p and p + 8 are adjacent.
-      float* own = to + part_floats * warp + kPart * t + 2 * row;
-      *reinterpret_cast<float2*>(own + place_of(2 * column)) = make_float2(sums[t][0][0], sums[t][0][2]);
-      *reinterpret_cast<float2*>(own + place_of(2 * column + 1)) = make_float2(sums[t][0][1], sums[t][0][3]);
+      float* to = parts + buffer + of_part + kPart * t;
+      *reinterpret_cast<float2*>(to) = make_float2(sums[t][0][0], sums[t][0][2]);
+      *reinterpret_cast<float2*>(to + to_next) = make_float2(sums[t][0][1], sums[t][0][3]);
     }
   };
 
@@ -167,17 +173,17 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
   // + 8, + 1 and + 9, and where there are more than 16, rows from kHeads on have every second 16.
   const int head = row % kHeads, own_tile = kTiles > 1 ? row / kHeads : 0;
   const auto position_of = [&](int j, int i) { return 16 * (2 * j + own_tile) + 2 * column + i / 2 + i % 2 * 8; };
-  const float* own_parts = parts + kPart * own_tile + place_of(head) + 4 * column;
+  const int of_head = kept(kPart * own_tile + place_of(head) + 4 * column);
   const float bias = head < a.heads && a.b.data != nullptr ? value_of(a.b, head) : 0.f;
   const float score_bias = head < a.heads && a.score_b.data != nullptr ? value_of(a.score_b, head) : 0.f;
   const uint32_t ones = row == kHeads ? packed<T>(1.f, 1.f) : 0;  // the mean's weights
 
   __syncthreads();
-  int stage = 0, buffer = 0, writer = 0;
+  int stage = 0, writer = 0, buffer = 0;  // buffer: where the parts of the tile are
   uint32_t parity = 0;
   if (first < last) {
     barrier_wait(full(0), 0);
-    make_part(base, parts);
+    make_part(base, 0);
   }
   __syncthreads();
   for (int split = first; split < last; ++split) {
@@ -196,9 +202,9 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
       float l[kOwn][4];
 #pragma unroll
       for (int i = 0; i < 4 * kOwn; ++i) l[i / 4][i % 4] = bias;
-      const float* from = own_parts + buffer * warps * part_floats;
+      const float* from = parts + buffer + of_head;
 #pragma unroll 4
-      for (int other = 0; other < warps; ++other, from += part_floats)
+      for (int other = 0; other < warps; ++other, from += kPartFloats)
 #pragma unroll
         for (int j = 0; j < kOwn; ++j) {
           const float4 part = *reinterpret_cast<const float4*>(from + 2 * kPart * j);
@@ -266,10 +272,10 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
       // The tile after, perhaps of the next image, so that one barrier is enough.
       const int used = stage;
       if (++stage == cut.stages) stage = 0, parity ^= 1;
-      buffer ^= 1;
+      buffer = warps * kPartFloats - buffer;
       if (of_image + 1 < end || split + 1 < last) {
         barrier_wait(full(stage), parity);
-        make_part(base + stage * cut.stage_bytes, parts + buffer * warps * part_floats);
+        make_part(base + stage * cut.stage_bytes, buffer);
       }
       __syncthreads();
       if (threadIdx.x == 0) load(used);
@@ -293,25 +299,24 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
       a.part_m[part + a.heads] = 0;
       a.part_d[part + a.heads] = static_cast<float>(min(end * kTile, a.positions) - begin * kTile);
     }
-    // Where a lane's columns go, 2 * column and + 1; nowhere if there are none.
-    const int channel =
-        first_channel + row + row % 2 * 7;  // of pairs: even rows have row and + 1, others row + 7 and + 8
+    // Where a lane's columns go, 2 * column and the next; nowhere if there are none. Of 16 channels even rows will have
+    // row and row + 1, others row + 7 and row + 8.
+    const int channel = first_channel + row + row % 2 * 7;
     float *low_to = nullptr, *high_to = nullptr;
-    if (whole) {
-      float* pooled = a.pooled + (static_cast<int64_t>(image) * a.heads + 2 * column) * a.channels + channel;
-      if (2 * column < a.heads) low_to = pooled;
-      if (2 * column + 1 < a.heads) high_to = pooled + a.channels;
-      if (is_mean && a.mean != nullptr) low_to = a.mean + static_cast<int64_t>(image) * a.channels + channel;
-    } else {
-      float* pooled = a.part_p + (part + (is_mean ? a.heads : 2 * column)) * a.channels + channel;
-      if (is_mean ? a.mean != nullptr : 2 * column < a.heads) low_to = pooled;
-      if (2 * column + 1 < a.heads) high_to = pooled + a.channels;
-    }
-    const float scale = whole ? 1 / d : 1.f, of_low = __shfl_sync(kAll, scale, 8 * column);
-    const float high = __shfl_sync(kAll, scale, 8 * column + 4);
-    const float low = is_mean ? (whole ? 1.f / a.positions : 1.f) : of_low;
+    float* pooled =
+        whole ? a.pooled + static_cast<int64_t>(image) * a.heads * a.channels : a.part_p + part * a.channels;
+    pooled += channel;
+    if (2 * column < a.heads) low_to = pooled + 2 * column * a.channels;
+    if (2 * column + 1 < a.heads) high_to = pooled + (2 * column + 1) * a.channels;
+    if (is_mean && a.mean != nullptr)
+      low_to = whole ? a.mean + static_cast<int64_t>(image) * a.channels + channel : pooled + a.heads * a.channels;
+    const float scale = whole ? 1 / d : 1.f, high = __shfl_sync(kAll, scale, 8 * column + 4);
+    float low = __shfl_sync(kAll, scale, 8 * column);
+    if (is_mean) low = whole ? 1.f / a.positions : 1.f;
     const bool scored = a.gated > 0 && whole;
-    float2 score_weights[kBlocks][2];  // of heads 2 * column and + 1; asked for before they are needed
+    float2 score_weights[kBlocks][2];  // of both columns' heads; undefined, they would have registers in the loop
+#pragma unroll
+    for (int i = 0; i < 2 * kBlocks; ++i) score_weights[i / 2][i % 2] = {};
     const auto load_score_weights = [&](const auto* w) {
       const int of_low = min(2 * column, a.heads - 1) * a.channels + channel;
       const int of_high = min(2 * column + 1, a.heads - 1) * a.channels + channel;

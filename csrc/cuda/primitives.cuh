@@ -177,6 +177,9 @@ __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+// A line of global memory that ordinary loads will want, into L1.
+__device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefetch.L1 [%0];" ::"l"(from)); }
+
 // ------------------------------------------------------------------------------------------------ barriers of warps
 
 // Named barriers 1 to 15 (0 is __syncthreads) of so many threads, a multiple of 32.

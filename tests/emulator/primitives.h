@@ -133,6 +133,8 @@ inline void tensor_store(const CUtensorMap* map, uint32_t from, int32_t x, int32
 
 inline void prefetch_tensor_map(const CUtensorMap*) {}
 
+inline void prefetch(const void*) {}
+
 // ------------------------------------------------------------------------------------------------ barriers of warps
 
 inline void named_sync(int name, int threads, Site site = Site::here()) {
