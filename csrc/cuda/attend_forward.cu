@@ -18,44 +18,9 @@ namespace ar_kernels {
 
 namespace {
 
-constexpr int kMean = kHeads;         // the column of the mean
-constexpr int kPart = 16 * kHeads;    // logits of 16 positions
 constexpr int kMostBlocks = 16;       // of 16 channels, of a warp
 constexpr int kWarps = 8;             // of a block, if so many suffice: each knows the softmax for itself
 constexpr int kFewBytes = 32 * 1024;  // of a tile of channels_last, if that has 16 positions or more
-constexpr float kSlack = 8;           // e^8 is a weight that float16 still has
-constexpr float kLog2OfE = 1.44269504089f;
-
-// Where a part of logits [kHeads, 16 positions] has a head: sums over channels, where a lane has heads 2i and 2i + 1,
-// are then stored, and by heads loaded, without bank conflicts.
-__device__ __forceinline__ int place_of(int head) { return 16 * (head % 2 == 0 ? head / 2 : 3 - head / 2); }
-
-// Two adjacent weights of a head, in the map's dtype.
-template <class T>
-__device__ __forceinline__ uint32_t pair_at(const T* from) {
-  return *reinterpret_cast<const uint32_t*>(from);
-}
-template <class T>
-__device__ __forceinline__ uint32_t pair_at(const float* from) {
-  const float2 pair = *reinterpret_cast<const float2*>(from);
-  return packed<T>(pair.x, pair.y);
-}
-
-// Of a score, in float32.
-__device__ __forceinline__ float2 floats_at(const float* from) { return *reinterpret_cast<const float2*>(from); }
-template <class T>
-__device__ __forceinline__ float2 floats_at(const T* from) {
-  return unpacked<T>(*reinterpret_cast<const uint32_t*>(from));
-}
-
-// The first factor of a product whose rows are those of shared memory (kStraight), or its columns.
-template <bool kStraight>
-__device__ __forceinline__ void load_rows(uint32_t (&to)[4], uint32_t row) {
-  if constexpr (kStraight)
-    load_matrix(to, row);
-  else
-    load_matrix_transposed(to, row);
-}
 
 // A block's warps have the same channels all the time; of a tile each makes its part of the logits, and after the
 // tile's one __syncthreads adds up all parts for itself, knows the softmax for itself, and adds to its channels of P.
@@ -68,6 +33,10 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
 #if AR_HOPPER
   constexpr bool kLast = kLayout == Layout::kChannelsLast;
   constexpr int kTile = 16 * kTiles;
+  constexpr int kPart = 16 * kHeads;  // logits of 16 positions
+  constexpr int kMean = kHeads;       // the column of the mean
+  constexpr float kSlack = 8;         // e^8 is a weight that float16 still has
+  constexpr float kLog2OfE = 1.44269504089f;
   constexpr int kChains = kTiles < 4 ? 4 / kTiles : 1;  // of products that don't wait for each other, of 16 positions
   constexpr int kOwn = (kTiles + 1) / 2;                // lanes have logits of every other 16 positions
   uint8_t* memory = shared_memory();
@@ -126,7 +95,7 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
   const int of_masks = min(row, a.heads - 1) * a.channels + first_channel + 2 * column;
   const auto load_masks = [&](const auto* w) {
 #pragma unroll
-    for (int i = 0; i < 2 * kBlocks; ++i) masks[i / 2][i % 2] = pair_at<T>(w + of_masks + 8 * i);
+    for (int i = 0; i < 2 * kBlocks; ++i) masks[i / 2][i % 2] = weight_pair<T>(w + of_masks + 8 * i);
   };
   if (a.w.kind == Kind::kFloat)  // asked once, so that no load waits for another
     load_masks(static_cast<const float*>(a.w.data));
@@ -140,6 +109,9 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
 #pragma unroll
     for (int i = 0; i < 2 * kBlocks; ++i) masks[i / 2][i % 2] = 0;
 
+  // Where a part of logits [kHeads, 16 positions] has a head: sums over channels, where a lane has heads 2i and 2i + 1,
+  // are then stored, and by heads loaded, without bank conflicts.
+  const auto place_of = [](int head) { return 16 * (head % 2 == 0 ? head / 2 : 3 - head / 2); };
   // This warp's part of a tile's logits.
   const int of_part = kept(kPartFloats * warp + 2 * row + place_of(2 * column));
   const int to_next = place_of(2 * column + 1) - place_of(2 * column);  // head
@@ -154,7 +126,7 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
         uint32_t fragment[4];
-        load_rows<kLast>(fragment, address(z + over_channels, b, t));
+        load_rows<kLayout, true>(fragment, address(z + over_channels, b, t));
         mma<T>(sums[t][b % kChains], fragment, masks[b][0], masks[b][1]);
       }
 #pragma unroll
@@ -265,7 +237,7 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
           uint32_t fragment[4];
-          load_rows<!kLast>(fragment, address(base + stage * cut.stage_bytes + over_positions, b, t));
+          load_rows<kLayout, false>(fragment, address(base + stage * cut.stage_bytes + over_positions, b, t));
           mma<T>(sums[b], fragment, weights[t][0], weights[t][1]);
         }
 
@@ -322,8 +294,8 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
       const int of_high = min(2 * column + 1, a.heads - 1) * a.channels + channel;
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
-        score_weights[b][0] = floats_at(w + of_low + 16 * b);
-        score_weights[b][1] = floats_at(w + of_high + 16 * b);
+        score_weights[b][0] = float_pair(w + of_low + 16 * b);
+        score_weights[b][1] = float_pair(w + of_high + 16 * b);
       }
     };
     if (scored && a.score_w.kind == Kind::kFloat) load_score_weights(static_cast<const float*>(a.score_w.data));

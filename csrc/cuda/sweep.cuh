@@ -147,4 +147,14 @@ __device__ __forceinline__ void load_factor(uint32_t (&to)[4], uint32_t row) {
   }
 }
 
+// The same where a lane's row is of the matrix that the product wants there: 1 and 3 are the second eight of its rows,
+// 2 and 3 of what it sums over. So nothing need change places.
+template <Layout kLayout, bool kOverChannels>
+__device__ __forceinline__ void load_rows(uint32_t (&to)[4], uint32_t row) {
+  if constexpr ((kLayout == Layout::kChannelsLast) == kOverChannels)
+    load_matrix(to, row);
+  else
+    load_matrix_transposed(to, row);
+}
+
 }  // namespace ar_kernels

@@ -80,6 +80,24 @@ __device__ __forceinline__ uint32_t weight_pair(const Values& w, int index) {
   return packed<T>(pair.x, pair.y);
 }
 
+// The same where the kind is known: loads that follow each other then don't wait for each other.
+template <class T>
+__device__ __forceinline__ uint32_t weight_pair(const T* from) {
+  return *reinterpret_cast<const uint32_t*>(from);
+}
+template <class T>
+__device__ __forceinline__ uint32_t weight_pair(const float* from) {
+  const float2 pair = *reinterpret_cast<const float2*>(from);
+  return packed<T>(pair.x, pair.y);
+}
+template <class T>
+__device__ __forceinline__ float2 float_pair(const T* from) {
+  if constexpr (std::is_same_v<T, float>)
+    return *reinterpret_cast<const float2*>(from);
+  else
+    return unpacked<T>(*reinterpret_cast<const uint32_t*>(from));
+}
+
 template <class T>
 __device__ __forceinline__ uint16_t bits_of(T value) {
   return *reinterpret_cast<const uint16_t*>(&value);
