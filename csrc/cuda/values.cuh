@@ -55,6 +55,7 @@ cudaError_t launch(int programs, int threads, int bytes, cudaStream_t stream, co
 
 __device__ __forceinline__ float value_of(__half value) { return __half2float(value); }
 __device__ __forceinline__ float value_of(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ float value_of(float value) { return value; }
 
 __device__ __forceinline__ float value_of(const Values& values, int index) {
   switch (values.kind) {
