@@ -45,17 +45,19 @@ __device__ __forceinline__ void store_weights(const RowsCut& cut, int channel, c
   weights[weight_place(cut, channel + 1)] = make_uint4(high[0], high[1], high[2], high[3]);
 }
 
-// W_H and dP of an image in the order of weight_place, column 2 k and 2 k + 1; the formulas are pooled_gradient's of
-// attend_backward.cu. shared: two arrays of [kWarps, kHeads] floats, the second of what delta is the sum of, after a
-// barrier.
+// W_H and dP of an image's channels from the first one of this block, in the order of weight_place, column 2 k and
+// 2 k + 1; the formulas are pooled_gradient's of attend_backward.cu. shared: two arrays of [kWarps, kHeads] floats, the
+// second of what delta is the sum of, after a barrier.
 template <class T>
-__device__ __forceinline__ void make_weights(const BackwardSweep& a, const RowsCut& cut, int64_t image, float* shared,
+__device__ __forceinline__ void make_weights(const BackwardSweep& a, const RowsCut& cut, int64_t image,
+                                             int first_channel, const Exchange& of_gates, int turn, float* shared,
                                              uint4* weights) {
   const PooledGradient& of = a.of;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const float* pooled = of.pooled + image * a.heads * a.channels;
-  const T* dx = static_cast<const T*>(of.grad_features) + image * of.gated * a.channels;
-  const float* more = of.grad_pooled == nullptr ? nullptr : of.grad_pooled + image * a.heads * a.channels;
+  const float* pooled = of.pooled + image * a.heads * a.channels + first_channel;
+  const T* dx = static_cast<const T*>(of.grad_features) + image * of.gated * a.channels + first_channel;
+  const float* more =
+      of.grad_pooled == nullptr ? nullptr : of.grad_pooled + image * a.heads * a.channels + first_channel;
   const bool has_features = of.grad_features != nullptr, has_scores = of.score_w.data != nullptr;
   const auto features_at = [&](int k, int channel) {
     return has_features && k < of.gated ? *reinterpret_cast<const uint32_t*>(dx + k * a.channels + channel) : 0;
@@ -82,7 +84,7 @@ __device__ __forceinline__ void make_weights(const BackwardSweep& a, const RowsC
       if (k < a.heads && of.grad_scores != nullptr) dt[k] = of.grad_scores[image * a.heads + k];
     }
 #pragma unroll 2
-    for (int channel = 2 * threadIdx.x; channel < a.channels; channel += 2 * kWorkers) {
+    for (int channel = 2 * threadIdx.x; channel < cut.channels; channel += 2 * kWorkers) {
       uint32_t x[kHeads];
       float2 p[kHeads];
 #pragma unroll
@@ -98,22 +100,22 @@ __device__ __forceinline__ void make_weights(const BackwardSweep& a, const RowsC
     }
     store_sums(dg, shared);
     workers_sync();
+    sum_of_warps(shared, of_gates, turn, dg);
     float mixed = 0;
 #pragma unroll
     for (int k = 0; k < kHeads; ++k) {
-      dg[k] = gradients[k];
-      for (int other = 0; other < kWarps; ++other) dg[k] += shared[other * kHeads + k];
+      dg[k] += gradients[k];
       mixed += gates[k] * dg[k];
     }
 #pragma unroll
     for (int k = 0; k < kHeads; ++k) {
       const float u = gate_tanh(tanhs[k]);
       dt[k] += gates[k] * (dg[k] - mixed) * (1 - u * u);
-      if (k < a.heads && of.dt != nullptr && threadIdx.x == 0) of.dt[image * a.heads + k] = dt[k];
+      if (k < a.heads && of.dt != nullptr && threadIdx.x == 0 && first_channel == 0) of.dt[image * a.heads + k] = dt[k];
     }
   }
   float delta[kHeads] = {};
-  for (int channel = 2 * threadIdx.x; channel < a.channels; channel += 2 * kWorkers) {
+  for (int channel = 2 * threadIdx.x; channel < cut.channels; channel += 2 * kWorkers) {
     uint32_t x[kHeads], dp_words[kHeads] = {}, w_words[kHeads] = {};
     float2 p[kHeads], others[kHeads] = {};
     uint2 w[kHeads] = {}, score_w[kHeads] = {};
@@ -121,8 +123,8 @@ __device__ __forceinline__ void make_weights(const BackwardSweep& a, const RowsC
     for (int k = 0; k < kHeads; ++k) {
       x[k] = features_at(k, channel);
       p[k] = floats_at(pooled, k, channel);
-      if (k < a.heads) w[k] = raw_pair(of.w, k * a.channels + channel);
-      if (k < a.heads && has_scores) score_w[k] = raw_pair(of.score_w, k * a.channels + channel);
+      if (k < a.heads) w[k] = raw_pair(of.w, k * a.channels + first_channel + channel);
+      if (k < a.heads && has_scores) score_w[k] = raw_pair(of.score_w, k * a.channels + first_channel + channel);
       if (more != nullptr) others[k] = floats_at(more, k, channel);
     }
 #pragma unroll
@@ -151,14 +153,20 @@ __global__ void __launch_bounds__(kThreads, 1)
     backward_rows_kernel(const __grid_constant__ BackwardSweep a, const __grid_constant__ RowsCut cut) {
 #if AR_HOPPER
   uint8_t* memory = shared_memory();
-  const int begin = static_cast<int>(static_cast<int64_t>(a.images) * blockIdx.x / gridDim.x);
-  const int end = static_cast<int>(static_cast<int64_t>(a.images) * (blockIdx.x + 1) / gridDim.x);
+  const int rank = static_cast<int>(cluster_rank()), cluster = blockIdx.x / cut.blocks;
+  const int clusters = gridDim.x / cut.blocks;
+  const int begin = static_cast<int>(static_cast<int64_t>(a.images) * cluster / clusters);
+  const int end = static_cast<int>(static_cast<int64_t>(a.images) * (cluster + 1) / clusters);
+  const int first_channel = rank * cut.channels;
   const Slots slots(cut, memory);
-  __syncthreads();
+  const Exchange of_sums(slots, 0), of_gates(slots, 1), of_deltas(slots, 2);
+  cluster_arrive();
+  cluster_wait();
   if (threadIdx.x >= kWorkers) {
+    const int64_t skipped = static_cast<int64_t>(first_channel) * a.positions;
     if (threadIdx.x == kWorkers)
-      slots.move(static_cast<const T*>(a.z.data) + begin * a.z.image, a.z.image * sizeof(T), end - begin,
-                 static_cast<T*>(a.dz.data) + begin * a.dz.image, a.dz.image * sizeof(T));
+      slots.move(static_cast<const T*>(a.z.data) + begin * a.z.image + skipped, a.z.image * sizeof(T), end - begin,
+                 static_cast<T*>(a.dz.data) + begin * a.dz.image + skipped, a.dz.image * sizeof(T));
     return;
   }
 
@@ -167,8 +175,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   const OwnRows own(slots, positions);
   uint4* weights = reinterpret_cast<uint4*>(memory + cut.weights);
   uint32_t* masks = reinterpret_cast<uint32_t*>(memory + cut.masks);
-  float* of_image = reinterpret_cast<float*>(memory + cut.rest);  // make_weights'
-  // [C / 16, 32]: what each thread adds up of dW_H, of its two channels and head `column`
+  const float* sums = reinterpret_cast<const float*>(memory + cut.sums);  // [2 * kHeads, pitch]
+  float* of_image = reinterpret_cast<float*>(memory + cut.rest);          // make_weights'
+  // [channels / 16, 32]: what each thread adds up of dW_H, of its two channels and head `column`
   float2* dw = reinterpret_cast<float2*>(of_image + 2 * kWarps * kHeads);
   const int head = threadIdx.x % kHeads;  // of this thread, where masks are made
   const float bias = head < a.heads && a.b.data != nullptr ? value_of(a.b, head) : 0.f;
@@ -178,11 +187,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   for (int image = begin; image < end; ++image) {
     workers_sync();  // the weights of the image before are not used any more
-    const T* pairs = static_cast<const T*>(a.pairs) + static_cast<int64_t>(image) * (a.heads + a.mean) * 2 * channels;
+    const T* pairs = static_cast<const T*>(a.pairs) + static_cast<int64_t>(image) * (a.heads + a.mean) * 2 * channels +
+                     first_channel;
     if constexpr (std::is_same_v<T, __nv_bfloat16>)
-      if (makes) make_weights<T>(a, cut, image, of_image, weights);
+      if (makes) make_weights<T>(a, cut, image, first_channel, of_gates, image - begin, of_image, weights);
 #pragma unroll 2
-    for (int channel = 2 * threadIdx.x; !makes && channel < channels; channel += 2 * kWorkers) {
+    for (int channel = 2 * threadIdx.x; !makes && channel < cut.channels; channel += 2 * kWorkers) {
       uint32_t w[kHeads], dp[kHeads];
 #pragma unroll
       for (int k = 0; k < kHeads; ++k) {
@@ -197,15 +207,25 @@ __global__ void __launch_bounds__(kThreads, 1)
     float delta = head < a.heads && !makes ? a.delta[image * a.heads + head] : 0.f;
     if (makes && head < a.heads && a.of.grad_lse != nullptr) delta = -a.of.grad_lse[image * a.heads + head];
     workers_sync();
-    for (int other = 0; makes && other < kWarps; ++other) delta += of_image[(kWarps + other) * kHeads + head];
+    if (makes) {
+      float deltas[kHeads];
+      sum_of_warps(of_image + kWarps * kHeads, of_deltas, image - begin, deltas);
+      delta += gate_of(deltas, head);
+    }
 
-    sum_over_channels<T>(slots, image - begin, positions);
+    const float* others = sum_over_channels<T>(slots, of_sums, image - begin, positions);
     for (int entry = threadIdx.x; entry < positions * kHeads; entry += kWorkers) {
       const int position = entry / kHeads;
       float mask = 0, gradient = 0;
       if (head < a.heads) {
-        mask = __expf(class_sum(slots, positions, position, 2 * head) - shift);
-        gradient = mask * (class_sum(slots, positions, position, 2 * head + 1) - delta);
+        const int low = 2 * head * cut.pitch + position, high = low + cut.pitch;
+        float logit = sums[low], da = sums[high];
+        if (others != nullptr) {
+          logit += others[low];
+          da += others[high];
+        }
+        mask = __expf(logit - shift);
+        gradient = mask * (da - delta);
         if (a.grad_logits != nullptr)
           gradient += a.grad_logits[(static_cast<int64_t>(image) * a.heads + head) * positions + position] / inverse;
       }
@@ -217,7 +237,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     const auto means_of = [&](int chunk) {
       if (!a.mean || chunk < 0) return make_float2(0, 0);
       const int low = chunk * cut.chunk + own.first + cut.classes * row, high = low + cut.classes * 8;
-      if (makes) return make_float2(a.of.grad_mean[image * channels + low], a.of.grad_mean[image * channels + high]);
+      if (makes) {
+        const float* means = a.of.grad_mean + image * channels + first_channel;
+        return make_float2(means[low], means[high]);
+      }
       const T* means = pairs + (2 * a.heads + 1) * channels;
       return make_float2(value_of(means[low]), value_of(means[high]));
     };
@@ -227,11 +250,11 @@ __global__ void __launch_bounds__(kThreads, 1)
       next_mean = means_of(chunk - cut.teams);
       const Slots::Chunk z = slots.wait(image - begin, chunk, true);
       if (a.dw != nullptr) {
-        float sums[4];
-        own.sum_over_positions<T>(slots, z.address, positions, sums);
+        float products[4];
+        own.sum_over_positions<T>(slots, z.address, positions, products);
         float2* to = dw + (chunk * (cut.chunk / 16) + own.unit) * 32 + lane;
         const float2 before = image > begin ? *to : make_float2(0, 0);
-        *to = make_float2(before.x + sums[0] * inverse, before.y + sums[2] * inverse);
+        *to = make_float2(before.x + products[0] * inverse, before.y + products[2] * inverse);
       }
 
       // What is written here of a row is read by its warp alone: others leave it out.
@@ -275,8 +298,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (a.dw == nullptr) return;
   workers_sync();
-  float* shares = a.dw + static_cast<int64_t>(blockIdx.x) * a.heads * channels;
-  for (int channel = threadIdx.x; channel < channels; channel += kWorkers) {
+  float* shares = a.dw + static_cast<int64_t>(cluster) * a.heads * channels + first_channel;
+  for (int channel = threadIdx.x; channel < cut.channels; channel += kWorkers) {
     // Its matrix, and its row there.
     const int of_chunk = channel & (cut.chunk - 1), row_class = channel & (cut.classes - 1);
     const int of_class = of_chunk >> cut.class_bits;
@@ -290,13 +313,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 RowsCut backward_cut(const BackwardSweep& a) {
-  return rows_cut(a.channels, a.positions, 2 * kHeads, 0, 2 * kWarps * kHeads * 4 + a.channels * kHeads * 4);
+  return rows_cut(a.channels, a.positions, 2 * kHeads, 0, 2 * kWarps * kHeads * 4, kHeads * 4);
 }
 
 template <class T>
 cudaError_t sweep(const BackwardSweep& a, cudaStream_t stream) {
   const RowsCut cut = backward_cut(a);
-  return launch<backward_rows_kernel<T>>(backward_rows_programs(a), kThreads, cut.bytes, stream, a, cut);
+  return launch_clusters<backward_rows_kernel<T>>(cut.blocks, backward_rows_programs(a), kThreads, cut.bytes, stream, a,
+                                                  cut);
 }
 
 }  // namespace
@@ -307,7 +331,7 @@ bool can_sweep_backward_rows(const BackwardSweep& a) {
   return is_rows(a.z, a.positions) && is_rows(a.dz, a.positions) && backward_cut(a).slots > 0;
 }
 
-int backward_rows_programs(const BackwardSweep& a) { return std::min(a.images, processors()); }
+int backward_rows_programs(const BackwardSweep& a) { return rows_clusters(backward_cut(a), a.images); }
 
 cudaError_t sweep_backward_rows(const BackwardSweep& a, cudaStream_t stream) {
   if (!can_sweep_backward_rows(a)) return cudaErrorInvalidValue;

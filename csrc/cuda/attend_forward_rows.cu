@@ -19,35 +19,27 @@ namespace {
 constexpr int kMean = kHeads;       // the column of the mean
 constexpr int kGroup = kWorkers;    // channels whose P meets in shared memory, one for each thread
 constexpr int kPitch = kGroup + 1;  // floats of a row of it; rows 2 apart begin 2 banks apart, channels of a warp 8
-constexpr int kGroups = 4;          // whose features are made at once
+constexpr int kGroups = 2;          // whose features are made at once
 static_assert(kGroup % kUnit == 0);
-
-// A channel's values of all heads, 0 beyond them.
-__device__ __forceinline__ void values_of_heads(const Values& values, int heads, int channels, int channel,
-                                                float (&to)[kHeads]) {
-  const auto load = [&](auto* data) {
-#pragma unroll
-    for (int k = 0; k < kHeads; ++k) to[k] = k < heads ? value_of(data[k * channels + channel]) : 0.f;
-  };
-  switch (values.kind) {
-    case Kind::kHalf: return load(static_cast<const __half*>(values.data));
-    case Kind::kBFloat16: return load(static_cast<const __nv_bfloat16*>(values.data));
-    default: return load(static_cast<const float*>(values.data));
-  }
-}
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     forward_rows_kernel(const __grid_constant__ ForwardSweep a, const __grid_constant__ RowsCut cut) {
 #if AR_HOPPER
   uint8_t* memory = shared_memory();
-  const int begin = static_cast<int>(static_cast<int64_t>(a.images) * blockIdx.x / gridDim.x);
-  const int end = static_cast<int>(static_cast<int64_t>(a.images) * (blockIdx.x + 1) / gridDim.x);
+  const int rank = static_cast<int>(cluster_rank()), cluster = blockIdx.x / cut.blocks;
+  const int clusters = gridDim.x / cut.blocks;
+  const int begin = static_cast<int>(static_cast<int64_t>(a.images) * cluster / clusters);
+  const int end = static_cast<int>(static_cast<int64_t>(a.images) * (cluster + 1) / clusters);
+  const int first_channel = rank * cut.channels;
   const Slots slots(cut, memory);
-  __syncthreads();
+  const Exchange of_sums(slots, 0), of_scores(slots, 1);
+  cluster_arrive();
+  cluster_wait();
   if (threadIdx.x >= kWorkers) {
     if (threadIdx.x == kWorkers)
-      slots.move(static_cast<const T*>(a.z.data) + begin * a.z.image, a.z.image * sizeof(T), end - begin, nullptr, 0);
+      slots.move(static_cast<const T*>(a.z.data) + begin * a.z.image + first_channel * a.positions,
+                 a.z.image * sizeof(T), end - begin, nullptr, 0);
     return;
   }
 
@@ -56,15 +48,22 @@ __global__ void __launch_bounds__(kThreads, 1)
   const OwnRows own(slots, positions);
   uint4* weights = reinterpret_cast<uint4*>(memory + cut.weights);
   T* masks = reinterpret_cast<T*>(memory + cut.masks) + 16 * 8;  // [S, 8], zeros around
-  float* sums = reinterpret_cast<float*>(memory + cut.sums);     // class_sum's
+  float* sums = reinterpret_cast<float*>(memory + cut.sums);     // [kHeads, pitch]
   float* pooled = sums;                                          // or [kHeads + 1, kPitch]: P of a group
   float* totals = reinterpret_cast<float*>(memory + cut.rest);   // [kHeads]
   float* scores = totals + kHeads;                               // [kWarps, kHeads]
-#pragma unroll 4
-  for (int channel = threadIdx.x; channel < channels; channel += kWorkers) {
-    float w[kHeads];
-    values_of_heads(a.w, a.heads, channels, channel, w);
-    weights[weight_place(cut, channel)] = make_uint4(packed<T>(w[0], w[1]), packed<T>(w[2], w[3]), 0, 0);
+  // Four heads' weights of a channel of this block, to be looked at later.
+  const auto raw_values = [&](const Values& values, int channel, uint32_t (&raw)[kHeads]) {
+#pragma unroll
+    for (int k = 0; k < kHeads; ++k)
+      raw[k] = k < a.heads ? raw_value(values, k * channels + first_channel + channel) : 0;
+  };
+#pragma unroll 2
+  for (int channel = threadIdx.x; channel < cut.channels; channel += kWorkers) {
+    uint32_t raw[kHeads];
+    raw_values(a.w, channel, raw);
+    weights[weight_place(cut, channel)] = make_uint4(packed<T>(value_from(a.w, raw[0]), value_from(a.w, raw[1])),
+                                                     packed<T>(value_from(a.w, raw[2]), value_from(a.w, raw[3])), 0, 0);
   }
   for (int i = threadIdx.x; i < (16 * cut.tiles + 32) * 8; i += kWorkers) {
     const int position = i / 8 - 16;
@@ -74,13 +73,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   workers_sync();
 
   for (int64_t image = begin; image < end; ++image) {
-    sum_over_channels<T>(slots, static_cast<int>(image) - begin, positions);
+    const float* others = sum_over_channels<T>(slots, of_sums, static_cast<int>(image) - begin, positions);
     if (warp < a.heads) {  // a warp for each head's softmax
       const int k = warp;
-      float* logits = sums + k * cut.pitch;  // where the first class's sums were; a thread reads what it wrote
+      float* logits = sums + k * cut.pitch;
       float most = -INFINITY, total = 0;
       for (int position = lane; position < positions; position += 32) {
-        const float logit = class_sum(slots, positions, position, k) + bias;
+        float logit = logits[position];
+        if (others != nullptr) logit += others[k * cut.pitch + position];
+        logit += bias;
         most = maximum(most, logit);
         logits[position] = logit;
       }
@@ -88,14 +89,14 @@ __global__ void __launch_bounds__(kThreads, 1)
       const float start = origin(most);
       for (int position = lane; position < positions; position += 32) {
         const float logit = logits[position], mask = __expf(logit - start);
-        if (a.logits != nullptr) a.logits[(image * a.heads + k) * positions + position] = logit;
+        if (a.logits != nullptr && rank == 0) a.logits[(image * a.heads + k) * positions + position] = logit;
         masks[position * 8 + k] = rounded<T>(mask);
         total += mask;
       }
       total = warp_sum(total);
       if (lane == 0) {
         totals[k] = total;
-        a.lse[image * a.heads + k] = start + __logf(total);
+        if (rank == 0) a.lse[image * a.heads + k] = start + __logf(total);
       }
     }
     workers_sync();
@@ -105,10 +106,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     const float low = 1 / (k < a.heads ? totals[k] : positions), high = 1 / (k + 1 < a.heads ? totals[k + 1] : 1.f);
     float score[kHeads] = {};
     int chunk = own.last;
-    for (int group = (channels - 1) / kGroup * kGroup; group >= 0; group -= kGroup) {
+    for (int group = (cut.channels - 1) / kGroup * kGroup; group >= 0; group -= kGroup) {
       const int channel = group + threadIdx.x;
-      float score_w[kHeads] = {};
-      if (a.gated > 0 && channel < channels) values_of_heads(a.score_w, a.heads, channels, channel, score_w);
+      uint32_t score_w[kHeads] = {};
+      if (a.gated > 0 && channel < cut.channels) raw_values(a.score_w, channel, score_w);
       for (; chunk * cut.chunk >= group; chunk -= cut.teams) {
         const Slots::Chunk z = slots.wait(static_cast<int>(image) - begin, chunk, true);
         float pooled_sums[4];
@@ -122,15 +123,16 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       }
       workers_sync();
-      if (channel < channels) {
+      if (channel < cut.channels) {
 #pragma unroll
         for (int k = 0; k < kHeads; ++k) {
           if (k >= a.heads) continue;
           const float value = pooled[k * kPitch + threadIdx.x];
-          a.pooled[(image * a.heads + k) * channels + channel] = value;
-          score[k] += value * score_w[k];
+          a.pooled[(image * a.heads + k) * channels + first_channel + channel] = value;
+          score[k] += value * value_from(a.score_w, score_w[k]);
         }
-        if (a.mean != nullptr) a.mean[image * channels + channel] = pooled[kMean * kPitch + threadIdx.x];
+        if (a.mean != nullptr)
+          a.mean[image * channels + first_channel + channel] = pooled[kMean * kPitch + threadIdx.x];
       }
       if (group > 0) workers_sync();
     }
@@ -141,40 +143,37 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (lane == 0) scores[warp * kHeads + k] = score[k];
     }
     workers_sync();
+    sum_of_warps(scores, of_scores, static_cast<int>(image) - begin, score);
     float gates[kHeads];
-    make_gates(a, image, scores, kWarps, gates);
+    make_gates(a, image, score, 1, gates);  // both blocks store the same
     // Of what this thread has stored.
-    for (int first = threadIdx.x; first < channels; first += kGroups * kGroup) {
+    for (int first = threadIdx.x; first < cut.channels; first += kGroups * kGroup) {
       float values[kGroups][kHeads];
+      const auto all = [&](auto&& visit) {
 #pragma unroll
-      for (int i = 0; i < kGroups; ++i)
+        for (int i = 0; i < kGroups; ++i)
 #pragma unroll
-        for (int k = 0; k < kHeads; ++k) {
-          const int channel = first + i * kGroup;
-          if (k < a.gated && channel < channels) values[i][k] = a.pooled[(image * a.heads + k) * channels + channel];
-        }
-#pragma unroll
-      for (int i = 0; i < kGroups; ++i)
-#pragma unroll
-        for (int k = 0; k < kHeads; ++k) {
-          const int channel = first + i * kGroup;
-          if (k < a.gated && channel < channels)
-            static_cast<T*>(a.features)[(image * a.gated + k) * channels + channel] =
-                rounded<T>(gates[k] * values[i][k]);
-        }
+          for (int k = 0; k < kHeads; ++k)
+            if (k < a.gated && first + i * kGroup < cut.channels) visit(i, k, first_channel + first + i * kGroup);
+      };
+      all([&](int i, int k, int channel) { values[i][k] = a.pooled[(image * a.heads + k) * channels + channel]; });
+      all([&](int i, int k, int channel) {
+        static_cast<T*>(a.features)[(image * a.gated + k) * channels + channel] = rounded<T>(gates[k] * values[i][k]);
+      });
     }
   }
 #endif  // AR_HOPPER
 }
 
 RowsCut forward_cut(const ForwardSweep& a) {
-  return rows_cut(a.channels, a.positions, kHeads, (kHeads + 1) * kPitch * 4, (1 + kWarps) * kHeads * 4);
+  return rows_cut(a.channels, a.positions, kHeads, (kHeads + 1) * kPitch * 4, (1 + kWarps) * kHeads * 4, 0);
 }
 
 template <class T>
 cudaError_t sweep(const ForwardSweep& a, cudaStream_t stream) {
   const RowsCut cut = forward_cut(a);
-  return launch<forward_rows_kernel<T>>(std::min(a.images, processors()), kThreads, cut.bytes, stream, a, cut);
+  return launch_clusters<forward_rows_kernel<T>>(cut.blocks, rows_clusters(cut, a.images), kThreads, cut.bytes, stream,
+                                                 a, cut);
 }
 
 }  // namespace

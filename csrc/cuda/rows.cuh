@@ -1,6 +1,7 @@
 // What the Hopper kernels of NCHW maps with rows of any length share.
 //
-// An image is one run of memory, whatever the length of its rows. A block takes whole images, in chunks of some
+// An image is one run of memory, whatever the length of its rows. A cluster takes whole images, each of its one or two
+// blocks the same share of the channels; they tell each other their sums. A block takes its share in chunks of some
 // channels that the copy engine brings into slots of shared memory. The first sweep over an image's chunks makes sums
 // over all channels at every position; the second goes backwards, and begins with the chunks that are still in their
 // slots: only what had to leave is read again, from L2. Loads are one warp's, and so are stores: the others, the
@@ -25,24 +26,30 @@ constexpr int kWarps = 16;             // workers
 constexpr int kWorkers = 32 * kWarps;
 constexpr int kThreads = kWorkers + 32;
 constexpr int kColumnTiles = 2;  // of 16 columns, the most that a warp sums at once
+constexpr int kExchanges = 3;    // between the blocks of a cluster, of an image: the first one of sums at all positions
 constexpr int kLoads = 32;       // barriers and places in the table of slots: twice as many as slots, at least
 
 // How an image is cut, and where what lies in shared memory.
 struct RowsCut {
-  int classes, class_bits, tiles;         // of rows; its logarithm; of 16 columns, of a row
-  int chunk, chunks, chunk_bytes, slots;  // chunk: channels
-  int teams;                              // of warps, that take chunks in turn in the second sweep
-  int weights;                            // [weight_place] of 8 16-bit values
-  int sums, columns, pitch;               // [classes, columns, pitch] floats
-  int masks;                              // [16 + S + 16 rounded up, 8] of 16 bits: zeros before and behind
-  int table;                              // [kLoads] ints: the slot of each load
-  int loaded, used;                       // [kLoads] barriers: a load has come, all workers are done with it
+  int classes, class_bits, tiles;  // of rows; its logarithm; of 16 columns, of a row
+  int blocks, channels;            // of a cluster; of a block
+  int chunk, chunks, chunk_bytes;  // channels of a chunk; chunks of a block
+  int slots, stay;                 // chunks that are still there after the first sweep
+  int teams;                       // of warps, that take chunks in turn in the second sweep
+  int weights;                     // [weight_place] of 8 16-bit values
+  int sums, columns, pitch;        // [classes, columns, pitch] floats
+  int quads;                       // of positions
+  int given;                       // what the other block gave, of sums and of numbers: exchanges' memory
+  int masks;                       // [16 + S + 16 rounded up, 8] of 16 bits: zeros before and behind
+  int table;                       // [kLoads] ints: the slot of each load
+  int loaded, used;                // [kLoads] barriers: a load has come, all workers are done with it
+  int exchanges;                   // [kExchanges, 2] barriers
   int rest, bytes;
 };
 
-// columns: sums at every position that are kept. sums: bytes that are wanted where they are at least. rest: bytes that
-// a kernel wants besides. No slots: it does not fit.
-inline RowsCut rows_cut(int channels, int positions, int columns, int sums, int rest) {
+// columns: sums at every position that are kept. sums: bytes that are wanted where they are at least. rest,
+// rest_of_channel: bytes that a kernel wants besides. No slots: it does not fit.
+inline RowsCut rows_cut(int channels, int positions, int columns, int sums, int rest, int rest_of_channel) {
   RowsCut cut = {};
   cut.class_bits = positions % 8 == 0 ? 0 : positions % 4 == 0 ? 1 : positions % 2 == 0 ? 2 : 3;
   cut.classes = 1 << cut.class_bits;
@@ -50,27 +57,48 @@ inline RowsCut rows_cut(int channels, int positions, int columns, int sums, int 
   cut.tiles = (positions + shift + 15) / 16;
   if (channels < kUnit || channels % kUnit != 0 || cut.tiles > kColumnTiles * kWarps / cut.classes) return cut;
   cut.chunk = cut.classes < 8 && 2 * kUnit * positions > kChunkMost ? kUnit / 2 : kUnit;
-  cut.chunks = channels / cut.chunk;
   cut.chunk_bytes = 2 * cut.chunk * positions;
+  cut.blocks = channels / cut.chunk % 2 == 0 ? 2 : 1;
+  cut.channels = channels / cut.blocks;
+  cut.chunks = cut.channels / cut.chunk;
   cut.teams = 16 * kWarps / cut.chunk;
   cut.columns = columns;
+  cut.quads = (positions + 3) / 4;
   cut.pitch = 16 * cut.tiles + 4;  // two columns begin 8 banks apart
   if (sums < cut.classes * columns * cut.pitch * 4) sums = cut.classes * columns * cut.pitch * 4;
-  cut.sums = cut.chunks * (cut.chunk + cut.classes) * 16;
-  cut.masks = cut.sums + (sums + 15) / 16 * 16;
-  cut.table = cut.masks + (16 * cut.tiles + 32) * 16;
-  cut.loaded = cut.table + kLoads * 4;
-  cut.used = cut.loaded + kLoads * 8;
-  cut.rest = cut.used + kLoads * 8;
-  const int others = cut.rest + (rest + 15) / 16 * 16;
-  const int slots = (kSharedBytes - others - 64) / cut.chunk_bytes;  // the last rows' columns reach beyond their slot
-  cut.slots = slots < kLoads / 2 ? slots : kLoads / 2;
-  if (cut.slots > cut.chunks) cut.slots = cut.chunks;
+  const int given = cut.blocks == 1 ? 0 : 2 * (columns * cut.pitch + (kExchanges - 1) * kHeads) * 4;
+  int at = 0;
+  const auto take = [&](int bytes) {
+    at += (bytes + 15) / 16 * 16;
+    return at - (bytes + 15) / 16 * 16;
+  };
+  const auto lay_out = [&](int slots) {
+    at = 0;
+    take(slots * cut.chunk_bytes + 64);  // the last rows' columns reach beyond their slot
+    cut.weights = take(cut.chunks * (cut.chunk + cut.classes) * 16);
+    cut.sums = take(sums);
+    cut.given = take(given);
+    cut.masks = take((16 * cut.tiles + 32) * 16);
+    cut.table = take(kLoads * 4);
+    cut.loaded = take(kLoads * 8);
+    cut.used = take(kLoads * 8);
+    cut.exchanges = take(kExchanges * 2 * 8);
+    cut.rest = take(rest + rest_of_channel * cut.channels);
+    cut.bytes = at;
+  };
+  lay_out(0);
+  const int slots = (kSharedBytes - cut.bytes) / cut.chunk_bytes;
+  cut.slots = slots < 1 ? 0 : slots < kLoads / 2 ? slots : kLoads / 2;
   if (cut.slots < 2 && cut.chunks > 1) cut.slots = 0;  // nothing could be on its way
-  for (int* place : {&cut.weights, &cut.sums, &cut.masks, &cut.table, &cut.loaded, &cut.used, &cut.rest})
-    *place += cut.slots * cut.chunk_bytes + 64;
-  cut.bytes = others + cut.slots * cut.chunk_bytes + 64;
+  cut.stay = cut.slots < cut.chunks ? cut.slots : cut.chunks;
+  lay_out(cut.slots);
   return cut;
+}
+
+// How many clusters are launched for so many images.
+inline int rows_clusters(const RowsCut& cut, int images) {
+  const int most = processors() / cut.blocks;
+  return images < most ? images : most < 1 ? 1 : most;
 }
 
 // Whether the copy engine can bring chunks of it.
@@ -95,7 +123,7 @@ struct Slots {
   int per_image;  // loads
 
   __device__ Slots(const RowsCut& cut, uint8_t* memory)
-      : cut(cut), memory(memory), base(shared_address(memory)), per_image(2 * cut.chunks - cut.slots) {
+      : cut(cut), memory(memory), base(shared_address(memory)), per_image(2 * cut.chunks - cut.stay) {
     if (threadIdx.x != 0) return;
     for (int i = 0; i < kLoads; ++i) {
       barrier_init(loaded(i), 1);
@@ -110,7 +138,7 @@ struct Slots {
 
   // One thread: all of a block's loads, and stores of what became of its chunks, where `to` is not null.
   __device__ void move(const void* map, int64_t image_bytes, int images, void* to, int64_t image_bytes_to) const {
-    const int loads = images * per_image, early = cut.chunks - cut.slots;
+    const int loads = images * per_image, early = cut.chunks - cut.stay;
     int next = 0, of_image = 0;  // the load to ask for, its number in its image
     const uint8_t* from = static_cast<const uint8_t*>(map);
     const auto fill = [&](int slot) {
@@ -159,7 +187,7 @@ struct Slots {
   };
 
   __device__ Chunk wait(int image, int chunk, bool second_sweep) const {
-    const bool again = second_sweep && chunk < cut.chunks - cut.slots;
+    const bool again = second_sweep && chunk < cut.chunks - cut.stay;
     const int load = image * per_image + (again ? per_image - 1 - chunk : chunk);
     barrier_wait(loaded(load), load / kLoads & 1);
     return {load, base + slot_of(load) * cut.chunk_bytes};
@@ -171,6 +199,64 @@ struct Slots {
     if (static_cast<int>(threadIdx.x % 32) < count) barrier_arrive(used(chunk.load));
   }
 };
+
+// What the blocks of a cluster of two tell each other, once an image: sums of floats over the channels of each. Memory
+// for two images, used in turn: a block gives again only after the other took what it gave before the last time, for it
+// has been given something since. Exchange 0 is of sums at all positions, the others are of a number of each head.
+struct Exchange {
+  const Slots& slots;
+  int number;
+
+  // Before a barrier of the cluster.
+  __device__ Exchange(const Slots& slots, int number) : slots(slots), number(number) {
+    if (threadIdx.x != 0 || !is_shared()) return;
+    for (int turn = 0; turn < 2; ++turn) barrier_init(barrier(turn), 1);
+    fence_barrier_init();
+    for (int turn = 0; turn < 2; ++turn) barrier_arrive_expect(barrier(turn), bytes());
+  }
+
+  __device__ bool is_shared() const { return slots.cut.blocks > 1; }
+  __device__ int bytes() const { return (number == 0 ? slots.cut.columns * slots.cut.quads : 1) * 16; }
+  __device__ uint32_t barrier(int turn) const { return slots.base + slots.cut.exchanges + 16 * number + turn % 2 * 8; }
+
+  // Offset of what is given.
+  __device__ int place(int turn) const {
+    const int sums = slots.cut.columns * slots.cut.pitch;
+    return slots.cut.given + (number == 0 ? turn % 2 * sums : 2 * sums + (2 * number - 2 + turn % 2) * kHeads) * 4;
+  }
+
+  // Four floats to the other block, from there on where they belong. turn: the image, from this block's first.
+  __device__ void give(int turn, int index, float4 values) const {
+    if (!is_shared()) return;
+    const uint32_t other = cluster_rank() ^ 1;
+    store_to_cluster(cluster_address(slots.base + place(turn) + 4 * index, other), values,
+                     cluster_address(barrier(turn), other));
+  }
+
+  // All workers, with a barrier of theirs before what they give next: what the other block gave; null where there is
+  // none.
+  __device__ const float* take(int turn) const {
+    if (!is_shared()) return nullptr;
+    barrier_wait_cluster(barrier(turn), turn / 2 & 1);
+    if (threadIdx.x == 0) barrier_arrive_expect(barrier(turn), bytes());
+    return reinterpret_cast<const float*>(slots.memory + place(turn));
+  }
+};
+
+// Σ of `parts`, [kWarps, kHeads], of all blocks of the cluster. Between barriers of the workers.
+__device__ __forceinline__ void sum_of_warps(const float* parts, const Exchange& exchange, int image,
+                                             float (&sums)[kHeads]) {
+#pragma unroll
+  for (int k = 0; k < kHeads; ++k) {
+    sums[k] = 0;
+    for (int warp = 0; warp < kWarps; ++warp) sums[k] += parts[warp * kHeads + k];
+  }
+  if (threadIdx.x == 0) exchange.give(image, 0, make_float4(sums[0], sums[1], sums[2], sums[3]));
+  const float* others = exchange.take(image);
+#pragma unroll
+  for (int k = 0; k < kHeads; ++k)
+    if (others != nullptr) sums[k] += others[k];
+}
 
 // Elements between a 16-byte block's begin and that of a row of a class.
 __device__ __forceinline__ int shift_of(int row_class, int positions) { return row_class * positions & 7; }
@@ -188,10 +274,11 @@ __device__ __forceinline__ int weight_place(const RowsCut& cut, int channel) {
   return weight_place(cut, (channel - of_chunk) / cut.chunk, of_chunk);
 }
 
-// The first sweep: sums[class, i, column] = Σ_c weights[c, i] z[c, column], of the rows of each class. Between barriers
-// of the workers.
+// The first sweep: sums[i, position] = Σ_c weights[c, i] z[c, position] of this block's channels, and what is to be
+// added of the other block's; null where there is none. Between barriers of the workers.
 template <class T>
-__device__ __forceinline__ void sum_over_channels(const Slots& slots, int image, int positions) {
+__device__ __forceinline__ const float* sum_over_channels(const Slots& slots, const Exchange& exchange, int image,
+                                                          int positions) {
   const RowsCut& cut = slots.cut;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
   const int row_class = warp & (cut.classes - 1), group = warp >> cut.class_bits, groups = kWarps >> cut.class_bits;
@@ -219,10 +306,10 @@ __device__ __forceinline__ void sum_over_channels(const Slots& slots, int image,
       fragments += block_bytes;
     }
     weights += 16 * (cut.chunk + cut.classes);
-    if (chunk < cut.chunks - cut.slots) slots.release(z, 1);  // the others stay
+    if (chunk < cut.chunks - cut.stay) slots.release(z, 1);  // the others stay
   }
   workers_sync();  // what was where the sums belong is not used any more
-  float* sums = reinterpret_cast<float*>(slots.memory + cut.sums) + row_class * cut.columns * cut.pitch;
+  float* sums = reinterpret_cast<float*>(slots.memory + cut.sums);  // [classes, columns, pitch]
 #pragma unroll
   for (int u = 0; u < kColumnTiles; ++u) {
     const int tile = group + groups * u;
@@ -230,19 +317,27 @@ __device__ __forceinline__ void sum_over_channels(const Slots& slots, int image,
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       if (2 * column + i % 2 < cut.columns)
-        sums[(2 * column + i % 2) * cut.pitch + 16 * tile + i / 2 * 8 + row] = both[u][i];
+        sums[(row_class * cut.columns + 2 * column + i % 2) * cut.pitch + 16 * tile + i / 2 * 8 + row] = both[u][i];
   }
   workers_sync();
-}
-
-// Of all classes: column i of the sums at a position.
-__device__ __forceinline__ float class_sum(const Slots& slots, int positions, int position, int i) {
-  const RowsCut& cut = slots.cut;
-  const float* sums = reinterpret_cast<const float*>(slots.memory + cut.sums) + i * cut.pitch + position;
-  float sum = 0;
-  for (int row_class = 0; row_class < cut.classes; ++row_class)
-    sum += sums[row_class * cut.columns * cut.pitch + shift_of(row_class, positions)];
-  return sum;
+  // Of all classes, four positions a thread. The result lies where the first class's sums were, which nobody else
+  // reads.
+  for (int entry = threadIdx.x; entry < cut.columns * cut.quads; entry += kWorkers) {
+    const int at = entry / cut.quads * cut.pitch + entry % cut.quads * 4;
+    float total[4] = {};
+#pragma unroll
+    for (int of_class = 0; of_class < 8; ++of_class)
+      if (of_class < cut.classes)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          total[i] += sums[of_class * cut.columns * cut.pitch + at + shift_of(of_class, positions) + i];
+    const float4 values = make_float4(total[0], total[1], total[2], total[3]);
+    *reinterpret_cast<float4*>(sums + at) = values;
+    exchange.give(image, at, values);
+  }
+  const float* others = exchange.take(image);
+  workers_sync();
+  return others;
 }
 
 // In the second sweep a warp has 16 channels of its team's chunks, `classes` apart.
