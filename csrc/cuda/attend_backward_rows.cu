@@ -46,14 +46,13 @@ __device__ __forceinline__ void store_weights(const RowsCut& cut, int channel, c
 }
 
 // W_H and dP of an image's channels from the first one of this block, in the order of weight_place, column 2 k and
-// 2 k + 1; the formulas are pooled_gradient's of attend_backward.cu. shared: two arrays of [kWarps, kHeads] floats, the
-// second of what delta is the sum of, after a barrier.
+// 2 k + 1; the formulas are pooled_gradient's of attend_backward.cu. parts: two arrays of [kWarps], the second of
+// delta, which is for the caller to take.
 template <class T>
 __device__ __forceinline__ void make_weights(const BackwardSweep& a, const RowsCut& cut, int64_t image,
-                                             int first_channel, const Exchange& of_gates, int turn, float* shared,
-                                             uint4* weights) {
+                                             int first_channel, const Exchange& of_gates, const Exchange& of_deltas,
+                                             int turn, float4* parts, uint4* weights) {
   const PooledGradient& of = a.of;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const float* pooled = of.pooled + image * a.heads * a.channels + first_channel;
   const T* dx = static_cast<const T*>(of.grad_features) + image * of.gated * a.channels + first_channel;
   const float* more =
@@ -64,13 +63,6 @@ __device__ __forceinline__ void make_weights(const BackwardSweep& a, const RowsC
   };
   const auto floats_at = [&](const float* data, int k, int channel) {
     return k < a.heads ? *reinterpret_cast<const float2*>(data + k * a.channels + channel) : make_float2(0, 0);
-  };
-  const auto store_sums = [&](const float (&sums)[kHeads], float* to) {
-#pragma unroll
-    for (int k = 0; k < kHeads; ++k) {
-      const float sum = warp_sum(sums[k]);
-      if (lane == 0) to[warp * kHeads + k] = sum;
-    }
   };
 
   float gates[kHeads] = {}, dt[kHeads] = {};
@@ -98,9 +90,9 @@ __device__ __forceinline__ void make_weights(const BackwardSweep& a, const RowsC
         dg[k] += values.x * p[k].x + values.y * p[k].y;
       }
     }
-    store_sums(dg, shared);
+    give_part(dg, parts, of_gates, turn);
     workers_sync();
-    sum_of_warps(shared, of_gates, turn, dg);
+    take_sums(parts, of_gates, turn, dg);
     float mixed = 0;
 #pragma unroll
     for (int k = 0; k < kHeads; ++k) {
@@ -143,7 +135,7 @@ __device__ __forceinline__ void make_weights(const BackwardSweep& a, const RowsC
     }
     store_weights(cut, channel, w_words, dp_words, weights);
   }
-  store_sums(delta, shared + kWarps * kHeads);
+  give_part(delta, parts + kWarps, of_deltas, turn);
 }
 
 #endif  // AR_HOPPER
@@ -176,9 +168,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   uint4* weights = reinterpret_cast<uint4*>(memory + cut.weights);
   uint32_t* masks = reinterpret_cast<uint32_t*>(memory + cut.masks);
   const float* sums = reinterpret_cast<const float*>(memory + cut.sums);  // [2 * kHeads, pitch]
-  float* of_image = reinterpret_cast<float*>(memory + cut.rest);          // make_weights'
+  float4* parts = reinterpret_cast<float4*>(memory + cut.rest);           // make_weights'
   // [channels / 16, 32]: what each thread adds up of dW_H, of its two channels and head `column`
-  float2* dw = reinterpret_cast<float2*>(of_image + 2 * kWarps * kHeads);
+  float2* dw = reinterpret_cast<float2*>(parts + 2 * kWarps);
   const int head = threadIdx.x % kHeads;  // of this thread, where masks are made
   const float bias = head < a.heads && a.b.data != nullptr ? value_of(a.b, head) : 0.f;
   const float share = 1.f / positions;
@@ -190,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const T* pairs = static_cast<const T*>(a.pairs) + static_cast<int64_t>(image) * (a.heads + a.mean) * 2 * channels +
                      first_channel;
     if constexpr (std::is_same_v<T, __nv_bfloat16>)
-      if (makes) make_weights<T>(a, cut, image, first_channel, of_gates, image - begin, of_image, weights);
+      if (makes) make_weights<T>(a, cut, image, first_channel, of_gates, of_deltas, image - begin, parts, weights);
 #pragma unroll 2
     for (int channel = 2 * threadIdx.x; !makes && channel < cut.channels; channel += 2 * kWorkers) {
       uint32_t w[kHeads], dp[kHeads];
@@ -207,13 +199,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     float delta = head < a.heads && !makes ? a.delta[image * a.heads + head] : 0.f;
     if (makes && head < a.heads && a.of.grad_lse != nullptr) delta = -a.of.grad_lse[image * a.heads + head];
     workers_sync();
+    sum_over_channels<T>(slots, of_sums, image - begin, positions);
     if (makes) {
       float deltas[kHeads];
-      sum_of_warps(of_image + kWarps * kHeads, of_deltas, image - begin, deltas);
+      take_sums(parts + kWarps, of_deltas, image - begin, deltas);
       delta += gate_of(deltas, head);
     }
-
-    const float* others = sum_over_channels<T>(slots, of_sums, image - begin, positions);
+    const float* others = of_sums.take(image - begin);
+    workers_sync();
     for (int entry = threadIdx.x; entry < positions * kHeads; entry += kWorkers) {
       const int position = entry / kHeads;
       float mask = 0, gradient = 0;

@@ -47,11 +47,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int positions = a.positions, channels = a.channels;
   const OwnRows own(slots, positions);
   uint4* weights = reinterpret_cast<uint4*>(memory + cut.weights);
-  T* masks = reinterpret_cast<T*>(memory + cut.masks) + 16 * 8;  // [S, 8], zeros around
-  float* sums = reinterpret_cast<float*>(memory + cut.sums);     // [kHeads, pitch]
-  float* pooled = sums;                                          // or [kHeads + 1, kPitch]: P of a group
-  float* totals = reinterpret_cast<float*>(memory + cut.rest);   // [kHeads]
-  float* scores = totals + kHeads;                               // [kWarps, kHeads]
+  T* masks = reinterpret_cast<T*>(memory + cut.masks) + 16 * 8;   // [S, 8], zeros around
+  float* sums = reinterpret_cast<float*>(memory + cut.sums);      // [kHeads, pitch]
+  float* pooled = sums;                                           // or [kHeads + 1, kPitch]: P of a group
+  float4* scores = reinterpret_cast<float4*>(memory + cut.rest);  // [kWarps]
+  float* totals = reinterpret_cast<float*>(scores + kWarps);      // [kHeads]
   // Four heads' weights of a channel of this block, to be looked at later.
   const auto raw_values = [&](const Values& values, int channel, uint32_t (&raw)[kHeads]) {
 #pragma unroll
@@ -72,8 +72,34 @@ __global__ void __launch_bounds__(kThreads, 1)
   const float bias = warp < a.heads && a.b.data != nullptr ? value_of(a.b, warp) : 0.f;
   workers_sync();
 
+  // Gates and features of an image whose P and scores are there.
+  const auto finish = [&](int64_t image) {
+    float sums[kHeads], gates[kHeads];
+    take_sums(scores, of_scores, static_cast<int>(image) - begin, sums);
+    make_gates(a, image, sums, 1, gates);  // both blocks store the same
+    // Of what this thread has stored.
+    for (int first = threadIdx.x; first < cut.channels; first += kGroups * kGroup) {
+      float values[kGroups][kHeads];
+      const auto all = [&](auto&& visit) {
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i)
+#pragma unroll
+          for (int k = 0; k < kHeads; ++k)
+            if (k < a.gated && first + i * kGroup < cut.channels) visit(i, k, first_channel + first + i * kGroup);
+      };
+      all([&](int i, int k, int channel) { values[i][k] = a.pooled[(image * a.heads + k) * channels + channel]; });
+      all([&](int i, int k, int channel) {
+        static_cast<T*>(a.features)[(image * a.gated + k) * channels + channel] = rounded<T>(gates[k] * values[i][k]);
+      });
+    }
+  };
+
   for (int64_t image = begin; image < end; ++image) {
-    const float* others = sum_over_channels<T>(slots, of_sums, static_cast<int>(image) - begin, positions);
+    const int turn = static_cast<int>(image) - begin;
+    sum_over_channels<T>(slots, of_sums, turn, positions);
+    if (a.gated > 0 && turn > 0) finish(image - 1);  // while the other block's sums are on their way
+    const float* others = of_sums.take(turn);
+    workers_sync();
     if (warp < a.heads) {  // a warp for each head's softmax
       const int k = warp;
       float* logits = sums + k * cut.pitch;
@@ -111,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       uint32_t score_w[kHeads] = {};
       if (a.gated > 0 && channel < cut.channels) raw_values(a.score_w, channel, score_w);
       for (; chunk * cut.chunk >= group; chunk -= cut.teams) {
-        const Slots::Chunk z = slots.wait(static_cast<int>(image) - begin, chunk, true);
+        const Slots::Chunk z = slots.wait(turn, chunk, true);
         float pooled_sums[4];
         own.sum_over_positions<T>(slots, z.address, positions, pooled_sums);
         slots.release(z, cut.teams);
@@ -136,32 +162,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       if (group > 0) workers_sync();
     }
-    if (a.gated == 0) continue;
-#pragma unroll
-    for (int k = 0; k < kHeads; ++k) {
-      score[k] = warp_sum(score[k]);
-      if (lane == 0) scores[warp * kHeads + k] = score[k];
-    }
-    workers_sync();
-    sum_of_warps(scores, of_scores, static_cast<int>(image) - begin, score);
-    float gates[kHeads];
-    make_gates(a, image, score, 1, gates);  // both blocks store the same
-    // Of what this thread has stored.
-    for (int first = threadIdx.x; first < cut.channels; first += kGroups * kGroup) {
-      float values[kGroups][kHeads];
-      const auto all = [&](auto&& visit) {
-#pragma unroll
-        for (int i = 0; i < kGroups; ++i)
-#pragma unroll
-          for (int k = 0; k < kHeads; ++k)
-            if (k < a.gated && first + i * kGroup < cut.channels) visit(i, k, first_channel + first + i * kGroup);
-      };
-      all([&](int i, int k, int channel) { values[i][k] = a.pooled[(image * a.heads + k) * channels + channel]; });
-      all([&](int i, int k, int channel) {
-        static_cast<T*>(a.features)[(image * a.gated + k) * channels + channel] = rounded<T>(gates[k] * values[i][k]);
-      });
-    }
+    if (a.gated > 0) give_part(score, scores, of_scores, turn);
   }
+  workers_sync();
+  if (a.gated > 0 && end > begin) finish(end - 1);
 #endif  // AR_HOPPER
 }
 

@@ -14,6 +14,7 @@
 // elements of other rows: of no use to products that keep columns apart, to be left out of those that add them up.
 #pragma once
 
+#include "gates.cuh"
 #include "primitives.cuh"
 #include "sweep.h"
 #include "values.cuh"
@@ -66,7 +67,7 @@ inline RowsCut rows_cut(int channels, int positions, int columns, int sums, int 
   cut.quads = (positions + 3) / 4;
   cut.pitch = 16 * cut.tiles + 4;  // two columns begin 8 banks apart
   if (sums < cut.classes * columns * cut.pitch * 4) sums = cut.classes * columns * cut.pitch * 4;
-  const int given = cut.blocks == 1 ? 0 : 2 * (columns * cut.pitch + (kExchanges - 1) * kHeads) * 4;
+  const int given = cut.blocks == 1 ? 0 : 2 * (columns * cut.pitch + (kExchanges - 1) * kWarps * kHeads) * 4;
   int at = 0;
   const auto take = [&](int bytes) {
     at += (bytes + 15) / 16 * 16;
@@ -202,7 +203,8 @@ struct Slots {
 
 // What the blocks of a cluster of two tell each other, once an image: sums of floats over the channels of each. Memory
 // for two images, used in turn: a block gives again only after the other took what it gave before the last time, for it
-// has been given something since. Exchange 0 is of sums at all positions, the others are of a number of each head.
+// has been given something since. Exchange 0 is of sums at all positions, the others are of the warps' shares of
+// a number of each head.
 struct Exchange {
   const Slots& slots;
   int number;
@@ -216,13 +218,13 @@ struct Exchange {
   }
 
   __device__ bool is_shared() const { return slots.cut.blocks > 1; }
-  __device__ int bytes() const { return (number == 0 ? slots.cut.columns * slots.cut.quads : 1) * 16; }
+  __device__ int bytes() const { return (number == 0 ? slots.cut.columns * slots.cut.quads : kWarps) * 16; }
   __device__ uint32_t barrier(int turn) const { return slots.base + slots.cut.exchanges + 16 * number + turn % 2 * 8; }
 
   // Offset of what is given.
   __device__ int place(int turn) const {
     const int sums = slots.cut.columns * slots.cut.pitch;
-    return slots.cut.given + (number == 0 ? turn % 2 * sums : 2 * sums + (2 * number - 2 + turn % 2) * kHeads) * 4;
+    return slots.cut.given + (number == 0 ? turn % 2 * sums : 2 * sums + (2 * number - 2 + turn % 2) * kWarps * kHeads) * 4;
   }
 
   // Four floats to the other block, from there on where they belong. turn: the image, from this block's first.
@@ -243,19 +245,34 @@ struct Exchange {
   }
 };
 
-// Σ of `parts`, [kWarps, kHeads], of all blocks of the cluster. Between barriers of the workers.
-__device__ __forceinline__ void sum_of_warps(const float* parts, const Exchange& exchange, int image,
-                                             float (&sums)[kHeads]) {
+// Sums of a number of each head over all threads of the cluster: each warp gives its part to `parts`, [kWarps] of this
+// block, and to the other block. They are taken after a barrier of the workers.
+__device__ __forceinline__ void give_part(const float (&values)[kHeads], float4* parts, const Exchange& exchange,
+                                          int turn) {
+  float sums[kHeads];
 #pragma unroll
-  for (int k = 0; k < kHeads; ++k) {
-    sums[k] = 0;
-    for (int warp = 0; warp < kWarps; ++warp) sums[k] += parts[warp * kHeads + k];
+  for (int k = 0; k < kHeads; ++k) sums[k] = warp_sum(values[k]);
+  if (threadIdx.x % 32 != 0) return;
+  const int warp = threadIdx.x / 32;
+  parts[warp] = make_float4(sums[0], sums[1], sums[2], sums[3]);
+  exchange.give(turn, warp * kHeads, parts[warp]);
+}
+
+__device__ __forceinline__ void take_sums(const float4* parts, const Exchange& exchange, int turn,
+                                          float (&sums)[kHeads]) {
+  const auto add = [](const float4* from) {
+    float4 sum = from[0];
+    for (int warp = 1; warp < kWarps; ++warp)
+      sum = make_float4(sum.x + from[warp].x, sum.y + from[warp].y, sum.z + from[warp].z, sum.w + from[warp].w);
+    return sum;
+  };
+  float4 sum = add(parts);
+  const float4* others = reinterpret_cast<const float4*>(exchange.take(turn));
+  if (others != nullptr) {  // of two numbers it is the same sum in both blocks
+    const float4 more = add(others);
+    sum = make_float4(sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w);
   }
-  if (threadIdx.x == 0) exchange.give(image, 0, make_float4(sums[0], sums[1], sums[2], sums[3]));
-  const float* others = exchange.take(image);
-#pragma unroll
-  for (int k = 0; k < kHeads; ++k)
-    if (others != nullptr) sums[k] += others[k];
+  sums[0] = sum.x, sums[1] = sum.y, sums[2] = sum.z, sums[3] = sum.w;
 }
 
 // Elements between a 16-byte block's begin and that of a row of a class.
@@ -274,10 +291,10 @@ __device__ __forceinline__ int weight_place(const RowsCut& cut, int channel) {
   return weight_place(cut, (channel - of_chunk) / cut.chunk, of_chunk);
 }
 
-// The first sweep: sums[i, position] = Σ_c weights[c, i] z[c, position] of this block's channels, and what is to be
-// added of the other block's; null where there is none. Between barriers of the workers.
+// The first sweep: sums[i, position] = Σ_c weights[c, i] z[c, position] of this block's channels, given to the other block
+// too. After a barrier of the workers; one must follow.
 template <class T>
-__device__ __forceinline__ const float* sum_over_channels(const Slots& slots, const Exchange& exchange, int image,
+__device__ __forceinline__ void sum_over_channels(const Slots& slots, const Exchange& exchange, int image,
                                                           int positions) {
   const RowsCut& cut = slots.cut;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
@@ -335,9 +352,6 @@ __device__ __forceinline__ const float* sum_over_channels(const Slots& slots, co
     *reinterpret_cast<float4*>(sums + at) = values;
     exchange.give(image, at, values);
   }
-  const float* others = exchange.take(image);
-  workers_sync();
-  return others;
 }
 
 // In the second sweep a warp has 16 channels of its team's chunks, `classes` apart.
