@@ -75,7 +75,6 @@ __device__ __forceinline__ void make_weights(const BackwardSweep& a, const RowsC
       if (k < a.heads) tanhs[k] = of.scores[image * a.heads + k];
       if (k < a.heads && of.grad_scores != nullptr) dt[k] = of.grad_scores[image * a.heads + k];
     }
-#pragma unroll 2
     for (int channel = 2 * threadIdx.x; channel < cut.channels; channel += 2 * kWorkers) {
       uint32_t x[kHeads];
       float2 p[kHeads];
@@ -174,6 +173,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int head = threadIdx.x % kHeads;  // of this thread, where masks are made
   const float bias = head < a.heads && a.b.data != nullptr ? value_of(a.b, head) : 0.f;
   const float share = 1.f / positions;
+  constexpr bool kScaled = std::is_same_v<T, __half>;  // bfloat16 needs no scale of its own
   const bool makes = std::is_same_v<T, __nv_bfloat16> && a.of.w.data != nullptr;
   for (int i = threadIdx.x; i < (16 * cut.tiles + 32) * kHeads; i += kWorkers) masks[i] = 0;
 
@@ -183,7 +183,6 @@ __global__ void __launch_bounds__(kThreads, 1)
                      first_channel;
     if constexpr (std::is_same_v<T, __nv_bfloat16>)
       if (makes) make_weights<T>(a, cut, image, first_channel, of_gates, of_deltas, image - begin, parts, weights);
-#pragma unroll 2
     for (int channel = 2 * threadIdx.x; !makes && channel < cut.channels; channel += 2 * kWorkers) {
       uint32_t w[kHeads], dp[kHeads];
 #pragma unroll
@@ -194,7 +193,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       store_weights(cut, channel, w, dp, weights);
     }
-    const float inverse = a.unscale == nullptr ? 1.f : a.unscale[image];
+    const float inverse = kScaled && a.unscale != nullptr ? a.unscale[image] : 1.f;
     const float shift = head < a.heads ? a.lse[image * a.heads + head] - bias : 0.f;
     float delta = head < a.heads && !makes ? a.delta[image * a.heads + head] : 0.f;
     if (makes && head < a.heads && a.of.grad_lse != nullptr) delta = -a.of.grad_lse[image * a.heads + head];
@@ -265,8 +264,11 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int half = 0; half < 2; ++half) {
           float values[4] = {low, low, high, high};
           mma<T>(values, weight, mask[half]);
-          gradient[2 * half] = packed<T>(values[0] * inverse, values[1] * inverse);
-          gradient[2 * half + 1] = packed<T>(values[2] * inverse, values[3] * inverse);
+          if constexpr (kScaled)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) values[i] *= inverse;
+          gradient[2 * half] = packed<T>(values[0], values[1]);
+          gradient[2 * half + 1] = packed<T>(values[2], values[3]);
         }
         if (first >= own.shift && first + 16 - own.shift <= positions) {
           store_matrix(z.address + own.row + 2 * first, gradient);
@@ -321,6 +323,7 @@ cudaError_t sweep(const BackwardSweep& a, cudaStream_t stream) {
 bool can_sweep_backward_rows(const BackwardSweep& a) {
   if (a.kind != Kind::kHalf && a.kind != Kind::kBFloat16) return false;
   if (a.heads < 1 || a.heads > kHeads || a.images < 1 || a.upstream.data != nullptr) return false;
+  if (a.kind == Kind::kBFloat16 && a.unscale != nullptr) return false;
   return is_rows(a.z, a.positions) && is_rows(a.dz, a.positions) && backward_cut(a).slots > 0;
 }
 

@@ -224,7 +224,8 @@ struct Exchange {
   // Offset of what is given.
   __device__ int place(int turn) const {
     const int sums = slots.cut.columns * slots.cut.pitch;
-    return slots.cut.given + (number == 0 ? turn % 2 * sums : 2 * sums + (2 * number - 2 + turn % 2) * kWarps * kHeads) * 4;
+    return slots.cut.given +
+           (number == 0 ? turn % 2 * sums : 2 * sums + (2 * number - 2 + turn % 2) * kWarps * kHeads) * 4;
   }
 
   // Four floats to the other block, from there on where they belong. turn: the image, from this block's first.
@@ -291,11 +292,11 @@ __device__ __forceinline__ int weight_place(const RowsCut& cut, int channel) {
   return weight_place(cut, (channel - of_chunk) / cut.chunk, of_chunk);
 }
 
-// The first sweep: sums[i, position] = Σ_c weights[c, i] z[c, position] of this block's channels, given to the other block
-// too. After a barrier of the workers; one must follow.
+// The first sweep: sums[i, position] = Σ_c weights[c, i] z[c, position] of this block's channels, given to the other
+// block too. After a barrier of the workers; one must follow.
 template <class T>
 __device__ __forceinline__ void sum_over_channels(const Slots& slots, const Exchange& exchange, int image,
-                                                          int positions) {
+                                                  int positions) {
   const RowsCut& cut = slots.cut;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
   const int row_class = warp & (cut.classes - 1), group = warp >> cut.class_bits, groups = kWarps >> cut.class_bits;
@@ -313,13 +314,13 @@ __device__ __forceinline__ void sum_over_channels(const Slots& slots, const Exch
     for (int block = 0; block < blocks; ++block) {
       uint32_t weight[2];
       load_matrix_transposed(weight, weights + 256 * block);
+      uint32_t fragment[kColumnTiles][4];
 #pragma unroll
-      for (int u = 0; u < kColumnTiles; ++u) {
-        if (group + groups * u >= cut.tiles) continue;
-        uint32_t fragment[4];
-        load_matrix_transposed(fragment, fragments + 32 * groups * u);
-        mma<T>(both[u], fragment, weight[0], weight[1]);
-      }
+      for (int u = 0; u < kColumnTiles; ++u)
+        if (group + groups * u < cut.tiles) load_matrix_transposed(fragment[u], fragments + 32 * groups * u);
+#pragma unroll
+      for (int u = 0; u < kColumnTiles; ++u)
+        if (group + groups * u < cut.tiles) mma<T>(both[u], fragment[u], weight[0], weight[1]);
       fragments += block_bytes;
     }
     weights += 16 * (cut.chunk + cut.classes);
@@ -381,29 +382,34 @@ struct OwnRows {
     const int tiles = slots.cut.tiles;
     const uint32_t z = chunk + row;
     float chains[2][4] = {};  // of products that don't wait for each other
-    for (int tile = 0; tile < tiles; tile += 2)
+    for (int tile = 0; tile < tiles; tile += 2) {
+      uint32_t fragment[2][4], mask[2][2];
 #pragma unroll
       for (int chain = 0; chain < 2; ++chain) {
         if (tile + chain >= tiles) continue;
+        load_matrix(fragment[chain], z + 32 * (tile + chain));
+        load_matrix_transposed(mask[chain], masks + 256 * (tile + chain));
+      }
+#pragma unroll
+      for (int chain = 0; chain < 2; ++chain) {
         const int begin = 16 * (tile + chain);
-        uint32_t fragment[4], mask[2];
-        load_matrix(fragment, z + 2 * begin);
-        load_matrix_transposed(mask, masks + 16 * begin);
+        if (tile + chain >= tiles) continue;
         if (begin < shift || begin + 16 - shift > positions) {  // other rows' elements, which may be infinite
           const uint32_t real[] = {real_pair(begin, positions), real_pair(begin + 8, positions)};
 #pragma unroll
-          for (int i = 0; i < 4; ++i) fragment[i] &= real[i / 2];
+          for (int i = 0; i < 4; ++i) fragment[chain][i] &= real[i / 2];
         }
-        mma<T>(chains[chain], fragment, mask[0], mask[1]);
+        mma<T>(chains[chain], fragment[chain], mask[chain][0], mask[chain][1]);
       }
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) sums[i] = chains[0][i] + chains[1][i];
   }
 
   // Which halves of a lane's word of eight columns are positions of its row.
   __device__ uint32_t real_pair(int begin, int positions) const {
-    const int position = begin + threadIdx.x % 4 * 2 - shift;
-    const bool low = position >= 0 && position < positions, high = position >= -1 && position + 1 < positions;
+    const uint32_t position = begin + threadIdx.x % 4 * 2 - shift, count = positions;  // what is negative is large
+    const bool low = position < count, high = position + 1 < count;
     return (low ? 0xffffu : 0u) | (high ? 0xffff0000u : 0u);
   }
 };
