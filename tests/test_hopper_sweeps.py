@@ -141,6 +141,7 @@ def shares(kernels, sizes, maps, rows, processors=2):
         (ROWS, 2, 256, 36, 4, True, False, True),
         (ROWS, 2, 256, 196, 3, True, False, False),
         (ROWS, 1, 128, 16, 1, False, False, False),
+        (ROWS, 2, 1664, 196, 4, True, False, False),  # more chunks than slots
         (TILES, 2, 32, 200, 4, True, True, True),
         (TILES, 3, 320, 64, 3, False, True, False),
         (TILES, 1, 640, 72, 1, True, False, False),
@@ -204,6 +205,7 @@ def test_backward(kernels, dtype, rows, images, channels, positions, heads, mean
         (ROWS, 3, 128, 49, 4, 3),
         (ROWS, 3, 1024, 49, 3, 3),
         (ROWS, 2, 256, 196, 1, 0),
+        (ROWS, 6, 512, 36, 4, 4),  # images that follow each other in a cluster
     ],
 )
 def test_backward_from_the_gradients_of_what_came_out(
@@ -357,6 +359,8 @@ def test_float_backward(kernels, rows, images, channels, positions, heads, mean,
         (ROWS, 2, 256, 36, 4, 0, True, False),
         (ROWS, 2, 256, 196, 3, 2, True, True),
         (ROWS, 1, 128, 16, 1, 1, False, False),
+        (ROWS, 2, 1664, 196, 4, 4, True, False),  # more chunks than slots
+        (ROWS, 6, 512, 84, 4, 4, True, True),  # images that follow each other in a cluster
         (TILES, 2, 32, 200, 4, 4, True, True),
         (TILES, 3, 320, 64, 3, 2, False, True),
         (LAST, 19, 64, 40, 3, 2, True, True),  # images that follow each other in a block

@@ -20,7 +20,8 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   uint8_t* memory = shared_memory();
   const int begin = static_cast<int>(static_cast<int64_t>(a.images) * blockIdx.x / gridDim.x);
   const int end = static_cast<int>(static_cast<int64_t>(a.images) * (blockIdx.x + 1) / gridDim.x);
-  Slots slots(cut.slots, static_cast<const float*>(a.z.data) + begin * a.z.image, a.z.image * 4, end - begin, memory);
+  ImageSlots slots(cut.slots, static_cast<const float*>(a.z.data) + begin * a.z.image, a.z.image * 4, end - begin,
+                   memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, positions = a.positions, channels = a.channels;
   float* weights = reinterpret_cast<float*>(memory + cut.slots.weights);     // [C, kHeads]
   float* masks = reinterpret_cast<float*>(memory + cut.slots.masks) + lane;  // [kHeads, kOwn, 32]

@@ -53,8 +53,28 @@ cudaError_t launch(int programs, int threads, int bytes, cudaStream_t stream, co
   return cudaLaunchKernelEx(&config, kKernel, arguments...);
 }
 
+// The same in clusters of blocks that follow each other.
+template <auto kKernel, class... Arguments>
+cudaError_t launch_clusters(int blocks, int programs, int threads, int bytes, cudaStream_t stream,
+                            const Arguments&... arguments) {
+  const cudaError_t error = prepare<kKernel>();
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks * programs);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kKernel, arguments...);
+}
+
 __device__ __forceinline__ float value_of(__half value) { return __half2float(value); }
 __device__ __forceinline__ float value_of(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ float value_of(float value) { return value; }
 
 __device__ __forceinline__ float value_of(const Values& values, int index) {
   switch (values.kind) {
@@ -101,6 +121,20 @@ __device__ __forceinline__ float2 float_pair(const T* from) {
 template <class T>
 __device__ __forceinline__ uint16_t bits_of(T value) {
   return *reinterpret_cast<const uint16_t*>(&value);
+}
+
+// A number as memory has it, and what it is: apart, so that several loads are under way at a time.
+__device__ __forceinline__ uint32_t raw_value(const Values& values, int index) {
+  return values.kind == Kind::kFloat ? static_cast<const uint32_t*>(values.data)[index]
+                                     : static_cast<const uint16_t*>(values.data)[index];
+}
+
+__device__ __forceinline__ float value_from(const Values& values, uint32_t raw) {
+  switch (values.kind) {
+    case Kind::kHalf: return unpacked<__half>(raw).x;
+    case Kind::kBFloat16: return unpacked<__nv_bfloat16>(raw).x;
+    default: return __uint_as_float(raw);
+  }
 }
 
 // The lower half of a word.
