@@ -108,6 +108,23 @@ __device__ __forceinline__ float dot(const float4& a, const float4& b) {
   return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
 }
 
+// A lane's part of W_H's row, rounded to the map's dtype; all loads before the first use.
+template <class T, int kBlocks>
+__device__ __forceinline__ void load_weights(const Values& w, int first, uint32_t (&to)[kBlocks][2]) {
+  if (w.kind != Kind::kFloat) {
+#pragma unroll
+    for (int i = 0; i < 2 * kBlocks; ++i)
+      to[i / 2][i % 2] = *reinterpret_cast<const uint32_t*>(static_cast<const T*>(w.data) + first + 8 * i);
+  } else {
+    float2 values[2 * kBlocks];
+#pragma unroll
+    for (int i = 0; i < 2 * kBlocks; ++i)
+      values[i] = *reinterpret_cast<const float2*>(static_cast<const float*>(w.data) + first + 8 * i);
+#pragma unroll
+    for (int i = 0; i < 2 * kBlocks; ++i) to[i / 2][i % 2] = packed<T>(values[i].x, values[i].y);
+  }
+}
+
 // What pooled_gradient will want of an image, into L2.
 template <class T>
 __device__ __forceinline__ void prefetch_image(const BackwardSweep& a, int64_t image) {
@@ -182,6 +199,8 @@ __device__ __forceinline__ void pooled_gradient(const BackwardSweep& a, int64_t 
       }
     }
   }
+
+  if (a.mean && lane < kLanes) prefetch_line(of.grad_mean + image * a.channels + channel);  // no register is left
 
   // Over the lanes of a head, then over warps.
   const auto store_sum = [&](float sum, int k, float* to) {
@@ -345,17 +364,13 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
   uint32_t average[kBlocks][2];     // and of the mean: channels 16 b + 8 half + row, in lanes of column 0
   float sums[kBlocks][4];           // dW_H in even columns
 #pragma unroll
-  for (int b = 0; b < kBlocks; ++b) {
+  for (int b = 0; b < kBlocks; ++b) weights[b][0] = weights[b][1] = 0;
+  if (makes && row % 2 == 0 && row / 2 < a.heads)
+    load_weights<T>(a.of.w, row / 2 * a.channels + first_channel + 2 * column, weights);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      weights[b][half] = 0;
-      if (makes && row % 2 == 0 && row / 2 < a.heads)
-        weights[b][half] =
-            weight_pair<T>(a.of.w, row / 2 * a.channels + first_channel + 16 * b + 8 * half + 2 * column);
-    }
+  for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
     for (int i = 0; i < 4; ++i) sums[b][i] = 0;
-  }
   const uint32_t mean_mask = column == 0 ? packed<T>(cut.mean_mask, cut.mean_mask) : 0;
   float scale = 1, inverse = 1, lse = 0, delta = 0;  // of this thread's head, in the sum over warps
   const int head = threadIdx.x % kHeads;
