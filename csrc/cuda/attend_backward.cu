@@ -230,9 +230,13 @@ __device__ __forceinline__ void pooled_gradient(const BackwardSweep& a, int64_t 
     }
   }
 
+  float mean[4] = {0, 0, 0, 0}, of_delta[kRounds];
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
     const int k = r * kAtOnce + first_head;
+    if (r == kRounds - 1 && a.mean && lane < kLanes)  // others have left their registers
+#pragma unroll
+      for (int i = 0; i < 4; ++i) mean[i] = of.grad_mean[image * a.channels + channel + i];
     if (of.score_w.kind != Kind::kFloat)
       score[r] = four_at<T>(make_uint2(__float_as_uint(score[r].x), __float_as_uint(score[r].y)));
     const float own_gate = __shfl_sync(kAll, gate, k % kHeads), own_dt = __shfl_sync(kAll, dt, k % kHeads);
@@ -249,13 +253,10 @@ __device__ __forceinline__ void pooled_gradient(const BackwardSweep& a, int64_t 
     }
     const uint2 words = make_uint2(packed<T>(dp.x, dp.y), packed<T>(dp.z, dp.w));
     if (k < kHeads) *reinterpret_cast<uint2*>(own + k * kRowBytes + lane % kLanes * 8) = words;
-    // Of dP as it is rounded, so that sums over positions of dl stay 0.
-    store_sum(dot(four_at<T>(words), p[r]), k, shared + warps * kHeads);
+    of_delta[r] = dot(four_at<T>(words), p[r]);  // of dP as it is rounded, so that sums over positions of dl stay 0
   }
-  float mean[4] = {0, 0, 0, 0};
-  if (a.mean && lane < kLanes)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) mean[i] = of.grad_mean[image * a.channels + channel + i];
+  for (int r = 0; r < kRounds; ++r) store_sum(of_delta[r], r * kAtOnce + first_head, shared + warps * kHeads);
   __syncwarp();
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b)
