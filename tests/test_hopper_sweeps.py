@@ -597,7 +597,8 @@ class Operators:
     def backward_sweep(self, z, sizes, strides, up_strides, dz_strides, heads, itemsize, chip):
         positions = sizes[2] * sizes[3]
         programs = torch.zeros(1, dtype=torch.int64)
-        empty = [None, None, None, z.unit == "s", None, 0, *[None] * 6]
+        upstream = None if up_strides is None else programs  # that there is one
+        empty = [None, upstream, None, z.unit == "s", None, 0, *[None] * 6]
         kind = KINDS[torch.float32 if itemsize == 4 else torch.float16]
         self.kernels.backward(
             kind, sizes[0], sizes[1], positions, heads, *empty, programs, True, processors=self.processors

@@ -3,10 +3,11 @@
 //   l = W_H Z,  dA = dP Z,  a = exp(l + b_H - lse),  dl = a (dA - delta) + direct
 //   dZ = W_H^T dl + dP^T a (+ dP_mean / S) (+ upstream),  dW_H += dl Z^T
 //
-// A tile turns into its dZ where it lies, and leaves by the copy engine.
-//
 // W_H and dP lie side by side, row 2 k and 2 k + 1 of one matrix, and so do dl and a: one product makes l and dA, one
-// makes dZ.
+// makes dZ, to which the mean belongs as one more row with a constant mask.
+//
+// Every warp brings its own channels of a tile by the copy engine, turns them into their dZ where they lie, and sends
+// that away, on barriers of its own. All that warps wait for each other for are the sums over channels: l and dA.
 
 #include "attend_backward.h"
 
@@ -19,192 +20,395 @@ namespace ar_kernels {
 
 namespace {
 
+// How an image is cut among warps, and where what lies in shared memory. A warp has 16 `blocks` channels of a tile of
+// every map: of channels_last [blocks / 4 planes, tile, 64], of NCHW [16 blocks, 64 positions].
+struct Slices {
+  int per_processor;       // blocks that share a multiprocessor
+  int warps, blocks;       // of a block; of 16 channels each, of a warp
+  int tile, sixteens;      // positions of a tile, and how many products of 16 that takes
+  int tiles;               // of an image
+  int stages, bytes_each;  // bytes of one map that a warp has of a tile, a multiple of 1024
+  int parts, masks, spare, of_image, barriers, bytes;
+  float mean_mask, mean_factor;  // 1 / positions: a power of two in products, and the rest, at most 1
+};
+
+// What a warp has to itself beside tiles: sums over its channels of a tile's positions, 8 columns each; or dP of an
+// image on its way to where products want it.
+__host__ __device__ constexpr int part_bytes(int blocks, int sixteens) {
+  const int sums = 16 * sixteens * 2 * kHeads * 4, gradients = kHeads * (32 * blocks + 16);
+  return sums > gradients ? sums : gradients;
+}
+
+// tile: positions of channels_last, at most. No stages: it does not fit.
+inline Slices slices_of(Layout layout, int channels, int positions, int maps, int per_processor, int tile) {
+  Slices cut = {};
+  const bool channels_last = layout == Layout::kChannelsLast;
+  const int unit = channels_last ? kRow : 16, most_warps = kMostWarps / per_processor;
+  if (channels < unit || channels % unit != 0 || positions < 1) return cut;
+  cut.per_processor = per_processor;
+  cut.blocks = unit / 16;
+  while (cut.blocks < (channels_last ? 8 : 4) && channels / 16 / cut.blocks > most_warps &&
+         channels / 16 % (2 * cut.blocks) == 0)
+    cut.blocks *= 2;
+  cut.warps = channels / 16 / cut.blocks;
+  if (cut.warps > most_warps) return cut;
+  // Twice the channels, half the positions: so much work between two barriers, and so many registers.
+  const bool wide = cut.blocks == 4 && positions > 16 && maps == 1;
+  cut.tile = !channels_last ? kRow : std::min(tile, wide ? 32 : 16);
+  cut.sixteens = (cut.tile + 15) / 16;
+  cut.tiles = (positions + cut.tile - 1) / cut.tile;
+  cut.bytes_each = 2 * 16 * cut.blocks * cut.tile;
+  const int stage_bytes = cut.warps * cut.bytes_each * maps;
+  const int parts = cut.warps * part_bytes(cut.blocks, cut.sixteens), masks = 16 * cut.sixteens * kHeads * 4;
+  const int of_image = 2 * cut.warps * kHeads * 4;
+  const int shared = (kSharedBytes + 1024) / per_processor - 1024;  // 1024 of each block's are the system's
+  const int others = 1024 + parts + masks + 16 + of_image;          // tiles begin at a multiple of 1024
+  cut.stages = std::min((shared - others) / (stage_bytes + 8 * cut.warps), kMostStages);
+  cut.parts = cut.stages * stage_bytes;
+  cut.masks = cut.parts + parts;
+  cut.spare = cut.masks + masks;
+  cut.of_image = cut.spare + 16;
+  cut.barriers = cut.of_image + of_image;
+  cut.bytes = cut.barriers + 8 * cut.warps * cut.stages + 1024;
+  for (cut.mean_mask = 1; cut.mean_mask / 2 * positions >= 1 && cut.mean_mask > 1e-7f;) cut.mean_mask /= 2;
+  cut.mean_factor = 1 / (positions * cut.mean_mask);
+  return cut;
+}
+
+// As many blocks on a multiprocessor as have three stages each: one works while others wait.
+inline Slices slices_of(Layout layout, int channels, int positions, int maps) {
+  for (const int per_processor : {4, 2, 1}) {
+    const Slices cut = slices_of(layout, channels, positions, maps, per_processor, 32);
+    if (cut.stages >= 3) return cut;
+  }
+  for (const int tile : {8, 32}) {
+    const Slices cut = slices_of(layout, channels, positions, maps, 1, tile);
+    if (cut.stages >= 2) return cut;
+  }
+  return {};
+}
+
 #if AR_HOPPER
 
-// dP of an image as the kernel's weights, and what delta is the sum of: a lane with an odd row has dP of head row / 2,
-// one with an even row W_H.
+// What the mean's row has of a channel: its value in two parts, since one of T has too few digits.
+template <class T>
+__device__ __forceinline__ uint32_t mean_word(float value) {
+  const float high = unpacked<T>(packed<T>(value, 0)).x;
+  return packed<T>(high, fabsf(high) == INFINITY ? 0.f : value - high);
+}
+
+// Four adjacent values of T, where two are aligned.
+template <class T>
+__device__ __forceinline__ float4 four_at(const uint2& words) {
+  const float2 low = unpacked<T>(words.x), high = unpacked<T>(words.y);
+  return make_float4(low.x, low.y, high.x, high.y);
+}
+
+__device__ __forceinline__ float dot(const float4& a, const float4& b) {
+  return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
+}
+
+// A lane's part of W_H's row, rounded to the map's dtype; all loads before the first use.
+template <class T, int kBlocks>
+__device__ __forceinline__ void load_weights(const Values& w, int first, uint32_t (&to)[kBlocks][2]) {
+  if (w.kind != Kind::kFloat) {
+#pragma unroll
+    for (int i = 0; i < 2 * kBlocks; ++i)
+      to[i / 2][i % 2] = *reinterpret_cast<const uint32_t*>(static_cast<const T*>(w.data) + first + 8 * i);
+  } else {
+    float2 values[2 * kBlocks];
+#pragma unroll
+    for (int i = 0; i < 2 * kBlocks; ++i)
+      values[i] = *reinterpret_cast<const float2*>(static_cast<const float*>(w.data) + first + 8 * i);
+#pragma unroll
+    for (int i = 0; i < 2 * kBlocks; ++i) to[i / 2][i % 2] = packed<T>(values[i].x, values[i].y);
+  }
+}
+
+// What pooled_gradient will want of an image, into L2.
+template <class T>
+__device__ __forceinline__ void prefetch_image(const BackwardSweep& a, int64_t image) {
+  const auto prefetch = [&](const void* data, int64_t bytes) {
+    if (data == nullptr) return;
+    const char* from = static_cast<const char*>(data) + image * bytes;
+    for (int64_t at = 128 * threadIdx.x; at < bytes; at += 128 * blockDim.x) prefetch_line(from + at);
+  };
+  const int64_t channels = a.channels;
+  prefetch(a.of.pooled, a.heads * channels * sizeof(float));
+  prefetch(a.of.grad_features, a.of.gated * channels * sizeof(T));
+  prefetch(a.of.grad_pooled, a.heads * channels * sizeof(float));
+  prefetch(a.of.grad_mean, channels * sizeof(float));
+}
+
+// dP of an image into the odd rows of the kernel's weights, and what delta is the sum of.
 //   dg_k = dx_k . P_k,  du = g (dg - sum_j g_j dg_j),  dt = du (1 - tanh^2 t),  dP_k = g_k dx_k + dt_k W_G[k]
+// A lane has four channels of one head after another, so that all it needs is on its way at once, and dP goes to where
+// products want it through `own`, the warp's part of shared memory.
 // shared: two arrays of [warps, kHeads] floats; the second is what delta is the sum of, after a barrier. A barrier for
 // all threads is inside.
 template <class T, int kBlocks>
-__device__ __forceinline__ void pooled_gradient(const BackwardSweep& a, int image, int first_channel, bool stores,
-                                                float* shared, uint32_t (&weights)[kBlocks][2]) {
+__device__ __forceinline__ void pooled_gradient(const BackwardSweep& a, int64_t image, int first_channel, bool stores,
+                                                float mean_factor, float* shared, uint8_t* own,
+                                                uint32_t (&weights)[kBlocks][2], uint32_t (&average)[kBlocks][2]) {
+  constexpr int kLanes = 4 * kBlocks;  // that have a head's channels
+  constexpr int kAtOnce = 32 / kLanes < kHeads ? 32 / kLanes : kHeads, kRounds = kHeads / kAtOnce;
+  constexpr int kRowBytes = 32 * kBlocks + 16;  // of a head in `own`: rows begin in different banks
   const PooledGradient& of = a.of;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4, k = row / 2;
-  const int warps = blockDim.x / 32, h = lane % kHeads;
-  const bool is_gradient = row % 2 == 1 && k < a.heads, is_weight = row % 2 == 0 && k < a.heads;
-  const bool has_features = is_gradient && k < of.gated && of.grad_features != nullptr;
-  const float* pooled = of.pooled + (static_cast<int64_t>(image) * a.heads + k) * a.channels;
-  const T* dx = static_cast<const T*>(of.grad_features) + (static_cast<int64_t>(image) * of.gated + k) * a.channels;
-  const auto features_at = [&](int channel) {
-    return has_features ? unpacked<T>(*reinterpret_cast<const uint32_t*>(dx + channel)) : make_float2(0, 0);
-  };
-  const auto pooled_at = [&](int channel) {
-    return is_gradient ? *reinterpret_cast<const float2*>(pooled + channel) : make_float2(0, 0);
-  };
-  // Over the lanes of a row, then over warps.
-  const auto store_sum = [&](float sum, float* to) {
-    sum += __shfl_xor_sync(kAll, sum, 1);
-    sum += __shfl_xor_sync(kAll, sum, 2);
-    if (row % 2 == 1 && column == 0) to[warp * kHeads + k] = sum;
-  };
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
+  const int warps = blockDim.x / 32, h = lane % kHeads, first_head = lane / kLanes;
+  const int channel = first_channel + lane % kLanes * 4;
+  const bool gated = of.score_w.data != nullptr;
 
-  float gate = 0, dt = 0;  // of head h
-  if (of.score_w.data != nullptr) {
-    float dg = 0;
+  // All loads before the first use. Heads that are not there have zeros.
+  float4 p[kRounds], score[kRounds];
+  uint2 x[kRounds];
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b)
+  for (int r = 0; r < kRounds; ++r) {
+    const int k = r * kAtOnce + first_head;
+    const int64_t at = (image * a.heads + k) * a.channels + channel;
+    p[r] = k < a.heads ? *reinterpret_cast<const float4*>(of.pooled + at) : make_float4(0, 0, 0, 0);
+    x[r] = make_uint2(0, 0);
+    score[r] = make_float4(0, 0, 0, 0);
+  }
+  if (of.grad_features != nullptr)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int channel = first_channel + 16 * b + 8 * half + 2 * column;
-        const float2 x = features_at(channel), p = pooled_at(channel);
-        dg += x.x * p.x + x.y * p.y;
-      }
-    store_sum(dg, shared);
-    __syncthreads();
-    dg = 0;
-    for (int other = lane / kHeads; other < warps; other += 32 / kHeads) dg += shared[other * kHeads + h];
-    for (int lanes = kHeads; lanes < 32; lanes *= 2) dg += __shfl_xor_sync(kAll, dg, lanes);
+    for (int r = 0; r < kRounds; ++r) {
+      const int k = r * kAtOnce + first_head;
+      const uint32_t* words = reinterpret_cast<const uint32_t*>(static_cast<const T*>(of.grad_features) +
+                                                                (image * of.gated + k) * a.channels + channel);
+      if (k < of.gated) x[r] = make_uint2(words[0], words[1]);
+    }
+  float dg = 0, gate = 0, t = 0, direct = 0;  // of head h
+  if (gated) {
     if (h < of.gated) {
       gate = of.gates[image * of.gated + h];
-      if (of.grad_gates != nullptr) dg += of.grad_gates[image * of.gated + h];
+      if (of.grad_gates != nullptr) dg = of.grad_gates[image * of.gated + h];
     }
+    if (h < a.heads) {
+      t = of.scores[image * a.heads + h];
+      if (of.grad_scores != nullptr) direct = of.grad_scores[image * a.heads + h];
+    }
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+      const int k = r * kAtOnce + first_head, index = k * a.channels + channel;
+      if (k < a.heads && of.score_w.kind == Kind::kFloat)
+        score[r] = *reinterpret_cast<const float4*>(static_cast<const float*>(of.score_w.data) + index);
+      if (k < a.heads && of.score_w.kind != Kind::kFloat) {
+        const uint2 words = *reinterpret_cast<const uint2*>(static_cast<const T*>(of.score_w.data) + index);
+        score[r].x = __uint_as_float(words.x), score[r].y = __uint_as_float(words.y);  // not looked at as yet
+      }
+    }
+  }
+
+  if (a.mean && lane < kLanes) prefetch_line(of.grad_mean + image * a.channels + channel);  // no register is left
+
+  // Over the lanes of a head, then over warps.
+  const auto store_sum = [&](float sum, int k, float* to) {
+#pragma unroll
+    for (int lanes = 1; lanes < kLanes; lanes *= 2) sum += __shfl_xor_sync(kAll, sum, lanes);
+    if (lane % kLanes == 0 && k < kHeads) to[warp * kHeads + k] = sum;
+  };
+  float dt = 0;
+  if (gated) {
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) store_sum(dot(four_at<T>(x[r]), p[r]), r * kAtOnce + first_head, shared);
+    __syncthreads();
+    float sum = 0;
+#pragma unroll
+    for (int other = 0; other < kMostWarps; other += 32 / kHeads)
+      if (other + lane / kHeads < warps) sum += shared[other * kHeads + lane];
+#pragma unroll
+    for (int lanes = kHeads; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(kAll, sum, lanes);
+    dg += sum;
     float mixed = gate * dg;
     mixed += __shfl_xor_sync(kAll, mixed, 1);
     mixed += __shfl_xor_sync(kAll, mixed, 2);
     if (h < a.heads) {
-      const float u = gate_tanh(of.scores[image * a.heads + h]);
-      dt = gate * (dg - mixed) * (1 - u * u);
-      if (of.grad_scores != nullptr) dt += of.grad_scores[image * a.heads + h];
+      const float u = gate_tanh(t);
+      dt = gate * (dg - mixed) * (1 - u * u) + direct;
       if (stores && of.dt != nullptr && threadIdx.x < kHeads) of.dt[image * a.heads + h] = dt;
     }
   }
-  const float own_gate = __shfl_sync(kAll, gate, k), own_dt = __shfl_sync(kAll, dt, k);
 
-  float delta = 0;  // of dP as it is rounded, so that sums over positions of dl stay 0
+  float mean[4] = {0, 0, 0, 0}, of_delta[kRounds];
+#pragma unroll
+  for (int r = 0; r < kRounds; ++r) {
+    const int k = r * kAtOnce + first_head;
+    if (r == kRounds - 1 && a.mean && lane < kLanes)  // others have left their registers
+#pragma unroll
+      for (int i = 0; i < 4; ++i) mean[i] = of.grad_mean[image * a.channels + channel + i];
+    if (of.score_w.kind != Kind::kFloat)
+      score[r] = four_at<T>(make_uint2(__float_as_uint(score[r].x), __float_as_uint(score[r].y)));
+    const float own_gate = __shfl_sync(kAll, gate, k % kHeads), own_dt = __shfl_sync(kAll, dt, k % kHeads);
+    float4 dp = four_at<T>(x[r]);
+    dp.x = own_gate * dp.x + own_dt * score[r].x;
+    dp.y = own_gate * dp.y + own_dt * score[r].y;
+    dp.z = own_gate * dp.z + own_dt * score[r].z;
+    dp.w = own_gate * dp.w + own_dt * score[r].w;
+    if (of.grad_pooled != nullptr && k < a.heads) {
+      const float2* more =
+          reinterpret_cast<const float2*>(of.grad_pooled + (image * a.heads + k) * a.channels + channel);
+      const float2 low = more[0], high = more[1];
+      dp = make_float4(dp.x + low.x, dp.y + low.y, dp.z + high.x, dp.w + high.y);
+    }
+    const uint2 words = make_uint2(packed<T>(dp.x, dp.y), packed<T>(dp.z, dp.w));
+    if (k < kHeads) *reinterpret_cast<uint2*>(own + k * kRowBytes + lane % kLanes * 8) = words;
+    of_delta[r] = dot(four_at<T>(words), p[r]);  // of dP as it is rounded, so that sums over positions of dl stay 0
+  }
+#pragma unroll
+  for (int r = 0; r < kRounds; ++r) store_sum(of_delta[r], r * kAtOnce + first_head, shared + warps * kHeads);
+  __syncwarp();
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int channel = first_channel + 16 * b + 8 * half + 2 * column;
-      uint32_t word = is_weight ? weight_pair<T>(of.w, k * a.channels + channel) : 0;
-      if (is_gradient) {
-        const float2 x = features_at(channel), p = pooled_at(channel);
-        float2 dp = {own_gate * x.x, own_gate * x.y};
-        if (of.score_w.data != nullptr) {
-          const float2 w = pair_of<T>(of.score_w, k * a.channels + channel);
-          dp = make_float2(dp.x + own_dt * w.x, dp.y + own_dt * w.y);
-        }
-        if (of.grad_pooled != nullptr) {
-          const int64_t at = (static_cast<int64_t>(image) * a.heads + k) * a.channels + channel;
-          const float2 more = *reinterpret_cast<const float2*>(of.grad_pooled + at);
-          dp = make_float2(dp.x + more.x, dp.y + more.y);
-        }
-        word = packed<T>(dp.x, dp.y);
-        dp = unpacked<T>(word);
-        delta += dp.x * p.x + dp.y * p.y;
-      }
-      weights[b][half] = word;
-    }
-  store_sum(delta, shared + kMostWarps * kHeads);
+    for (int half = 0; half < 2; ++half)
+      if (row % 2 == 1)
+        weights[b][half] =
+            *reinterpret_cast<const uint32_t*>(own + row / 2 * kRowBytes + 32 * b + 16 * half + 4 * column);
+  __syncwarp();
+  if (a.mean && lane < kLanes)
+    *reinterpret_cast<uint4*>(own + 16 * lane) =
+        make_uint4(mean_word<T>(mean[0] * mean_factor), mean_word<T>(mean[1] * mean_factor),
+                   mean_word<T>(mean[2] * mean_factor), mean_word<T>(mean[3] * mean_factor));
+  __syncwarp();
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      average[b][half] =
+          a.mean && column == 0 ? *reinterpret_cast<const uint32_t*>(own + 4 * (16 * b + 8 * half + row)) : 0;
+  __syncwarp();
 }
 
 #endif  // AR_HOPPER
 
-// kBlocks: of 16 channels, of a warp. kTiles: of 16 positions, of a tile. kPer: blocks that share a multiprocessor.
-template <class T, Layout kLayout, int kBlocks, int kTiles, int kPer>
-__global__ void __launch_bounds__(32 * (kBlocks == 8 && kTiles == 2 ? 12 : kMostWarps / kPer), kPer)
+// kBlocks: of 16 channels, of a warp. kTiles: of 16 positions, of a tile.
+template <class T, Layout kLayout, int kBlocks, int kTiles>
+__global__ void __launch_bounds__(32 * kMostWarps, 1)
     backward_kernel(const __grid_constant__ CUtensorMap z_map, const __grid_constant__ CUtensorMap upstream_map,
                     const __grid_constant__ CUtensorMap dz_map, const __grid_constant__ BackwardSweep a,
-                    const __grid_constant__ Cut cut) {
+                    const __grid_constant__ Slices cut) {
 #if AR_HOPPER
-  constexpr bool kScaled = std::is_same_v<T, __half>;
+  constexpr bool kScaled = std::is_same_v<T, __half>, kLast = kLayout == Layout::kChannelsLast;
   constexpr int kEntries = 16 * kTiles * kHeads;  // positions and heads of a tile
+  constexpr int kPartBytes = part_bytes(kBlocks, kTiles);
   uint8_t* memory = shared_memory();
   memory += -shared_address(memory) & 1023;
   const uint32_t base = shared_address(memory);
-  const bool tapped = a.upstream.data != nullptr;
-  const auto full = [&](int stage) { return base + cut.barriers + 8 * stage; };
+  const bool tapped = a.upstream.data != nullptr, makes = !kScaled && a.of.w.data != nullptr;
+  // A lane's place in what a warp has of a matrix: row `row`, columns 2 * column and + 1 (primitives.cuh).
+  const int lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
+  const int warp = __shfl_sync(kAll, threadIdx.x / 32, 0);  // so that it is known to be the same for all lanes
+  const int threads = blockDim.x, first_channel = 16 * kBlocks * warp;
   const int64_t items = static_cast<int64_t>(a.images) * cut.tiles;
   const int begin = static_cast<int>(items * blockIdx.x / gridDim.x);
   const int end = static_cast<int>(items * (blockIdx.x + 1) / gridDim.x);
 
-  // One thread asks for all copies.
-  const auto load = [&](int item, int stage) {
-    const uint32_t to = base + stage * cut.stage_bytes;
-    const int image = item / cut.tiles, position = item % cut.tiles * cut.tile;
-    barrier_arrive_expect(full(stage), 2 * a.channels * cut.tile * (1 + tapped));
-    load_tile<kLayout>(cut, a.channels, to, &z_map, image, position, full(stage));
-    if (tapped) load_tile<kLayout>(cut, a.channels, to + cut.map_bytes, &upstream_map, image, position, full(stage));
+  // The warp's channels of a tile come and go. Its first lane asks for that, in the order of tiles.
+  const int of_warp = cut.bytes_each * (1 + tapped), stage_bytes = cut.warps * of_warp;
+  const uint32_t slices = base + warp * of_warp, barriers = base + cut.barriers + 8 * cut.stages * warp;
+  struct Place {
+    int image, tile;
   };
-  const auto store = [&](int item, int stage) {
-    store_tile<kLayout>(cut, a.channels, &dz_map, base + stage * cut.stage_bytes, item / cut.tiles,
-                        item % cut.tiles * cut.tile);
+  const auto later = [&](Place place, int tiles) {
+    for (place.tile += tiles; place.tile >= cut.tiles; place.tile -= cut.tiles) ++place.image;
+    return place;
+  };
+  Place at = {begin / cut.tiles, begin % cut.tiles};
+  const auto load = [&](const Place& place, int stage) {
+    const uint32_t to = slices + stage * stage_bytes, barrier = barriers + 8 * stage;
+    const int position = place.tile * cut.tile;
+    barrier_arrive_expect(barrier, of_warp);
+    const auto load_slice = [&](const CUtensorMap* map, uint32_t slice) {
+      if constexpr (kLast)
+        tensor_load(slice, map, 0, position, warp * (kBlocks / 4), place.image, barrier, kEvictFirst);
+      else
+        tensor_load(slice, map, position, first_channel, place.image, barrier, kEvictFirst);
+    };
+    load_slice(&z_map, to);
+    if (tapped) load_slice(&upstream_map, to + cut.bytes_each);
+  };
+  const auto store = [&](uint32_t slice) {
+    if constexpr (kLast)
+      tensor_store(&dz_map, slice, 0, at.tile * cut.tile, warp * (kBlocks / 4), at.image, kEvictNormal);
+    else
+      tensor_store(&dz_map, slice, at.tile * cut.tile, first_channel, at.image, kEvictNormal);
     bulk_commit();
   };
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < cut.stages; ++stage) barrier_init(full(stage), 1);
+  if (lane == 0) {
+#pragma unroll 1
+    for (int stage = 0; stage < cut.stages; ++stage) barrier_init(barriers + 8 * stage, 1);
     fence_barrier_init();
-    for (int stage = 0; stage < cut.stages && begin + stage < end; ++stage) load(begin + stage, stage);
+#pragma unroll 1
+    for (int stage = 0; stage < cut.stages && begin + stage < end; ++stage) load(later(at, stage), stage);
   }
+  __syncwarp();
 
-  // A lane's place in what a warp has of a matrix: row `row`, columns 2 * column and + 1 (primitives.cuh).
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
-  const int threads = blockDim.x, first_channel = 16 * kBlocks * warp;
-  float* parts = reinterpret_cast<float*>(memory + cut.parts);       // [warps, 16 kTiles, 2 kHeads]
-  uint32_t* masks = reinterpret_cast<uint32_t*>(memory + cut.rest);  // [16 kTiles, kHeads]: dl and a
-  const uint32_t spare = cut.rest + kEntries * 4;                    // where rows go that are not there
-  float* of_image = reinterpret_cast<float*>(memory + spare + 16);   // pooled_gradient's
-
-  const auto address = [&](int tile, int b) { return matrix_row<kLayout>(cut, warp * kBlocks + b, tile); };
+  // The lane's row of 16 positions by 16 channels in a slice: rows of 128 bytes, whose chunks of 16 bytes are swizzled.
+  // Of four matrices the second has the next eight rows, or, of a turned product, the next eight columns. Positions
+  // that a tile of 8 has not are its others once more, and go to `spare`.
+  const auto place_of = [&](int row, int chunk) { return swizzled(kLast ? row & (cut.tile - 1) : row, chunk); };
+  const uint32_t straight = place_of(lane % 16, lane / 16);
+  const uint32_t turned = place_of(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  const uint32_t plane_bytes = cut.tile * 128;
+  const bool real = !kLast || lane % 16 < cut.tile;
+  const auto address = [&](uint32_t place, int tile, int b) {
+    if constexpr (kLast) return ((place + b / 4 * plane_bytes) ^ (b % 4 * 32)) + tile * (16 * 128);
+    return (place ^ (tile * 32)) + b * (16 * 128);
+  };
+  uint8_t* own_part = memory + cut.parts + warp * kPartBytes;
+  uint32_t* masks = reinterpret_cast<uint32_t*>(memory + cut.masks);  // [16 kTiles, kHeads]: dl and a
+  float* of_image = reinterpret_cast<float*>(memory + cut.of_image);  // pooled_gradient's
 
   uint32_t weights[kBlocks][2];     // W_H and dP by rows: the products over channels
   uint32_t transposes[kBlocks][2];  // the same by columns: dZ
-  uint32_t average[kBlocks][2];     // dP of the mean: of the lane's columns, of NCHW in [0] of its rows
+  uint32_t average[kBlocks][2];     // and of the mean: channels 16 b + 8 half + row, in lanes of column 0
   float sums[kBlocks][4];           // dW_H in even columns
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b) weights[b][0] = weights[b][1] = 0;
+  if (makes && row % 2 == 0 && row / 2 < a.heads)
+    load_weights<T>(a.of.w, row / 2 * a.channels + first_channel + 2 * column, weights);
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
     for (int i = 0; i < 4; ++i) sums[b][i] = 0;
-  float scale = 1, inverse = 1, shift = 0, delta = 0;  // of this thread's head, in the sum over warps
-  const float share = a.mean ? 1.f / a.positions : 0.f;
+  const uint32_t mean_mask = column == 0 ? packed<T>(cut.mean_mask, cut.mean_mask) : 0;
+  float scale = 1, inverse = 1, lse = 0, delta = 0;  // of this thread's head, in the sum over warps
   const int head = threadIdx.x % kHeads;
+  const float bias = a.b.data == nullptr || head >= a.heads ? 0.f : value_of(a.b, head);
 
-  __syncthreads();
-  bool fresh = false;  // delta is in of_image
-  int image = -1, stage = 0, stage_before = 0;
+  int stage = 0;
   uint32_t parity = 0;
-  for (int item = begin; item < end; ++item) {
-    const int position = item % cut.tiles * cut.tile, count = min(cut.tile, a.positions - position);
-    if (item / cut.tiles != image) {
-      image = item / cut.tiles;
-      const bool makes = !kScaled && a.of.w.data != nullptr;
-      if constexpr (!kScaled)
-        if (makes) pooled_gradient<T, kBlocks>(a, image, first_channel, position == 0, of_image, weights);
-      const T* pairs = static_cast<const T*>(a.pairs) +
-                       static_cast<int64_t>(image) * (a.heads + a.mean) * 2 * a.channels + first_channel;
-      const T* means = pairs + (2 * a.heads + 1) * a.channels;
-      const float* gradients = a.of.grad_mean + static_cast<int64_t>(image) * a.channels + first_channel;
-      const auto mean_at = [&](int channel) { return makes ? gradients[channel] : value_of(means[channel]); };
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int channel = 16 * b + 8 * half + 2 * column;
-          if (!makes)
-            weights[b][half] =
-                row < 2 * a.heads ? *reinterpret_cast<const uint32_t*>(pairs + row * a.channels + channel) : 0;
-          average[b][half] = 0;
-          if (kLayout == Layout::kChannelsLast && a.mean)
-            average[b][half] = packed<T>(mean_at(channel), mean_at(channel + 1));
-          if (kLayout == Layout::kNchw && a.mean && half == 0)
-            average[b][half] = packed<T>(mean_at(16 * b + row), mean_at(16 * b + 8 + row));
-        }
+  for (int item = begin; item < end; ++item, at = later(at, 1)) {
+    const int image = at.image, position = at.tile * cut.tile, count = min(cut.tile, a.positions - position);
+    const bool first = item == begin || at.tile == 0;
+    if (first) {
       if (head < a.heads) {
-        shift = a.lse[image * a.heads + head] - (a.b.data == nullptr ? 0.f : value_of(a.b, head));
-        if (!makes) delta = a.delta[image * a.heads + head];
+        lse = a.lse[image * a.heads + head];
+        // Of what pooled_gradient makes it is what to subtract.
+        const float* of_delta = makes ? a.of.grad_lse : a.delta;
+        delta = of_delta == nullptr ? 0.f : of_delta[image * a.heads + head];
       }
-      fresh = makes;
+      if (makes) {
+        if constexpr (!kScaled)
+          pooled_gradient<T, kBlocks>(a, image, first_channel, at.tile == 0, cut.mean_factor, of_image, own_part,
+                                      weights, average);
+        if (item - at.tile + cut.tiles < end) prefetch_image<T>(a, image + 1);
+      } else {
+        const T* pairs = static_cast<const T*>(a.pairs) +
+                         static_cast<int64_t>(image) * (a.heads + a.mean) * 2 * a.channels + first_channel;
+        const T* means = pairs + (2 * a.heads + 1) * a.channels;
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int channel = 16 * b + 8 * half;
+            if (row < 2 * a.heads)
+              weights[b][half] = *reinterpret_cast<const uint32_t*>(pairs + row * a.channels + channel + 2 * column);
+            average[b][half] =
+                a.mean && column == 0 ? mean_word<T>(value_of(means[channel + row]) * cut.mean_factor) : 0;
+          }
+      }
       if (kScaled && a.unscale != nullptr) {  // the sums too come into this image's scale
         const float before = inverse;
         inverse = a.unscale[image];
@@ -220,8 +424,8 @@ __global__ void __launch_bounds__(32 * (kBlocks == 8 && kTiles == 2 ? 12 : kMost
         for (int half = 0; half < 2; ++half) transposes[b][half] = transposed(weights[b][half]);
     }
 
-    const uint32_t z = base + stage * cut.stage_bytes;
-    barrier_wait(full(stage), parity);
+    const uint32_t z = slices + stage * stage_bytes;
+    barrier_wait(barriers + 8 * stage, parity);
 
     // l and dA, of this warp's channels.
     float both[kTiles][2][4];  // two chains of products that don't wait for each other
@@ -234,36 +438,39 @@ __global__ void __launch_bounds__(32 * (kBlocks == 8 && kTiles == 2 ? 12 : kMost
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         uint32_t fragment[4];
-        load_factor<kLayout, true>(fragment, z + address(tile, b));
+        if constexpr (kLast)
+          load_matrix(fragment, address(z + straight, tile, b));
+        else
+          load_matrix_transposed(fragment, address(z + turned, tile, b));
         mma<T>(both[tile][b % 2], fragment, weights[b][0], weights[b][1]);
       }
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        *reinterpret_cast<float2*>(parts + ((warp * kTiles + tile) * 16 + 8 * half + row) * 2 * kHeads + 2 * column) =
+        reinterpret_cast<float2*>(own_part)[(16 * tile + 8 * half + row) * kHeads + column] =
             make_float2(both[tile][0][2 * half] + both[tile][1][2 * half],
                         both[tile][0][2 * half + 1] + both[tile][1][2 * half + 1]);
     __syncthreads();
-    if (threadIdx.x == 0 && item > begin) store(item - 1, stage_before);
 
     // Of all channels; dl and a.
-    if (fresh) {
-      fresh = false;
-      delta = head < a.heads && a.of.grad_lse != nullptr ? -a.of.grad_lse[image * a.heads + head] : 0.f;
-      for (int other = 0; other < cut.warps; ++other) delta += of_image[(kMostWarps + other) * kHeads + head];
+    if (first && makes) {
+      delta = -delta;
+#pragma unroll 4
+      for (int other = 0; other < cut.warps; ++other) delta += of_image[(cut.warps + other) * kHeads + head];
     }
     for (int entry = threadIdx.x; entry < kEntries; entry += threads) {
       float2 sum = {0, 0};
-#pragma unroll 4
-      for (int other = 0; other < cut.warps; ++other) {
-        const float2 part = *reinterpret_cast<const float2*>(parts + 2 * (other * kEntries + entry));
-        sum = make_float2(sum.x + part.x, sum.y + part.y);
-      }
+#pragma unroll
+      for (int other = 0; other < kMostWarps; ++other)
+        if (other < cut.warps) {
+          const float2 part = reinterpret_cast<const float2*>(memory + cut.parts + other * kPartBytes)[entry];
+          sum = make_float2(sum.x + part.x, sum.y + part.y);
+        }
       const int s = entry / kHeads;
       float mask = 0, gradient = 0;
       if (s < count && head < a.heads) {
-        mask = __expf(sum.x - shift);
+        mask = __expf(sum.x + bias - lse);
         gradient = mask * (sum.y - delta);
         if (a.grad_logits != nullptr)
           gradient +=
@@ -273,6 +480,11 @@ __global__ void __launch_bounds__(32 * (kBlocks == 8 && kTiles == 2 ? 12 : kMost
     }
     __syncthreads();
 
+    // The tile before has had half a tile's time to leave.
+    if (lane == 0 && item > begin && item - 1 + cut.stages < end) {
+      bulk_wait_read<0>();
+      load(later(at, cut.stages - 1), (stage == 0 ? cut.stages : stage) - 1);
+    }
     uint32_t by_position[kTiles][2], by_head[kTiles][2];
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile)
@@ -281,56 +493,58 @@ __global__ void __launch_bounds__(32 * (kBlocks == 8 && kTiles == 2 ? 12 : kMost
         by_position[tile][half] = masks[(16 * tile + 8 * half + row) * kHeads + column];
         by_head[tile][half] = transposed(by_position[tile][half]);
       }
+    const auto make_gradients = [&](auto with_upstream) {
+      constexpr bool kTapped = decltype(with_upstream)::value;
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      if (a.dw != nullptr)
+      for (int b = 0; b < kBlocks; ++b) {
+        if (a.dw != nullptr)
+#pragma unroll
+          for (int tile = 0; tile < kTiles; ++tile) {
+            uint32_t fragment[4];
+            if constexpr (kLast)
+              load_matrix_transposed(fragment, address(z + turned, tile, b));
+            else
+              load_matrix(fragment, address(z + straight, tile, b));
+            mma<T>(sums[b], fragment, by_head[tile][0], by_head[tile][1]);
+          }
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
-          uint32_t fragment[4];
-          load_factor<kLayout, false>(fragment, z + address(tile, b));
-          mma<T>(sums[b], fragment, by_head[tile][0], by_head[tile][1]);
-        }
+          uint32_t gradient[4], upstream[4];
+          if constexpr (kTapped) load_matrix(upstream, address(z + cut.bytes_each + straight, tile, b));
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        uint32_t gradient[4], upstream[4];
-        if (tapped) load_matrix(upstream, z + cut.map_bytes + address(tile, b));
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float2 mean = unpacked<T>(average[b][kLayout == Layout::kNchw ? 0 : half]);
-          mean = make_float2(mean.x * share, mean.y * share);
-          float values[4] = {mean.x, mean.y, mean.x, mean.y};
-          if constexpr (kLayout == Layout::kChannelsLast) {
-            mma<T>(values, by_position[tile], transposes[b][half]);
-          } else {
-            values[1] = mean.x;
-            values[2] = mean.y;
-            mma<T>(values, transposes[b], by_position[tile][half]);
-          }
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            float2 value = {values[2 * i], values[2 * i + 1]};
-            if (kScaled) value = make_float2(value.x * inverse, value.y * inverse);
-            if (tapped) {
-              const float2 more = unpacked<T>(upstream[2 * half + i]);
-              value = make_float2(value.x + more.x, value.y + more.y);
+          for (int half = 0; half < 2; ++half) {
+            float values[4] = {0, 0, 0, 0};
+            if constexpr (kLast) {
+              const uint32_t all_masks[4] = {by_position[tile][0], by_position[tile][1], mean_mask, mean_mask};
+              mma<T>(values, all_masks, transposes[b][half], average[b][half]);
+            } else {
+              const uint32_t all_weights[4] = {transposes[b][0], transposes[b][1], average[b][0], average[b][1]};
+              mma<T>(values, all_weights, by_position[tile][half], mean_mask);
             }
-            gradient[2 * half + i] = packed<T>(value.x, value.y);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              float2 value = {values[2 * i], values[2 * i + 1]};
+              if (kScaled) value = make_float2(value.x * inverse, value.y * inverse);
+              if constexpr (kTapped) {
+                const float2 more = unpacked<T>(upstream[2 * half + i]);
+                value = make_float2(value.x + more.x, value.y + more.y);
+              }
+              gradient[2 * half + i] = packed<T>(value.x, value.y);
+            }
           }
+          store_matrix(real ? address(z + straight, tile, b) : base + cut.spare, gradient);
         }
-        const bool real = kLayout == Layout::kNchw || 16 * tile + lane % 16 < cut.tile;
-        store_matrix(real ? z + address(tile, b) : base + spare, gradient);
       }
-    }
+    };
+    if (tapped)
+      make_gradients(std::true_type());
+    else
+      make_gradients(std::false_type());
     fence_proxy_async();
-    if (threadIdx.x == 0 && item > begin && item - 1 + cut.stages < end) {
-      bulk_wait_read<0>();
-      load(item - 1 + cut.stages, stage_before);
-    }
-    stage_before = stage;
+    __syncwarp();
+    if (lane == 0) store(z);
     if (++stage == cut.stages) stage = 0, parity ^= 1;
   }
-  __syncthreads();
-  if (threadIdx.x == 0) store(end - 1, stage_before);
 
   if (a.dw != nullptr && column < a.heads) {
     float* dw = a.dw + (static_cast<int64_t>(blockIdx.x) * a.heads + column) * a.channels + first_channel + row;
@@ -340,50 +554,55 @@ __global__ void __launch_bounds__(32 * (kBlocks == 8 && kTiles == 2 ? 12 : kMost
       dw[16 * b + 8] = sums[b][2] * inverse;
     }
   }
-  if (threadIdx.x == 0) bulk_wait_read<0>();
+  if (lane == 0) bulk_wait_read<0>();
 #endif  // AR_HOPPER
 }
-
-constexpr int kRest = kRow * kHeads * 4 + 16 + 2 * kMostWarps * kHeads * 4;
 
 // Of z's layout; not even a warp where no sweep takes it.
 Layout layout_of(const BackwardSweep& a) {
   return is_of(Layout::kChannelsLast, a.z) ? Layout::kChannelsLast : Layout::kNchw;
 }
 
-Cut backward_cut(const BackwardSweep& a) {
-  return cut_of(layout_of(a), a.channels, a.positions, a.upstream.data == nullptr ? 1 : 2, kRest);
+Slices backward_slices(const BackwardSweep& a) {
+  return slices_of(layout_of(a), a.channels, a.positions, a.upstream.data == nullptr ? 1 : 2);
 }
 
-template <class T, Layout kLayout, int kBlocks, int kTiles, int kPer>
-cudaError_t sweep(const BackwardSweep& a, const Cut& cut, cudaStream_t stream) {
+// A box of a tensor map is what a warp has of a tile.
+template <class T>
+bool encode_slices(Layout layout, CUtensorMap* tensor, const Map& map, const BackwardSweep& a, const Slices& cut) {
+  const uint64_t step = sizeof(T), s = a.positions, n = a.images, channels = a.channels;
+  const uint32_t rows = 16 * cut.blocks, tile = cut.tile;
+  if (layout == Layout::kNchw)
+    return encode_map<T, 3>(tensor, map.data, {s, channels, n}, {map.channel * step, map.image * step}, {kRow, rows, 1},
+                            CU_TENSOR_MAP_SWIZZLE_128B);
+  return encode_map<T, 4>(tensor, map.data, {kRow, s, channels / kRow, n},
+                          {map.position * step, kRow * step, map.image * step}, {kRow, tile, rows / kRow, 1},
+                          CU_TENSOR_MAP_SWIZZLE_128B);
+}
+
+template <class T, Layout kLayout, int kBlocks, int kTiles>
+cudaError_t sweep(const BackwardSweep& a, const Slices& cut, cudaStream_t stream) {
   CUtensorMap z, upstream, dz;
   const auto encoded = [&](CUtensorMap* tensor, const Map& map) {
-    return encode<T>(kLayout, tensor, map, a.images, a.channels, a.positions, cut);
+    return encode_slices<T>(kLayout, tensor, map, a, cut);
   };
   if (!encoded(&z, a.z) || !encoded(&dz, a.dz)) return cudaErrorInvalidValue;
   if (!encoded(&upstream, a.upstream.data == nullptr ? a.z : a.upstream)) return cudaErrorInvalidValue;
-  return launch<backward_kernel<T, kLayout, kBlocks, kTiles, kPer>>(backward_programs(a), 32 * cut.warps, cut.bytes,
-                                                                    stream, z, upstream, dz, a, cut);
+  return launch<backward_kernel<T, kLayout, kBlocks, kTiles>>(backward_programs(a), 32 * cut.warps, cut.bytes, stream,
+                                                              z, upstream, dz, a, cut);
 }
 
 template <class T>
 cudaError_t sweep(const BackwardSweep& a, cudaStream_t stream) {
-  const Cut cut = backward_cut(a);
-  const bool two = cut.per_processor == 2, few = cut.tile <= 16;
+  const Slices cut = backward_slices(a);
   if (layout_of(a) == Layout::kNchw) {
-    if (cut.blocks == 1)
-      return two ? sweep<T, Layout::kNchw, 1, 4, 2>(a, cut, stream) : sweep<T, Layout::kNchw, 1, 4, 1>(a, cut, stream);
-    if (cut.blocks == 2)
-      return two ? sweep<T, Layout::kNchw, 2, 4, 2>(a, cut, stream) : sweep<T, Layout::kNchw, 2, 4, 1>(a, cut, stream);
-    return sweep<T, Layout::kNchw, 4, 4, 1>(a, cut, stream);
+    if (cut.blocks == 1) return sweep<T, Layout::kNchw, 1, 4>(a, cut, stream);
+    if (cut.blocks == 2) return sweep<T, Layout::kNchw, 2, 4>(a, cut, stream);
+    return sweep<T, Layout::kNchw, 4, 4>(a, cut, stream);
   }
-  constexpr Layout kLast = Layout::kChannelsLast;
-  if (cut.blocks == 4 && few)
-    return two ? sweep<T, kLast, 4, 1, 2>(a, cut, stream) : sweep<T, kLast, 4, 1, 1>(a, cut, stream);
-  if (cut.blocks == 4) return two ? sweep<T, kLast, 4, 2, 2>(a, cut, stream) : sweep<T, kLast, 4, 2, 1>(a, cut, stream);
-  if (few) return two ? sweep<T, kLast, 8, 1, 2>(a, cut, stream) : sweep<T, kLast, 8, 1, 1>(a, cut, stream);
-  return sweep<T, kLast, 8, 2, 1>(a, cut, stream);
+  if (cut.blocks == 8) return sweep<T, Layout::kChannelsLast, 8, 1>(a, cut, stream);
+  if (cut.sixteens == 1) return sweep<T, Layout::kChannelsLast, 4, 1>(a, cut, stream);
+  return sweep<T, Layout::kChannelsLast, 4, 2>(a, cut, stream);
 }
 
 }  // namespace
@@ -392,14 +611,14 @@ bool can_sweep_backward(const BackwardSweep& a) {
   if (a.kind != Kind::kHalf && a.kind != Kind::kBFloat16) return false;
   if (a.heads < 1 || a.heads > kHeads || a.images < 1 || a.dz.data == nullptr) return false;
   const Layout layout = layout_of(a);
-  const Cut cut = backward_cut(a);
+  const Slices cut = backward_slices(a);
   const bool upstream = a.upstream.data == nullptr || is_of(layout, a.upstream);
   return is_of(layout, a.z) && upstream && is_of(layout, a.dz) && cut.stages > 0 &&
          static_cast<int64_t>(a.images) * cut.tiles < INT32_MAX;
 }
 
 int backward_programs(const BackwardSweep& a) {
-  const Cut cut = backward_cut(a);
+  const Slices cut = backward_slices(a);
   return static_cast<int>(
       std::min<int64_t>(static_cast<int64_t>(a.images) * cut.tiles, cut.per_processor * processors()));
 }

@@ -134,6 +134,11 @@ __device__ __forceinline__ void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// The line of 128 bytes that has this byte of global memory, into L2.
+__device__ __forceinline__ void prefetch_line(const void* byte) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(byte));
+}
+
 // A box of a tensor map (a __grid_constant__ kernel parameter), innermost coordinate first. The whole box counts in
 // the barrier's bytes; what lies outside of the tensor arrives as zeros.
 __device__ __forceinline__ void tensor_load(uint32_t to, const CUtensorMap* map, int32_t x, int32_t y, int32_t z,
