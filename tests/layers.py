@@ -58,9 +58,16 @@ class Layer:
             t["global_gate_weight"] = draw(self.globals, self.c, *taps, scale=(2 / fan_in) ** 0.5, dtype=weight)
 
     def run(
-        self, implementation: str, exact: bool = False, layout=None, masks: bool = True, backward: bool = True
+        self,
+        implementation: str,
+        exact: bool = False,
+        layout=None,
+        masks: bool = True,
+        backward: bool = True,
+        tap_layout=None,
     ) -> dict[str, torch.Tensor]:
-        """Outputs and gradients by name; exact computes in float64. layout: a function applied to the feature map."""
+        """Outputs and gradients by name; exact computes in float64. layout: a function applied to the feature map;
+        tap_layout: to the gradient that comes back to it where it is tapped, contiguous without."""
         tensors = {name: value.double() if exact else value for name, value in self.tensors.items()}
         if layout is not None:
             tensors["feature_map"] = layout(tensors["feature_map"])
@@ -81,8 +88,10 @@ class Layer:
                 continue
             generator = torch.Generator().manual_seed(self.seed + 1)
             loss = 0.0
-            for value in outputs.values():
+            for name, value in outputs.items():
                 grad = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.device)
+                if name == "feature_map" and tap_layout is not None:
+                    grad = tap_layout(grad)
                 loss = loss + (value.double() * grad).sum()
             names = [n for n in tensors if prefix == "module" or n in asked]
             grads = torch.autograd.grad(loss, [tensors[name] for name in names], allow_unused=True)

@@ -554,6 +554,24 @@ def test_float_forward(kernels, rows, images, channels, positions, heads, gated,
         check_float(features, g[:, :, None] * pooled[:, :gated].double(), 2 * pooled[:, :gated].abs().double())
 
 
+@emulated
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("rows", "channels", "positions"),
+    [
+        (False, 160, 1024),  # 16 groups of one warp
+        (False, 512, 150),  # of four warps
+        (True, 160, 500),
+        (True, 512, 49),
+    ],
+)
+def test_float_warps_may_be_far_apart(kernels, rows, channels, positions, seed, monkeypatch):
+    """Many more tiles than slots, and warps in a random order of which some go ahead as far as they can."""
+    monkeypatch.setenv("AR_EMULATOR_SEED", str(seed))
+    test_float_forward(kernels, rows, 2, channels, positions, 4, 4, True, False, 1)
+    test_float_backward(kernels, rows, 2, channels, positions, 4, True, False, False, 1)
+
+
 @pytest.mark.parametrize("rows", [False, True])
 def test_float_maps_that_are_promised_fit(kernels, rows, monkeypatch):
     """native.sweeps_float32 knows no kernel, but none may refuse a map that it names."""
@@ -719,8 +737,9 @@ def test_within_the_error_budget_on_a_gpu(native_sweeps, layout, n, c, h, w, k, 
     draws = []
     for seed in range(3):
         layer = Layer(n=n, c=c, h=h, w=w, k=k, tap=tap, dtype=dtype, device=device, seed=seed)
-        results = [layer.run(name, layout=LAYOUTS[layout]) for name in ("triton", "eager")]
-        draws.append((*results, layer.run("reference", exact=True, layout=LAYOUTS[layout])))
+        layouts = {"layout": LAYOUTS[layout], "tap_layout": LAYOUTS[layout]}
+        results = [layer.run(name, **layouts) for name in ("triton", "eager")]
+        draws.append((*results, layer.run("reference", exact=True, **layouts)))
     assert {name for name, found in native_sweeps if found} == {"forward_sweep", "backward_sweep"}
     assert_within_budget(draws, dtype)
 
@@ -734,3 +753,40 @@ def test_same_bits_on_every_run_on_a_gpu(native_sweeps, layout, dtype, device):
     for _ in range(4):
         again = layer.run("triton", layout=LAYOUTS[layout])
         assert all(torch.equal(again[name], value) for name, value in first.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("layout", "n", "c", "side"),
+    [
+        ("channels_last", 128, 160, 32),
+        ("channels_last", 128, 1024, 14),
+        ("contiguous", 128, 160, 32),
+        ("contiguous", 256, 512, 7),
+    ],
+)
+def test_many_launches_back_to_back_on_a_gpu(native_sweeps, layout, n, c, side, dtype, device):
+    """Nothing is waited for between them, so that blocks of one begin while the last of another end."""
+    if layout == "channels_last" and c % 64 and dtype != torch.float32:
+        c += 64 - c % 64  # the sweeps of half precision take whole 64s
+    tensors = Layer(n=n, c=c, h=side, w=side, k=4, dtype=dtype, device=device).tensors
+    tensors["feature_map"] = (LAYOUTS[layout] or torch.Tensor.contiguous)(tensors["feature_map"])
+    tensors = {name: value.requires_grad_() for name, value in tensors.items()}
+
+    def step():
+        output = ar_kernels.attention_module(**tensors, mean=True, implementation="triton")
+        outputs = [value for value in output if value is not None]
+        grads = torch.autograd.grad(outputs, list(tensors.values()), [value.detach() for value in outputs])
+        return [*outputs, *grads]
+
+    first = [step() for _ in range(2)][0]  # plans are made outside of the graph
+    assert {name for name, found in native_sweeps if found} == {"forward_sweep", "backward_sweep"}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [step() for _ in range(10)]
+    for _ in range(20):
+        graph.replay()
+    torch.cuda.synchronize()
+    for result in results:
+        assert all(torch.equal(*pair) for pair in zip(result, first, strict=True))

@@ -26,37 +26,40 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   constexpr int kValues = 2 * kStep * kHeads;  // [kStep, kHeads, 2]: l and dA, then dl and a
   static_assert(kValues == 32, "a lane has one");
   uint8_t* memory = shared_memory();
-  const uint32_t base = shared_address(memory);
   const bool tapped = a.upstream.data != nullptr, writes = a.dz.data != nullptr;
-  const auto full = [&](int slot) { return base + cut.barriers + 8 * slot; };
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int group = warp / cut.warps, of_group = warp % cut.warps;
+  GroupSlots slots(cut, memory, group);
   const int64_t all_items = static_cast<int64_t>(a.images) * cut.tiles;
   const int begin = static_cast<int>(all_items * blockIdx.x / gridDim.x);
   const int end = static_cast<int>(all_items * (blockIdx.x + 1) / gridDim.x);
   const auto count_of = [&](int tile) { return min(cut.tile, a.positions - tile * cut.tile); };
-  const auto at = [&](const Map& map, int item) {
-    return static_cast<float*>(map.data) + item / cut.tiles * map.image +
-           static_cast<int64_t>(item % cut.tiles) * cut.tile * a.channels;
+  const auto at = [&](const Map& map, const TilePlace& place) {
+    return static_cast<float*>(map.data) + place.row * map.image +
+           static_cast<int64_t>(place.tile) * cut.tile * a.channels;
   };
-  const auto load = [&](int item, int slot) {
-    const uint32_t to = base + slot * cut.slot_bytes, bytes = 4 * a.channels * count_of(item % cut.tiles);
-    barrier_arrive_expect(full(slot), bytes * (1 + tapped));
-    bulk_load(to, at(a.z, item), bytes, full(slot), kEvictFirst);
-    if (tapped) bulk_load(to + cut.map_bytes, at(a.upstream, item), bytes, full(slot), kEvictFirst);
+
+  const bool leads = of_group == 0 && lane == 0;  // asks for its group's copies
+  TilePlace place(cut.tiles, begin / cut.tiles, begin % cut.tiles + group);
+  const auto load = [&](const TilePlace& place, int item, int slot) {
+    if (item >= end) return;
+    const uint32_t to = slots.slots + slot * cut.slot_bytes, barrier = slots.barriers + 8 * slot;
+    const uint32_t bytes = 4 * a.channels * count_of(place.tile);
+    barrier_arrive_expect(barrier, bytes * (1 + tapped));
+    bulk_load(to, at(a.z, place), bytes, barrier, kEvictFirst);
+    if (tapped) bulk_load(to + cut.map_bytes, at(a.upstream, place), bytes, barrier, kEvictFirst);
   };
-  if (threadIdx.x == 0) {
-    for (int slot = 0; slot < cut.slots; ++slot) barrier_init(full(slot), 1);
-    fence_barrier_init();
-    for (int slot = 0; slot < min(cut.slots, end - begin); ++slot) load(begin + slot, slot);
+  if (leads) {
+    slots.start();
+    for (int slot = 0, ahead = 0; slot < cut.slots; ++slot, ahead += cut.groups)
+      load(place.after(ahead), begin + group + ahead, slot);
   }
-  __syncthreads();
 
   // This lane's channels are `channel` and every 32nd after it; the warp's last 32 may not all be there.
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int group = warp / cut.warps, of_group = warp % cut.warps, planes = (a.channels + 31) / 32;
+  const int planes = (a.channels + 31) / 32;
   const int channel = planes * of_group / cut.warps * 32 + lane;
   const bool whole = channel + 32 * (kOwn - 1) < min(a.channels, planes * (of_group + 1) / cut.warps * 32);
   const auto has = [&](int j) { return j + 1 < kOwn || whole; };
-  const bool leads = of_group == 0 && lane == 0;  // asks for its group's copies
   float* own_weights = reinterpret_cast<float*>(memory + cut.weights) + 32 * warp;
   float* parts = reinterpret_cast<float*>(memory + cut.parts) + 32 * cut.warps * group;
   const int of_step = lane / (2 * kHeads), head = lane / 2 % kHeads;  // of this lane's value
@@ -71,12 +74,11 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   for (int i = 0; i < kOwn * kHeads; ++i) sums[i] = 0;
   float shift = 0, delta = 0;
 
-  int image = -1, slot = group, slot_before = 0, turn = 0;
-  uint32_t parity = 0;
+  __syncthreads();
+  int image = -1, turn = 0;
   for (int item = begin + group; item < end; item += cut.groups) {
-    const int tile = item % cut.tiles;
-    if (item / cut.tiles != image) {
-      image = item / cut.tiles;
+    if (place.row != image) {
+      image = place.row;
       const float* pairs = static_cast<const float*>(a.pairs) +
                            static_cast<int64_t>(image) * (a.heads + a.mean) * 2 * a.channels + channel;
 #pragma unroll
@@ -95,10 +97,11 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
         delta = a.delta[image * a.heads + head];
       }
     }
-    barrier_wait(full(slot), parity);
-    const int of_tile = count_of(tile);
+    slots.wait();
+    float* of_slot = reinterpret_cast<float*>(memory + (group * cut.slots + slots.slot) * cut.slot_bytes);
+    const int of_tile = count_of(place.tile);
     for (int step = 0; step < of_tile; step += kStep) {
-      float* z = reinterpret_cast<float*>(memory + slot * cut.slot_bytes) + step * a.channels + channel;
+      float* z = of_slot + step * a.channels + channel;
       const int count = min(kStep, of_tile - step);
       float values[kValues];  // what positions that are not there have in them stays with them
 #pragma unroll
@@ -131,7 +134,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
       const float mask = real ? expf((is_mask ? partner : own) - shift) : 0.f;
       float gradient = real ? mask * ((is_mask ? own : partner) - delta) : 0.f;
       if (a.grad_logits != nullptr && real)
-        gradient += a.grad_logits[(static_cast<int64_t>(image) * a.heads + head) * a.positions + tile * cut.tile +
+        gradient += a.grad_logits[(static_cast<int64_t>(image) * a.heads + head) * a.positions + place.tile * cut.tile +
                                   step + of_step];
       own_weights[lane] = is_mask ? mask : gradient;
       __syncwarp();
@@ -166,16 +169,17 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
     fence_proxy_async();
     group_sync(group, cut.warps);
     if (leads) {
-      if (writes) bulk_store(at(a.dz, item), base + slot * cut.slot_bytes, 4 * a.channels * of_tile, kEvictNormal);
+      if (writes)
+        bulk_store(at(a.dz, place), slots.slots + slots.slot * cut.slot_bytes, 4 * a.channels * of_tile, kEvictNormal);
       bulk_commit();
-      const int next = item - cut.groups + cut.slots;
-      if (item - cut.groups >= begin && next < end) {
+      const int ahead = (cut.slots - 1) * cut.groups;
+      if (item >= begin + cut.groups) {  // there was a tile before: what it has become leaves its slot
         bulk_wait_read<1>();
-        load(next, slot_before);
+        load(place.after(ahead), item + ahead, slots.before());
       }
     }
-    slot_before = slot;
-    for (slot += cut.groups; slot >= cut.slots; slot -= cut.slots) parity ^= 1;
+    place = place.after(cut.groups);
+    slots.advance();
   }
   if (leads) bulk_wait_read<0>();
 
@@ -194,7 +198,8 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
 }
 
 FloatsCut backward_cut(const BackwardSweep& a) {
-  return floats_cut(a.channels, a.positions, 1, kStep, a.upstream.data == nullptr ? 1 : 2, 0,
+  // One tile is worked on, one on its way, and one leaves.
+  return floats_cut(a.channels, a.positions, 1, kStep, a.upstream.data == nullptr ? 1 : 2, 3, 0,
                     4 * kFloatThreads * kMostOwn);
 }
 
@@ -213,8 +218,7 @@ bool can_sweep_backward_floats(const BackwardSweep& a) {
   for (const Map& map : {a.dz, a.upstream})
     if (map.data != nullptr && !dense(map)) return false;
   const FloatsCut cut = backward_cut(a);
-  // A slot is filled again when its group is through with the tile after.
-  return cut.slots > cut.groups && static_cast<int64_t>(a.images) * cut.tiles < INT32_MAX;
+  return cut.slots > 0 && static_cast<int64_t>(a.images) * cut.tiles < INT32_MAX;
 }
 
 int backward_floats_programs(const BackwardSweep& a) {

@@ -25,33 +25,31 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
 #if AR_HOPPER
   constexpr int kValues = kStep * kHeads;
   uint8_t* memory = shared_memory();
-  const uint32_t base = shared_address(memory);
-  const auto full = [&](int slot) { return base + cut.barriers + 8 * slot; };
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, threads = blockDim.x;
+  const int group = warp / cut.warps, of_group = warp % cut.warps;
+  GroupSlots slots(cut, memory, group);
   const int64_t rows = static_cast<int64_t>(a.images) * cut.splits;
   const int first = static_cast<int>(rows * blockIdx.x / gridDim.x);
   const int last = static_cast<int>(rows * (blockIdx.x + 1) / gridDim.x);
-  const int items = (last - first) * cut.tiles;
-  const auto begin_of = [&](int split) {
-    return static_cast<int>(static_cast<int64_t>(a.positions) * split / cut.splits);
-  };
-  const auto load = [&](int item, int slot) {
-    const int row = first + item / cut.tiles, image = row / cut.splits, split = row % cut.splits;
-    const int position = begin_of(split) + item % cut.tiles * cut.tile;
+  const auto image_of = [&](int row) { return cut.splits == 1 ? row : row / cut.splits; };
+  const auto begin_of = [&](int split) { return split * cut.length + min(split, cut.longer); };
+
+  const bool leads = of_group == 0 && lane == 0;  // asks for its group's copies
+  const auto load = [&](const TilePlace& place, int slot) {
+    if (place.row >= last) return;
+    const int image = image_of(place.row), split = place.row - image * cut.splits;
+    const int position = begin_of(split) + place.tile * cut.tile;
     const int bytes = 4 * a.channels * max(min(cut.tile, begin_of(split + 1) - position), 0);  // none in some last ones
-    barrier_arrive_expect(full(slot), bytes);
+    barrier_arrive_expect(slots.barriers + 8 * slot, bytes);
     if (bytes > 0)
-      bulk_load(base + slot * cut.slot_bytes,
+      bulk_load(slots.slots + slot * cut.slot_bytes,
                 static_cast<const float*>(a.z.data) + image * a.z.image + static_cast<int64_t>(position) * a.channels,
-                bytes, full(slot), kEvictFirst);
+                bytes, slots.barriers + 8 * slot, kEvictFirst);
   };
-  if (threadIdx.x == 0) {
-    for (int slot = 0; slot < cut.slots; ++slot) barrier_init(full(slot), 1);
-    fence_barrier_init();
-    for (int slot = 0; slot < min(cut.slots, items); ++slot) load(slot, slot);
+  if (leads) {
+    slots.start();
+    for (int slot = 0; slot < cut.slots; ++slot) load({cut.tiles, first, group + slot * cut.groups}, slot);
   }
-  __syncthreads();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, threads = blockDim.x;
-  const int group = warp / cut.warps, of_group = warp % cut.warps;
 
   // This lane's channels are `channel` and every 32nd after it; the warp's last 32 may not all be there.
   const int planes = (a.channels + 31) / 32;
@@ -74,21 +72,22 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
       w[j][k] = k < a.heads && has(j) ? value_of(a.w, k * a.channels + channel + 32 * j) : 0.f;
   const float bias = head < a.heads && a.b.data != nullptr ? value_of(a.b, head) : 0.f;
 
-  int tile = group, item = group, slot = group, turn = 0;
-  uint32_t parity = 0;
-  while (slot >= cut.slots) slot -= cut.slots, parity ^= 1;
+  __syncthreads();
+  int tile = group, turn = 0;
   for (int row = first; row < last; ++row) {
-    const int image = row / cut.splits, begin = begin_of(row % cut.splits), end = begin_of(row % cut.splits + 1);
+    const int image = image_of(row), split = row - image * cut.splits;
+    const int begin = begin_of(split), end = begin_of(split + 1);
     float m = -INFINITY, d = 0;  // of this lane's head; d of its positions
     float sums[kOwn * kRows];    // P; the mean's row last
 #pragma unroll
     for (int i = 0; i < kOwn * kRows; ++i) sums[i] = 0;
 
-    for (; tile < cut.tiles; tile += cut.groups, item += cut.groups) {
-      barrier_wait(full(slot), parity);
+    for (; tile < cut.tiles; tile += cut.groups) {
+      slots.wait();
+      const float* of_slot = reinterpret_cast<const float*>(memory + (group * cut.slots + slots.slot) * cut.slot_bytes);
       const int of_tile = min(cut.tile, end - begin - tile * cut.tile);
       for (int step = 0; step < of_tile; step += kStep) {
-        const float* z = reinterpret_cast<const float*>(memory + slot * cut.slot_bytes) + step * a.channels + channel;
+        const float* z = of_slot + step * a.channels + channel;
         const int count = min(kStep, of_tile - step), position = begin + tile * cut.tile + step;
         float values[kValues];  // what positions that are not there have in them stays with them
 #pragma unroll
@@ -145,20 +144,14 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
             float* of_channel = sums + j * kRows;
             of_channel[0] += value * weights.x, of_channel[1] += value * weights.y;
             of_channel[2] += value * weights.z, of_channel[3] += value * weights.w;
+            of_channel[kHeads] += value;  // also where nobody asks for the mean: cheaper than another read
           }
         }
-        if (a.mean != nullptr)
-#pragma unroll
-          for (int s = 0; s < kStep; ++s) {
-            if (s >= count) break;
-#pragma unroll
-            for (int j = 0; j < kOwn; ++j) sums[j * kRows + kHeads] += has(j) ? z[s * a.channels + 32 * j] : 0.f;
-          }
         __syncwarp();
       }
       group_sync(group, cut.warps);
-      if (of_group == 0 && lane == 0 && item + cut.slots < items) load(item + cut.slots, slot);
-      for (slot += cut.groups; slot >= cut.slots; slot -= cut.slots) parity ^= 1;
+      if (leads) load({cut.tiles, row, tile + cut.slots * cut.groups}, slots.slot);
+      slots.advance();
     }
     tile -= cut.tiles;
 
@@ -253,7 +246,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
 }
 
 FloatsCut forward_cut(const ForwardSweep& a) {
-  return floats_cut(a.channels, a.positions, std::max(a.splits, 1), 8, 1, kRows * a.channels * 4, 0);
+  return floats_cut(a.channels, a.positions, std::max(a.splits, 1), 8, 1, 2, kRows * a.channels * 4, 0);
 }
 
 template <int kOwn, int kStep>

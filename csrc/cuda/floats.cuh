@@ -5,8 +5,10 @@
 // share of 32 sums, and lane_sums leaves each lane one of them. The other runs along what a lane keeps: its sums stay
 // in registers, and its factors come from shared memory, the same for all lanes.
 //
-// A block is groups of warps, each with tiles of its own, so that one group's exchanges are hidden behind the others'
-// work.
+// A block is groups of warps, each with tiles and slots of its own, so that one group's exchanges are hidden behind the
+// others' work. Groups wait for each other only where an image or the block ends and may be many tiles apart: a slot
+// that two of them shared would have a barrier whose phases one could miss, and parities cannot tell a phase from the
+// next but one.
 #pragma once
 
 #include "gates.cuh"
@@ -17,8 +19,81 @@ namespace ar_kernels {
 
 constexpr int kGroupWarps = 16;  // the most, of all groups
 constexpr int kFloatThreads = 32 * kGroupWarps;
-constexpr int kMostSlots = 32;
-constexpr int kMostOwn = 5;  // channels of a lane, for registers' sake
+constexpr int kMostSlots = 32;  // of a ring that all of a block's warps follow
+constexpr int kGroupSlots = 4;  // of a group: the most
+constexpr int kMostOwn = 5;     // channels of a lane, for registers' sake
+
+// How channels_last maps are cut, and where what lies in shared memory. A tile is some positions with all their
+// channels, one run of memory; a lane has every 32nd channel of its warp's.
+struct FloatsCut {
+  int own, warps, groups;            // channels of a lane; warps of a group; groups
+  int step;                          // positions that a group works on at once
+  int tile, tiles;                   // positions of a tile; tiles of an image or a split of one
+  int splits, length, longer;        // of an image; positions of a split, and how many splits have one more
+  int slots, map_bytes, slot_bytes;  // of a group; a slot has a tile of every map
+  int parts, weights;                // [2, warps, 32], [warps, 32] floats; warps of all groups
+  int sums, heads;                   // what the kernel asks for; m, d, scores
+  int barriers, bytes;               // barriers: [groups, slots]
+};
+
+// most_step: positions that a group works on at once; 4 where there are not the registers, or few tiles would fit.
+// wanted: slots of a group, for which tiles are made small; there are two at least. sums: bytes for each two groups;
+// rest: bytes beside. No slots: it does not fit.
+inline FloatsCut floats_cut(int channels, int positions, int splits, int most_step, int maps, int wanted, int sums,
+                            int rest) {
+  FloatsCut cut = {};
+  const int planes = (channels + 31) / 32;
+  if (channels < 4 || channels % 4 != 0 || positions < 1) return cut;
+  // A step takes as long as a lane has channels, and about two of them more for what is exchanged.
+  int best = 0;
+  for (int warps = (planes + kMostOwn - 1) / kMostOwn; warps <= kGroupWarps && warps <= planes; ++warps) {
+    const int own = (planes + warps - 1) / warps, speed = 1024 * (kGroupWarps / warps) / (own + 2);
+    if (speed > best) best = speed, cut.own = own, cut.warps = warps, cut.groups = kGroupWarps / warps;
+  }
+  if (best == 0) return cut;
+  cut.step = cut.own < kMostOwn && channels <= 1024 ? most_step : 4;
+  cut.splits = splits;
+  cut.length = positions / splits;
+  cut.longer = positions % splits;
+  const int all = cut.warps * cut.groups, barriers = 8 * cut.groups * kGroupSlots;
+  const int others = 3 * all * 32 * 4 + cut.groups / 2 * sums + rest + 8 * kGroupWarps * kHeads * 4 + barriers;
+  // More than one step a tile where `wanted` tiles fit, and every group has something to do.
+  const int step_bytes = 4 * channels * maps * cut.step, most_length = cut.length + (cut.longer > 0);
+  const int each = (most_length + cut.groups - 1) / cut.groups, room = (kSharedBytes - others) / cut.groups;
+  int steps = (room / wanted < 8192 ? room / wanted : 8192) / step_bytes;
+  if (steps > (each + cut.step - 1) / cut.step) steps = (each + cut.step - 1) / cut.step;
+  if (steps < 1) steps = 1;
+  cut.tile = cut.step * steps;
+  cut.tiles = (most_length + cut.tile - 1) / cut.tile;
+  cut.map_bytes = 4 * channels * cut.tile;
+  cut.slot_bytes = cut.map_bytes * maps;
+  cut.slots = room / cut.slot_bytes < kGroupSlots ? room / cut.slot_bytes : kGroupSlots;
+  if (cut.slots < 2) {
+    cut.slots = 0;
+    return cut;
+  }
+  cut.parts = cut.groups * cut.slots * cut.slot_bytes;
+  cut.weights = cut.parts + 2 * all * 32 * 4;
+  cut.sums = cut.weights + all * 32 * 4;
+  cut.heads = cut.sums + cut.groups / 2 * sums + rest;
+  cut.barriers = cut.heads + 8 * kGroupWarps * kHeads * 4;
+  cut.bytes = cut.barriers + barriers;
+  return cut;
+}
+
+// Into how many splits a forward sweep may cut an image: few images are split, so that all multiprocessors have
+// something to do, or, where that must not depend on their number, large ones.
+inline int splits_of(int images, int channels, int positions, int most, bool alike) {
+  constexpr int kSplitBytes = 256 * 1024;
+  const int64_t bytes = int64_t{4} * channels * positions;
+  const int64_t splits = alike ? bytes / kSplitBytes : processors() / images;
+  return static_cast<int>(splits < 1 || most < 1 ? 1 : splits < most ? splits : most);
+}
+
+// Whether an image of it is one run of memory, as channels_last has it, that the copy engine can bring.
+inline bool is_dense_channels_last(const Map& map, int channels) {
+  return map.channel == 1 && map.position == channels && map.image > 0 && map.image % 4 == 0;
+}
 
 #if AR_HOPPER
 
@@ -56,6 +131,41 @@ __device__ __forceinline__ void group_sync(int group, int warps) {
 // A barrier of all groups.
 __device__ __forceinline__ void groups_sync(int threads) { named_sync(1, threads); }
 
+// A group's slots, which it goes through again and again.
+struct GroupSlots {
+  uint32_t slots, barriers;  // addresses of the first
+  int count;
+  int slot = 0;  // of the tile that is worked on
+  uint32_t parity = 0;
+
+  __device__ GroupSlots(const FloatsCut& cut, const uint8_t* memory, int group)
+      : slots(shared_address(memory) + group * cut.slots * cut.slot_bytes),
+        barriers(shared_address(memory) + cut.barriers + 8 * group * cut.slots),
+        count(cut.slots) {}
+
+  // By the thread that asks for the group's copies.
+  __device__ void start() const {
+    for (int i = 0; i < count; ++i) barrier_init(barriers + 8 * i, 1);
+    fence_barrier_init();
+  }
+
+  __device__ void wait() const { barrier_wait(barriers + 8 * slot, parity); }
+  __device__ int before() const { return slot > 0 ? slot - 1 : count - 1; }
+  __device__ void advance() {
+    if (++slot == count) slot = 0, parity ^= 1;
+  }
+};
+
+// Where a group is among the tiles of rows: images or splits of them.
+struct TilePlace {
+  int tiles, row, tile;
+
+  __device__ TilePlace(int tiles, int row, int tile) : tiles(tiles), row(row), tile(tile) {
+    for (; this->tile >= tiles; this->tile -= tiles) ++this->row;
+  }
+  __device__ TilePlace after(int by) const { return TilePlace(tiles, row, tile + by); }
+};
+
 // Adds up the groups' values, in the same order every time; the first group gets the sums. to: where this lane's values
 // of what the first group gives lie in `buffer`, `step` floats apart; the next group's lie `group_step` further.
 template <int kValues, class Offset>
@@ -78,74 +188,5 @@ __device__ __forceinline__ void add_groups(float (&values)[kValues], int group, 
 }
 
 #endif  // AR_HOPPER
-
-// How channels_last maps are cut, and where what lies in shared memory. A tile is some positions with all their
-// channels, one run of memory; a lane has every 32nd channel of its warp's.
-struct FloatsCut {
-  int own, warps, groups;            // channels of a lane; warps of a group; groups
-  int step;                          // positions that a group works on at once
-  int tile, tiles;                   // positions of a tile; tiles of an image or a split of one
-  int splits;                        // of an image
-  int slots, map_bytes, slot_bytes;  // a slot has a tile of every map
-  int parts, weights;                // [2, warps, 32], [warps, 32] floats; warps of all groups
-  int sums, heads;                   // what the kernel asks for; m, d, scores
-  int barriers, bytes;
-};
-
-// most_step: positions that a group works on at once; 4 where there are not the registers, or few tiles would fit.
-// sums: bytes for each two groups; rest: bytes beside. No slots: it does not fit.
-inline FloatsCut floats_cut(int channels, int positions, int splits, int most_step, int maps, int sums, int rest) {
-  FloatsCut cut = {};
-  const int planes = (channels + 31) / 32;
-  if (channels < 4 || channels % 4 != 0 || positions < 1) return cut;
-  // A step takes as long as a lane has channels, and about two of them more for what is exchanged.
-  int best = 0;
-  for (int warps = (planes + kMostOwn - 1) / kMostOwn; warps <= kGroupWarps && warps <= planes; ++warps) {
-    const int own = (planes + warps - 1) / warps, speed = 1024 * (kGroupWarps / warps) / (own + 2);
-    if (speed > best) best = speed, cut.own = own, cut.warps = warps, cut.groups = kGroupWarps / warps;
-  }
-  if (best == 0) return cut;
-  const int step = cut.own < kMostOwn && channels <= 1024 ? most_step : 4;
-  cut.step = step;
-  cut.splits = splits;
-  const int length = (positions + splits - 1) / splits, bytes = 4 * channels * maps;
-  const int each = (length + cut.groups - 1) / cut.groups;  // so that every group has something to do
-  int steps = 8192 / (bytes * step);
-  if (steps > (each + step - 1) / step) steps = (each + step - 1) / step;
-  cut.tile = step * (steps < 1 ? 1 : steps);
-  cut.tiles = (length + cut.tile - 1) / cut.tile;
-  cut.map_bytes = 4 * channels * cut.tile;
-  cut.slot_bytes = cut.map_bytes * maps;
-  const int all = cut.warps * cut.groups;
-  const int others =
-      3 * all * 32 * 4 + cut.groups / 2 * sums + rest + 8 * kGroupWarps * kHeads * 4 + 8 * kMostSlots + 16;
-  const int slots = (kSharedBytes - others) / cut.slot_bytes;
-  cut.slots = slots < kMostSlots ? slots : kMostSlots;
-  if (cut.slots < 2) {
-    cut.slots = 0;
-    return cut;
-  }
-  cut.parts = cut.slots * cut.slot_bytes;
-  cut.weights = cut.parts + 2 * all * 32 * 4;
-  cut.sums = cut.weights + all * 32 * 4;
-  cut.heads = cut.sums + cut.groups / 2 * sums + rest;
-  cut.barriers = cut.heads + 8 * kGroupWarps * kHeads * 4;
-  cut.bytes = cut.barriers + 8 * kMostSlots + 16;
-  return cut;
-}
-
-// Into how many splits a forward sweep may cut an image: few images are split, so that all multiprocessors have
-// something to do, or, where that must not depend on their number, large ones.
-inline int splits_of(int images, int channels, int positions, int most, bool alike) {
-  constexpr int kSplitBytes = 256 * 1024;
-  const int64_t bytes = int64_t{4} * channels * positions;
-  const int64_t splits = alike ? bytes / kSplitBytes : processors() / images;
-  return static_cast<int>(splits < 1 || most < 1 ? 1 : splits < most ? splits : most);
-}
-
-// Whether an image of it is one run of memory, as channels_last has it, that the copy engine can bring.
-inline bool is_dense_channels_last(const Map& map, int channels) {
-  return map.channel == 1 && map.position == channels && map.image > 0 && map.image % 4 == 0;
-}
 
 }  // namespace ar_kernels

@@ -160,7 +160,8 @@ __device__ __forceinline__ void tensor_load(uint32_t to, const CUtensorMap* map,
       : "memory");
 }
 
-// The way back; what lies outside of the tensor is not written. Groups as of bulk_store.
+// The way back; what lies beyond the tensor's end is not written, and no coordinate may be negative. Groups as of
+// bulk_store.
 __device__ __forceinline__ void tensor_store(const CUtensorMap* map, uint32_t from, int32_t x, int32_t y, int32_t z,
                                              uint64_t policy) {
   asm volatile(

@@ -949,6 +949,8 @@ void tensor_store(const void* pointer, uint32_t from, int rank, const int32_t* c
   const Map map = map_at("tensor_store", pointer, rank);
   const uint32_t bytes = bytes_of(map), offset = offset_of("tensor_store from", from, bytes, 128);
   const std::vector<int32_t> at(coordinates, coordinates + rank);
+  for (int d = 0; d < rank; ++d)  // an illegal instruction to a GPU; beyond the end a box may begin
+    if (at[d] < 0) fail("tensor_store: coordinate %d of the box is %d, before the tensor's begin", d, at[d]);
   store(offset, bytes, [=](const uint8_t* taken) {
     for_box(map, at.data(), from, [&](uint32_t place, uint8_t* to) {
       if (to != nullptr) memcpy(to, taken + place, map.element);
