@@ -778,12 +778,15 @@ def test_many_launches_back_to_back_on_a_gpu(native_sweeps, layout, n, c, side, 
         output = ar_kernels.attention_module(**tensors, mean=True, implementation="triton")
         outputs = [value for value in output if value is not None]
         grads = torch.autograd.grad(outputs, list(tensors.values()), [value.detach() for value in outputs])
-        return [*outputs, *grads]
+        return [value.detach() for value in (*outputs, *grads)]
 
-    first = [step() for _ in range(2)][0]  # plans are made outside of the graph
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        first = [step() for _ in range(2)][0]  # plans are made outside of the graph
     assert {name for name, found in native_sweeps if found} == {"forward_sweep", "backward_sweep"}
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         results = [step() for _ in range(10)]
     for _ in range(20):
         graph.replay()

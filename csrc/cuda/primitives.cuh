@@ -140,7 +140,8 @@ __device__ __forceinline__ void prefetch_line(const void* byte) {
 }
 
 // A box of a tensor map (a __grid_constant__ kernel parameter), innermost coordinate first. The whole box counts in
-// the barrier's bytes; what lies outside of the tensor arrives as zeros.
+// the barrier's bytes; what lies beyond the tensor's end arrives as zeros,
+// and no coordinate may be negative.
 __device__ __forceinline__ void tensor_load(uint32_t to, const CUtensorMap* map, int32_t x, int32_t y, int32_t z,
                                             uint32_t barrier, uint64_t policy) {
   asm volatile(
@@ -160,8 +161,7 @@ __device__ __forceinline__ void tensor_load(uint32_t to, const CUtensorMap* map,
       : "memory");
 }
 
-// The way back; what lies beyond the tensor's end is not written, and no coordinate may be negative. Groups as of
-// bulk_store.
+// The way back; what lies beyond the tensor's end is not written. Groups as of bulk_store.
 __device__ __forceinline__ void tensor_store(const CUtensorMap* map, uint32_t from, int32_t x, int32_t y, int32_t z,
                                              uint64_t policy) {
   asm volatile(

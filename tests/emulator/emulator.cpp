@@ -928,13 +928,22 @@ void bulk_store(void* to, uint32_t from, uint32_t bytes) {
   store(offset, bytes, [=](const uint8_t* taken) { memcpy(to, taken, bytes); });
 }
 
+// Where a box begins: beyond the tensor's end if it likes, but what begins before it ended in an illegal instruction on a
+// GPU, so no kernel may ask for that.
+std::vector<int32_t> place_of(const char* what, int rank, const int32_t* coordinates) {
+  for (int d = 0; d < rank; ++d)
+    if (coordinates[d] < 0)
+      fail("%s: coordinate %d of the box is %d, before the tensor's begin", what, d, coordinates[d]);
+  return {coordinates, coordinates + rank};
+}
+
 void tensor_load(uint32_t to, const void* pointer, int rank, const int32_t* coordinates, uint32_t barrier) {
   Block& block = *m.current->block;
   const Map map = map_at("tensor_load", pointer, rank);
   const uint32_t bytes = bytes_of(map), offset = offset_of("tensor_load to", to, bytes, 128);
   const uint32_t of_barrier = offset_of("tensor_load's barrier", barrier, 8, 8);
   check_barrier_for_copy(block, of_barrier);
-  const std::vector<int32_t> at(coordinates, coordinates + rank);
+  const std::vector<int32_t> at = place_of("tensor_load", rank, coordinates);
   load(block, offset, bytes, block, of_barrier, [=](uint8_t* memory) {
     for_box(map, at.data(), to, [&](uint32_t place, const uint8_t* from) {
       if (from != nullptr)
@@ -948,9 +957,7 @@ void tensor_load(uint32_t to, const void* pointer, int rank, const int32_t* coor
 void tensor_store(const void* pointer, uint32_t from, int rank, const int32_t* coordinates) {
   const Map map = map_at("tensor_store", pointer, rank);
   const uint32_t bytes = bytes_of(map), offset = offset_of("tensor_store from", from, bytes, 128);
-  const std::vector<int32_t> at(coordinates, coordinates + rank);
-  for (int d = 0; d < rank; ++d)  // an illegal instruction to a GPU; beyond the end a box may begin
-    if (at[d] < 0) fail("tensor_store: coordinate %d of the box is %d, before the tensor's begin", d, at[d]);
+  const std::vector<int32_t> at = place_of("tensor_store", rank, coordinates);
   store(offset, bytes, [=](const uint8_t* taken) {
     for_box(map, at.data(), from, [&](uint32_t place, uint8_t* to) {
       if (to != nullptr) memcpy(to, taken + place, map.element);

@@ -94,9 +94,9 @@ __global__ void transpose_kernel(const uint16_t* from, uint16_t* to, int how) {
 
 // ------------------------------------------------------------------------------------------------ copy engine
 
-// One box in, and as it lies in shared memory to `raw`; then, if it `stores`, out again.
+// One box in, and as it lies in shared memory to `raw`; then out again.
 __global__ void box_kernel(const __grid_constant__ CUtensorMap from, const __grid_constant__ CUtensorMap to, int rank,
-                           const int32_t* at, uint8_t* raw, int start, int bytes, bool stores) {
+                           const int32_t* at, uint8_t* raw, int start, int bytes) {
   uint8_t* memory = shared_memory();
   const uint32_t barrier = shared_address(memory), box = barrier + static_cast<uint32_t>(start);
   if (threadIdx.x == 0) {
@@ -109,7 +109,7 @@ __global__ void box_kernel(const __grid_constant__ CUtensorMap from, const __gri
   __syncthreads();
   barrier_wait(barrier, 0);
   for (int i = threadIdx.x; i < bytes; i += blockDim.x) raw[i] = memory[start + i];
-  if (threadIdx.x == 0 && stores) {
+  if (threadIdx.x == 0) {
     if (rank == 3) tensor_store(&to, box, at[0], at[1], at[2], kEvictFirst);
     if (rank == 4) tensor_store(&to, box, at[0], at[1], at[2], at[3], kEvictFirst);
     bulk_commit();
@@ -342,7 +342,7 @@ AR_EXPORT int transpose(const uint16_t* from, uint16_t* to, int64_t how) {
 
 // Sizes and box of four dimensions, the first two of three; tensors are contiguous.
 AR_EXPORT int box(const void* from, void* to, const int64_t* sizes, const int64_t* shape, const int32_t* at,
-                  uint8_t* raw, int64_t rank, int64_t swizzle, int64_t start, int64_t stores) {
+                  uint8_t* raw, int64_t rank, int64_t swizzle, int64_t start) {
   CUtensorMap maps[2];
   for (int i = 0; i < 2; ++i) {
     const void* data = i == 0 ? from : to;
@@ -362,7 +362,7 @@ AR_EXPORT int box(const void* from, void* to, const int64_t* sizes, const int64_
   }
   const int bytes = static_cast<int>(2 * shape[0] * shape[1] * shape[2] * (rank == 4 ? shape[3] : 1));
   return launch(box_kernel, 1, 64, start + bytes, 1, maps[0], maps[1], static_cast<int>(rank), at, raw,
-                static_cast<int>(start), bytes, stores != 0);
+                static_cast<int>(start), bytes);
 }
 
 AR_EXPORT int pipeline(const void* from, void* to, int64_t tiles, int64_t mistake) {
