@@ -1,13 +1,19 @@
 """torch.nn modules over ar_kernels.functional: AttentionModule and GlobalGates."""
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 
 from .functional import _FLOATS, _GATINGS, _MIXES, AttentionOutput, _check_implementation, attend, attention_module
 
 
+def _is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _check_int(name: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not _is_int(value):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     return value
 
@@ -32,7 +38,7 @@ def _check_depth(attention_depth: object, most: int) -> None:
 
 
 def _check_kernel_size(kernel_size: object) -> None:
-    if not isinstance(kernel_size, int) or isinstance(kernel_size, bool) or kernel_size not in (1, 3):
+    if not _is_int(kernel_size) or kernel_size not in (1, 3):
         raise ValueError(f"kernel_size must be 1 or 3, got {kernel_size!r}")
 
 

@@ -461,6 +461,15 @@ def test_step():
     assert len(row["plain_blocks_ms"]) == 2 and row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
 
 
+def test_step_in_several_processes(monkeypatch, tmp_path, capsys):
+    sizes = "--depth 10 --width 1 --batch 2 --labels 3 --blocks 2 --steps 1 --device cpu"
+    monkeypatch.setattr("sys.argv", ["step", *sizes.split(), "--processes", "2", "--out", str(tmp_path)])
+    step.main()
+    (path,) = tmp_path.glob("step-*.json")
+    ratios = [row["ratio"] for row in json.loads(path.read_text())["rows"]]
+    assert len(ratios) == 2 and f"median ratio {sum(ratios) / 2:.4f} of 2 processes" in capsys.readouterr().out
+
+
 def test_step_of_the_official_nets(monkeypatch):
     sizes = {"depth": 10, "width": 1, "batch": 2, "labels": 3, "device": "cpu", "model": "official"}
     row = step.compare("eager", blocks=2, steps=1, **sizes)
