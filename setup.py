@@ -126,7 +126,7 @@ class BuildNative(build_ext):
         built = f"CPU ({', '.join(TARGETS)})"
 
         linker = [compiler]
-        cuda = sorted((CSRC / "cuda").glob("*.cu"))
+        cuda = sorted([*(CSRC / "cuda").glob("*.cu"), *(CSRC / "cuda").glob("*.cpp")])
         archs = os.environ.get("AR_KERNELS_CUDA_ARCHS", CUDA_ARCHS).replace(";", " ").split()
         if cuda and archs:
             try:
