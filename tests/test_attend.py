@@ -421,7 +421,8 @@ def test_offsets_beyond_two_to_the_31(device):
 @pytest.mark.parametrize("tf32", [False, True])
 def test_float32_follows_the_matmul_precision(tf32, device):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    layer = Layer(n=4, c=160, h=16, w=16, k=4, dtype=torch.float32, device=device)
+    # More heads than the native library's sweeps take, which never round to TF32.
+    layer = Layer(n=4, c=160, h=16, w=16, k=5, dtype=torch.float32, device=device)
     exact = layer.run("reference", exact=True)
     got = layer.run("triton")["attend.pooled"].double()
     error = (got - exact["attend.pooled"]).norm() / exact["attend.pooled"].norm()

@@ -87,7 +87,7 @@ def test_attend(taps, shape, layout, dtype, fused, device):
             assert_finite(operators.gated_attend3x3_backward(z, weight, score_weight, *kept, *wanted))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("layout", "n", "c", "h", "w", "mean"),
     [
