@@ -21,7 +21,7 @@ NOTE = PATH.with_suffix(".txt")
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 SWEEPS_FLOAT32 = True
-"""Whether csrc/cuda's sweeps of float32 maps are used where they can be, and so preferred to eager; not measured."""
+"""Whether csrc/cuda's sweeps of float32 maps are used where they can be, and so preferred to eager."""
 
 
 @functools.cache

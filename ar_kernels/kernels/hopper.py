@@ -58,9 +58,9 @@ def _is_faster(z: MapStrides, channels: int, itemsize: int, chip: Chip) -> bool:
     """Where this replaces Triton; docs/performance.md has the measurements."""
     if chip.capability != 9:
         return False
-    if itemsize == 4:  # Triton makes three products of one; not measured
+    if itemsize == 4:  # Triton makes three products of one
         return True
-    return channels >= FEWEST_CHANNELS or (z.unit == "s" and z.vector < 8)
+    return z.vector < 8 if z.unit == "s" else channels >= FEWEST_CHANNELS
 
 
 def forward_sweep(
