@@ -51,25 +51,23 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
   const auto full = [&](int stage) { return base + cut.barriers + 8 * stage; };
   const int splits = max(a.splits, 1), block = blockIdx.x;
   const int first = share.each * block + min(block, share.more);
-  const int last = first + share.each + (block < share.more);
-  int image = first, end = 0;  // of the split before, in tiles
+  const int taken = share.each + (block < share.more);
+  // The first split is of this image and begins at this tile; so many tiles are the block's, which follow each other.
+  int image = first, end = 0, tiles = taken * cut.tiles;
   if (splits > 1) {
     image = first / splits;
     end = first % splits * share.tiles;
+    tiles = ((first + taken) / splits - image) * cut.tiles + (first + taken) % splits * share.tiles - end;
   }
 
   // One thread asks for all copies, in order, as stages get free.
-  int asked_image = image, asked_tile = end, asked_end = end, asked_splits = last - first;
+  int to_ask = tiles, asked_image = image, asked_tile = end;
   const auto load = [&](int stage) {
-    if (asked_tile == asked_end) {
-      if (--asked_splits < 0) return;
-      if (asked_end == cut.tiles) asked_tile = 0, ++asked_image;
-      asked_end = min(asked_tile + share.tiles, cut.tiles);
-    }
+    if (--to_ask < 0) return;
     barrier_arrive_expect(full(stage), cut.stage_bytes);
     load_tile<kLayout>(cut, a.channels, base + stage * cut.stage_bytes, &z_map, asked_image, asked_tile * kTile,
                        full(stage));
-    ++asked_tile;
+    if (++asked_tile == cut.tiles) asked_tile = 0, ++asked_image;
   };
   if (threadIdx.x == 0) {  // in few instructions, which must come from memory first: all else waits for the first tile
 #pragma unroll 1
@@ -176,7 +174,7 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
   __syncthreads();
   const float bias = biased ? value_from(a.b, raw_bias) : 0.f;
   const float score_bias = score_biased ? value_from(a.score_b, raw_score_bias) : 0.f;
-  for (int split = first; split < last; ++split) {
+  for (int split = first; tiles > 0; ++split) {
     if (end == cut.tiles) end = 0, ++image;
     const int begin = end;
     end = min(begin + share.tiles, cut.tiles);
@@ -187,7 +185,8 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums[b][i] = 0;
 
-    for (int of_image = begin; of_image < end; ++of_image) {
+    int of_image = begin;
+    do {  // no split is empty
       const int position = of_image * kTile, count = a.positions - position;
 
       // Logits, of all channels. Of 16 positions two lanes have the same, so that each adds up every second part.
@@ -281,13 +280,13 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
       const int used = stage;
       if (++stage == cut.stages) stage = 0, parity ^= 1;
       buffer = warps * kPartFloats - buffer;
-      if (of_image + 1 < end || split + 1 < last) {
+      if (--tiles > 0) {
         barrier_wait(full(stage), parity);
         make_part(base + stage * cut.stage_bytes, buffer);
       }
       __syncthreads();
       if (threadIdx.x == 0) load(used);
-    }
+    } while (++of_image < end);
 
     // The image's end: P, scores, gates, features.
     d += __shfl_xor_sync(kAll, d, 1);
@@ -309,9 +308,9 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
     }
     // Of 16 channels even rows will have row and row + 1, others row + 7 and row + 8.
     const int channel = first_channel + row + row % 2 * 7;
-    const float scale = whole ? 1 / d : 1.f, high = __shfl_sync(kAll, scale, 8 * column + 4);
+    const float scale = whole ? __fdividef(1, d) : 1.f, high = __shfl_sync(kAll, scale, 8 * column + 4);
     float low = __shfl_sync(kAll, scale, 8 * column);
-    if (is_mean) low = whole ? 1.f / a.positions : 1.f;
+    if (is_mean) low = whole ? __fdividef(1, a.positions) : 1.f;
     const bool scored = a.gated > 0 && whole;
     float2 score_weights[kBlocks][2];  // of both columns' heads; undefined, they would have registers in the loop
 #pragma unroll
@@ -377,7 +376,7 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
     float gate = head < a.gated ? __expf(gate_tanh(score)) : 0.f, total = gate;
     total += __shfl_xor_sync(kAll, total, 4);
     total += __shfl_xor_sync(kAll, total, 8);
-    gate /= total;
+    gate = __fdividef(gate, total);
     if (warp == 0 && column == 0 && row < a.heads) {
       a.scores[static_cast<int64_t>(image) * a.heads + row] = score;
       if (row < a.gated) a.gates[static_cast<int64_t>(image) * a.gated + row] = gate;
@@ -439,13 +438,15 @@ Cut forward_cut(const ForwardSweep& a) {
   return forward_cut(a, 1);
 }
 
+int tiles_of_split(const Cut& cut, int splits) { return (cut.tiles + splits - 1) / splits; }
+
 template <class T, Layout kLayout, int kBlocks, int kTiles>
 cudaError_t sweep(const ForwardSweep& a, const Cut& cut, cudaStream_t stream) {
   CUtensorMap z;
   if (!encode<T>(kLayout, &z, a.z, a.images, a.channels, a.positions, cut)) return cudaErrorInvalidValue;
   const int splits = std::max(a.splits, 1), in_all = a.images * splits;
   const int blocks = std::min(in_all, cut.per_processor * processors());
-  const Share share = {(cut.tiles + splits - 1) / splits, in_all / blocks, in_all % blocks};
+  const Share share = {tiles_of_split(cut, splits), in_all / blocks, in_all % blocks};
   return launch<forward_kernel<T, kLayout, kBlocks, kTiles>>(blocks, 32 * cut.warps, cut.bytes, stream, z, a, cut,
                                                              share);
 }
@@ -472,7 +473,8 @@ bool can_sweep_forward(const ForwardSweep& a) {
   if (a.w.kind != a.kind && a.w.kind != Kind::kFloat) return false;
   if (a.heads < 1 || a.heads > kHeads || a.images < 1) return false;
   const Cut cut = forward_cut(a);
-  return is_of(layout_of(a), a.z) && cut.stages > 0 && a.splits <= cut.tiles &&
+  const int splits = std::max(a.splits, 1);
+  return is_of(layout_of(a), a.z) && cut.stages > 0 && (splits - 1) * tiles_of_split(cut, splits) < cut.tiles &&
          static_cast<int64_t>(a.images) * cut.tiles < INT32_MAX;
 }
 
@@ -484,7 +486,7 @@ int forward_splits(const ForwardSweep& a, bool alike) {
   const bool few = 4 * a.images <= processors() || (2 * a.images <= processors() && bytes >= kLarge);
   const int64_t wanted = alike ? bytes / kSplit : few ? cut.per_processor * processors() / a.images : 1;
   const int splits = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(wanted, cut.tiles / 2)));
-  const int tiles = (cut.tiles + splits - 1) / splits;
+  const int tiles = tiles_of_split(cut, splits);
   return (cut.tiles + tiles - 1) / tiles;  // none of them empty
 }
 
