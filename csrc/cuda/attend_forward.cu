@@ -22,6 +22,12 @@ constexpr int kMostBlocks = 16;       // of 16 channels, of a warp
 constexpr int kWarps = 8;             // of a block, if so many suffice: each knows the softmax for itself
 constexpr int kFewBytes = 32 * 1024;  // of a tile of channels_last, if that has 16 positions or more
 
+// What is divided by what a launch knows is divided before it: blocks begin at once.
+struct Share {
+  int tiles;       // of a split; the last one of an image has what is left
+  int each, more;  // splits that a block takes, which follow each other; the first `more` blocks take one more
+};
+
 // A block's warps have the same channels all the time; of a tile each makes its part of the logits, and after the
 // tile's one __syncthreads adds up all parts for itself, knows the softmax for itself, and adds to its channels of P.
 //
@@ -29,7 +35,7 @@ constexpr int kFewBytes = 32 * 1024;  // of a tile of channels_last, if that has
 template <class T, Layout kLayout, int kBlocks, int kTiles>
 __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostWarps), 1)
     forward_kernel(const __grid_constant__ CUtensorMap z_map, const __grid_constant__ ForwardSweep a,
-                   const __grid_constant__ Cut cut) {
+                   const __grid_constant__ Cut cut, const __grid_constant__ Share share) {
 #if AR_HOPPER
   constexpr bool kLast = kLayout == Layout::kChannelsLast;
   constexpr int kTile = 16 * kTiles;
@@ -43,29 +49,31 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
   memory += -shared_address(memory) & 1023;
   const uint32_t base = kept(shared_address(memory));
   const auto full = [&](int stage) { return base + cut.barriers + 8 * stage; };
-  const int splits = max(a.splits, 1), split_tiles = (cut.tiles + splits - 1) / splits;
-  const int64_t splits_in_all = static_cast<int64_t>(a.images) * splits;
-  const int first = static_cast<int>(splits_in_all * blockIdx.x / gridDim.x);
-  const int last = static_cast<int>(splits_in_all * (blockIdx.x + 1) / gridDim.x);
-  const auto begin_of = [&](int split) { return split % splits * split_tiles; };
-  const auto end_of = [&](int split) { return min(begin_of(split) + split_tiles, cut.tiles); };
+  const int splits = max(a.splits, 1), block = blockIdx.x;
+  const int first = share.each * block + min(block, share.more);
+  const int taken = share.each + (block < share.more);
+  // The first split is of this image and begins at this tile; so many tiles are the block's, which follow each other.
+  int image = first, end = 0, tiles = taken * cut.tiles;
+  if (splits > 1) {
+    image = first / splits;
+    end = first % splits * share.tiles;
+    tiles = ((first + taken) / splits - image) * cut.tiles + (first + taken) % splits * share.tiles - end;
+  }
 
   // One thread asks for all copies, in order, as stages get free.
-  int asked_split = first, asked_image = first / splits, asked_tile = begin_of(first), asked_end = end_of(first);
+  int to_ask = tiles, asked_image = image, asked_tile = end;
   const auto load = [&](int stage) {
-    if (asked_split >= last) return;
+    if (--to_ask < 0) return;
     barrier_arrive_expect(full(stage), cut.stage_bytes);
     load_tile<kLayout>(cut, a.channels, base + stage * cut.stage_bytes, &z_map, asked_image, asked_tile * kTile,
                        full(stage));
-    if (++asked_tile < asked_end) return;
-    ++asked_split;
-    asked_image = asked_split / splits;
-    asked_tile = begin_of(asked_split);
-    asked_end = end_of(asked_split);
+    if (++asked_tile == cut.tiles) asked_tile = 0, ++asked_image;
   };
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == 0) {  // in few instructions, which must come from memory first: all else waits for the first tile
+#pragma unroll 1
     for (int stage = 0; stage < cut.stages; ++stage) barrier_init(full(stage), 1);
     fence_barrier_init();
+#pragma unroll 1
     for (int stage = 0; stage < cut.stages; ++stage) load(stage);
   }
 
@@ -92,22 +100,29 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
   };
 
   uint32_t masks[kBlocks][2];  // W_H
-  const int of_masks = min(row, a.heads - 1) * a.channels + first_channel + 2 * column;
-  const auto load_masks = [&](const auto* w) {
 #pragma unroll
-    for (int i = 0; i < 2 * kBlocks; ++i) masks[i / 2][i % 2] = weight_pair<T>(w + of_masks + 8 * i);
+  for (int i = 0; i < 2 * kBlocks; ++i) masks[i / 2][i % 2] = 0;
+  const auto load_masks = [&](const auto* w) {
+    w += row * a.channels + first_channel + 2 * column;
+#pragma unroll
+    for (int i = 0; i < 2 * kBlocks; ++i) masks[i / 2][i % 2] = weight_pair<T>(w + 8 * i);
   };
-  if (a.w.kind == Kind::kFloat)  // asked once, so that no load waits for another
-    load_masks(static_cast<const float*>(a.w.data));
-  else
-    load_masks(static_cast<const T*>(a.w.data));
+  if (row < a.heads) {
+    if (a.w.kind == Kind::kFloat)  // asked once, so that no load waits for another
+      load_masks(static_cast<const float*>(a.w.data));
+    else
+      load_masks(static_cast<const T*>(a.w.data));
+  }
+  // Biases, which nothing waits for yet.
+  const int head = row % kHeads;
+  const bool biased = head < a.heads && a.b.data != nullptr, score_biased = head < a.heads && a.score_b.data != nullptr;
+  const uint32_t raw_bias = biased ? raw_value(a.b, head) : 0;
+  const uint32_t raw_score_bias = score_biased ? raw_value(a.score_b, head) : 0;
   // Weights of scores are needed when nothing is left to do meanwhile.
   const int score_bytes = a.gated > 0 ? a.heads * a.channels * (a.score_w.kind == Kind::kFloat ? 4 : 2) : 0;
+#pragma unroll 1
   for (int byte = 128 * threadIdx.x; byte < score_bytes; byte += 128 * blockDim.x)
     prefetch(static_cast<const char*>(a.score_w.data) + byte);
-  if (row >= a.heads)
-#pragma unroll
-    for (int i = 0; i < 2 * kBlocks; ++i) masks[i / 2][i % 2] = 0;
 
   // Where a part of logits [kHeads, 16 positions] has a head: sums over channels, where a lane has heads 2i and 2i + 1,
   // are then stored, and by heads loaded, without bank conflicts.
@@ -143,23 +158,26 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
 
   // In the softmax a lane has one head, as the factor of the sum over positions wants it: of 16 positions 2 * column,
   // + 8, + 1 and + 9, and where there are more than 16, rows from kHeads on have every second 16.
-  const int head = row % kHeads, own_tile = kTiles > 1 ? row / kHeads : 0;
+  const int own_tile = kTiles > 1 ? row / kHeads : 0;
   const auto position_of = [&](int j, int i) { return 16 * (2 * j + own_tile) + 2 * column + i / 2 + i % 2 * 8; };
-  const int of_head = kept(kPart * own_tile + place_of(head) + 4 * column);
-  const float bias = head < a.heads && a.b.data != nullptr ? value_of(a.b, head) : 0.f;
-  const float score_bias = head < a.heads && a.score_b.data != nullptr ? value_of(a.score_b, head) : 0.f;
+  constexpr int kSharers = kTiles > 1 ? 1 : 2;  // lanes of the same logits
+  constexpr int kAtOnce = 4;                    // loads of each
+  const int first_part = kSharers > 1 ? row / kHeads : 0;
+  const int of_head = kept(kPart * own_tile + kPartFloats * first_part + place_of(head) + 4 * column);
   const uint32_t ones = row == kHeads ? packed<T>(1.f, 1.f) : 0;  // the mean's weights
 
   __syncthreads();
   int stage = 0, writer = 0, buffer = 0;  // buffer: where the parts of the tile are
   uint32_t parity = 0;
-  if (first < last) {
-    barrier_wait(full(0), 0);
-    make_part(base, 0);
-  }
+  barrier_wait(full(0), 0);
+  make_part(base, 0);
   __syncthreads();
-  for (int split = first; split < last; ++split) {
-    const int image = split / splits, begin = begin_of(split), end = end_of(split);
+  const float bias = biased ? value_from(a.b, raw_bias) : 0.f;
+  const float score_bias = score_biased ? value_from(a.score_b, raw_score_bias) : 0.f;
+  for (int split = first; tiles > 0; ++split) {
+    if (end == cut.tiles) end = 0, ++image;
+    const int begin = end;
+    end = min(begin + share.tiles, cut.tiles);
     float m = -INFINITY, d = 0;  // of this lane's head; d: of its positions
     float sums[kBlocks][4];      // P [16 channels, 8 columns]
 #pragma unroll
@@ -167,21 +185,38 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums[b][i] = 0;
 
-    for (int of_image = begin; of_image < end; ++of_image) {
+    int of_image = begin;
+    do {  // no split is empty
       const int position = of_image * kTile, count = a.positions - position;
 
-      // Logits, of all channels.
+      // Logits, of all channels. Of 16 positions two lanes have the same, so that each adds up every second part.
       float l[kOwn][4];
 #pragma unroll
-      for (int i = 0; i < 4 * kOwn; ++i) l[i / 4][i % 4] = bias;
+      for (int i = 0; i < 4 * kOwn; ++i) l[i / 4][i % 4] = first_part == 0 ? bias : 0.f;
       const float* from = parts + buffer + of_head;
-#pragma unroll 4
-      for (int other = 0; other < warps; ++other, from += kPartFloats)
+#pragma unroll 1
+      for (int part = first_part; part < warps + first_part; part += kAtOnce * kSharers) {
+        float4 loaded[kAtOnce][kOwn];  // none waits for another
 #pragma unroll
-        for (int j = 0; j < kOwn; ++j) {
-          const float4 part = *reinterpret_cast<const float4*>(from + 2 * kPart * j);
-          l[j][0] += part.x, l[j][1] += part.y, l[j][2] += part.z, l[j][3] += part.w;
-        }
+        for (int i = 0; i < kAtOnce; ++i)
+#pragma unroll
+          for (int j = 0; j < kOwn; ++j) {
+            loaded[i][j] = make_float4(0, 0, 0, 0);
+            if (part + kSharers * i < warps)
+              loaded[i][j] = *reinterpret_cast<const float4*>(from + kPartFloats * kSharers * i + 2 * kPart * j);
+          }
+        from += kPartFloats * kSharers * kAtOnce;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i)
+#pragma unroll
+          for (int j = 0; j < kOwn; ++j) {
+            l[j][0] += loaded[i][j].x, l[j][1] += loaded[i][j].y;
+            l[j][2] += loaded[i][j].z, l[j][3] += loaded[i][j].w;
+          }
+      }
+      if constexpr (kSharers == 2)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) l[0][i] += __shfl_xor_sync(kAll, l[0][i], 16);
       if (a.logits != nullptr && warp == writer && head < a.heads && own_tile == row / kHeads) {
         float* to = a.logits + (static_cast<int64_t>(image) * a.heads + head) * a.positions + position;
 #pragma unroll
@@ -245,13 +280,13 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
       const int used = stage;
       if (++stage == cut.stages) stage = 0, parity ^= 1;
       buffer = warps * kPartFloats - buffer;
-      if (of_image + 1 < end || split + 1 < last) {
+      if (--tiles > 0) {
         barrier_wait(full(stage), parity);
         make_part(base + stage * cut.stage_bytes, buffer);
       }
       __syncthreads();
       if (threadIdx.x == 0) load(used);
-    }
+    } while (++of_image < end);
 
     // The image's end: P, scores, gates, features.
     d += __shfl_xor_sync(kAll, d, 1);
@@ -271,20 +306,11 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
       a.part_m[part + a.heads] = 0;
       a.part_d[part + a.heads] = static_cast<float>(min(end * kTile, a.positions) - begin * kTile);
     }
-    // Where a lane's columns go, 2 * column and the next; nowhere if there are none. Of 16 channels even rows will have
-    // row and row + 1, others row + 7 and row + 8.
+    // Of 16 channels even rows will have row and row + 1, others row + 7 and row + 8.
     const int channel = first_channel + row + row % 2 * 7;
-    float *low_to = nullptr, *high_to = nullptr;
-    float* pooled =
-        whole ? a.pooled + static_cast<int64_t>(image) * a.heads * a.channels : a.part_p + part * a.channels;
-    pooled += channel;
-    if (2 * column < a.heads) low_to = pooled + 2 * column * a.channels;
-    if (2 * column + 1 < a.heads) high_to = pooled + (2 * column + 1) * a.channels;
-    if (is_mean && a.mean != nullptr)
-      low_to = whole ? a.mean + static_cast<int64_t>(image) * a.channels + channel : pooled + a.heads * a.channels;
-    const float scale = whole ? 1 / d : 1.f, high = __shfl_sync(kAll, scale, 8 * column + 4);
+    const float scale = whole ? __fdividef(1, d) : 1.f, high = __shfl_sync(kAll, scale, 8 * column + 4);
     float low = __shfl_sync(kAll, scale, 8 * column);
-    if (is_mean) low = whole ? 1.f / a.positions : 1.f;
+    if (is_mean) low = whole ? __fdividef(1, a.positions) : 1.f;
     const bool scored = a.gated > 0 && whole;
     float2 score_weights[kBlocks][2];  // of both columns' heads; undefined, they would have registers in the loop
 #pragma unroll
@@ -303,7 +329,7 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
     if (scored && a.score_w.kind == Kind::kBFloat16)
       load_score_weights(static_cast<const __nv_bfloat16*>(a.score_w.data));
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
+    for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {  // of a column: of channels row and row + 8 make two adjacent ones
         float &x = sums[b][i], &y = sums[b][2 + i];
@@ -312,31 +338,45 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
         x *= i == 0 ? low : high;
         y *= i == 0 ? low : high;
       }
+    float score = score_bias;  // of this lane's head
+    if (scored) {
+      float low_score = 0, high_score = 0;
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        low_score += sums[b][0] * score_weights[b][0].x + sums[b][2] * score_weights[b][0].y;
+        high_score += sums[b][1] * score_weights[b][1].x + sums[b][3] * score_weights[b][1].y;
+      }
+#pragma unroll
+      for (int lanes = 4; lanes < 32; lanes *= 2) {
+        low_score += __shfl_xor_sync(kAll, low_score, lanes);
+        high_score += __shfl_xor_sync(kAll, high_score, lanes);
+      }
+      if (row == 0 && column < kHeads / 2)
+        *reinterpret_cast<float2*>(score_parts + kHeads * warp + 2 * column) = make_float2(low_score, high_score);
+      __syncthreads();
+#pragma unroll 4
+      for (int other = 0; other < warps; ++other) score += score_parts[kHeads * other + head];
+    }
+    // Stores of P, which are so many that a warp waits for them, beside the gates. Where a lane's columns go, 2 *
+    // column and the next; nowhere if there are none.
+    float *low_to = nullptr, *high_to = nullptr;
+    float* pooled =
+        whole ? a.pooled + static_cast<int64_t>(image) * a.heads * a.channels : a.part_p + part * a.channels;
+    pooled += channel;
+    if (2 * column < a.heads) low_to = pooled + 2 * column * a.channels;
+    if (2 * column + 1 < a.heads) high_to = pooled + (2 * column + 1) * a.channels;
+    if (is_mean && a.mean != nullptr)
+      low_to = whole ? a.mean + static_cast<int64_t>(image) * a.channels + channel : pooled + a.heads * a.channels;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
       if (low_to != nullptr) *reinterpret_cast<float2*>(low_to + 16 * b) = make_float2(sums[b][0], sums[b][2]);
       if (high_to != nullptr) *reinterpret_cast<float2*>(high_to + 16 * b) = make_float2(sums[b][1], sums[b][3]);
     }
     if (!scored) continue;
-    float low_score = 0, high_score = 0;
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      low_score += sums[b][0] * score_weights[b][0].x + sums[b][2] * score_weights[b][0].y;
-      high_score += sums[b][1] * score_weights[b][1].x + sums[b][3] * score_weights[b][1].y;
-    }
-#pragma unroll
-    for (int lanes = 4; lanes < 32; lanes *= 2) {
-      low_score += __shfl_xor_sync(kAll, low_score, lanes);
-      high_score += __shfl_xor_sync(kAll, high_score, lanes);
-    }
-    if (row == 0 && column < kHeads / 2)
-      *reinterpret_cast<float2*>(score_parts + kHeads * warp + 2 * column) = make_float2(low_score, high_score);
-    __syncthreads();
-    float score = score_bias;  // of this lane's head
-#pragma unroll 4
-    for (int other = 0; other < warps; ++other) score += score_parts[kHeads * other + head];
     float gate = head < a.gated ? __expf(gate_tanh(score)) : 0.f, total = gate;
     total += __shfl_xor_sync(kAll, total, 4);
     total += __shfl_xor_sync(kAll, total, 8);
-    gate /= total;
+    gate = __fdividef(gate, total);
     if (warp == 0 && column == 0 && row < a.heads) {
       a.scores[static_cast<int64_t>(image) * a.heads + row] = score;
       if (row < a.gated) a.gates[static_cast<int64_t>(image) * a.gated + row] = gate;
@@ -398,14 +438,17 @@ Cut forward_cut(const ForwardSweep& a) {
   return forward_cut(a, 1);
 }
 
+int tiles_of_split(const Cut& cut, int splits) { return (cut.tiles + splits - 1) / splits; }
+
 template <class T, Layout kLayout, int kBlocks, int kTiles>
 cudaError_t sweep(const ForwardSweep& a, const Cut& cut, cudaStream_t stream) {
   CUtensorMap z;
   if (!encode<T>(kLayout, &z, a.z, a.images, a.channels, a.positions, cut)) return cudaErrorInvalidValue;
-  return launch<forward_kernel<T, kLayout, kBlocks, kTiles>>(
-      static_cast<int>(
-          std::min<int64_t>(static_cast<int64_t>(a.images) * std::max(a.splits, 1), cut.per_processor * processors())),
-      32 * cut.warps, cut.bytes, stream, z, a, cut);
+  const int splits = std::max(a.splits, 1), in_all = a.images * splits;
+  const int blocks = std::min(in_all, cut.per_processor * processors());
+  const Share share = {tiles_of_split(cut, splits), in_all / blocks, in_all % blocks};
+  return launch<forward_kernel<T, kLayout, kBlocks, kTiles>>(blocks, 32 * cut.warps, cut.bytes, stream, z, a, cut,
+                                                             share);
 }
 
 template <class T>
@@ -430,7 +473,8 @@ bool can_sweep_forward(const ForwardSweep& a) {
   if (a.w.kind != a.kind && a.w.kind != Kind::kFloat) return false;
   if (a.heads < 1 || a.heads > kHeads || a.images < 1) return false;
   const Cut cut = forward_cut(a);
-  return is_of(layout_of(a), a.z) && cut.stages > 0 && a.splits <= cut.tiles &&
+  const int splits = std::max(a.splits, 1);
+  return is_of(layout_of(a), a.z) && cut.stages > 0 && (splits - 1) * tiles_of_split(cut, splits) < cut.tiles &&
          static_cast<int64_t>(a.images) * cut.tiles < INT32_MAX;
 }
 
@@ -442,7 +486,7 @@ int forward_splits(const ForwardSweep& a, bool alike) {
   const bool few = 4 * a.images <= processors() || (2 * a.images <= processors() && bytes >= kLarge);
   const int64_t wanted = alike ? bytes / kSplit : few ? cut.per_processor * processors() / a.images : 1;
   const int splits = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(wanted, cut.tiles / 2)));
-  const int tiles = (cut.tiles + splits - 1) / splits;
+  const int tiles = tiles_of_split(cut, splits);
   return (cut.tiles + tiles - 1) / tiles;  // none of them empty
 }
 
