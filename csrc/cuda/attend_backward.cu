@@ -78,11 +78,18 @@ inline Slices slices_of(Layout layout, int channels, int positions, int maps, in
   return cut;
 }
 
-// As many blocks on a multiprocessor as have three stages each: one works while others wait.
-inline Slices slices_of(Layout layout, int channels, int positions, int maps) {
+// As many blocks on a multiprocessor as have three stages each: one works while others wait. But where all of a map's
+// tiles are on their way at once, one block with the warps of two: half as many shares of dW_H.
+inline Slices best_slices(Layout layout, int channels, int positions, int maps, int images, int processors) {
   for (const int per_processor : {4, 2, 1}) {
     const Slices cut = slices_of(layout, channels, positions, maps, per_processor, 32);
-    if (cut.stages >= 3) return cut;
+    if (cut.stages < 3) continue;
+    if (per_processor == 2) {
+      const Slices one = slices_of(layout, channels, positions, maps, 1, 32);
+      const bool same_work = one.warps == 2 * cut.warps && one.tile == 2 * cut.tile;
+      if (same_work && static_cast<int64_t>(images) * one.tiles <= one.stages * processors) return one;
+    }
+    return cut;
   }
   for (const int tile : {8, 32}) {
     const Slices cut = slices_of(layout, channels, positions, maps, 1, tile);
@@ -91,16 +98,16 @@ inline Slices slices_of(Layout layout, int channels, int positions, int maps) {
   return {};
 }
 
-// Runs of equal length, as short as programs suffice for. What an image wants before its first tile takes as long as a
-// tile or more: so runs begin and end with images, or shorter ones lie in an image, if that takes no longer.
+// What an image wants before its first tile takes about as long as a tile. So runs are images or parts of one image,
+// unless runs that begin anywhere are so much shorter that it makes up for the images that they have a part of.
 inline void set_runs(Slices* cut, int images, int most_programs) {
-  const auto runs = [&](int tiles) { return (tiles + cut->run - 1) / cut->run; };
-  cut->span = images * cut->tiles;
-  cut->run = (cut->span + most_programs - 1) / most_programs;
-  const int of_image = runs(cut->tiles);
-  if (static_cast<int64_t>(images) * of_image > most_programs) return;
-  cut->span = cut->tiles;
-  cut->run = (cut->tiles + of_image - 1) / of_image;
+  const auto parts = [](int of, int size) { return (of + size - 1) / size; };
+  const int tiles = images * cut->tiles, anywhere = parts(tiles, most_programs);
+  const int images_anywhere = 1 + parts(anywhere - 1, cut->tiles), images_each = parts(images, most_programs);
+  const int whole = images_each * parts(cut->tiles, std::max(most_programs / images, 1));
+  const bool aligned = whole + images_each <= anywhere + images_anywhere;
+  cut->run = aligned ? whole : anywhere;
+  cut->span = aligned && images_each == 1 ? cut->tiles : tiles;
 }
 
 #if AR_HOPPER
@@ -157,11 +164,12 @@ __device__ __forceinline__ void prefetch_image(const BackwardSweep& a, int64_t i
   prefetch_row(of.grad_pooled, image, a.heads * a.channels * kFloatBytes);
   prefetch_row(of.grad_mean, image, a.channels * kFloatBytes);
   prefetch_row(a.pairs, image, (a.heads + a.mean) * 2 * a.channels * static_cast<int>(sizeof(T)));
-  prefetch_row(of.gates, image, of.gated * kFloatBytes);
-  prefetch_row(of.grad_gates, image, of.gated * kFloatBytes);
-  const float* const of_heads[] = {of.scores, of.grad_scores, of.grad_lse, a.lse, a.delta};
+  const float* const few[] = {of.gates, of.grad_gates, of.scores, of.grad_scores, of.grad_lse, a.lse, a.delta};
+  const float* own = nullptr;  // a thread's row of these
 #pragma unroll
-  for (const float* data : of_heads) prefetch_row(data, image, a.heads * kFloatBytes);
+  for (int i = 0; i < 7; ++i)
+    if (threadIdx.x == i && few[i] != nullptr) own = few[i] + image * (i < 2 ? of.gated : a.heads);
+  if (own != nullptr) prefetch_line(own);
 }
 
 // dP of an image into the odd rows of the kernel's weights, and what delta is the sum of.
@@ -605,7 +613,8 @@ Layout layout_of(const BackwardSweep& a) {
 }
 
 Slices backward_slices(const BackwardSweep& a) {
-  Slices cut = slices_of(layout_of(a), a.channels, a.positions, a.upstream.data == nullptr ? 1 : 2);
+  const int maps = a.upstream.data == nullptr ? 1 : 2;
+  Slices cut = best_slices(layout_of(a), a.channels, a.positions, maps, a.images, processors());
   if (cut.stages == 0 || static_cast<int64_t>(a.images) * cut.tiles >= INT32_MAX / 2) return {};
   set_runs(&cut, a.images, cut.per_processor * processors());
   return cut;
