@@ -198,6 +198,8 @@ def test_backward(kernels, dtype, rows, images, channels, positions, heads, mean
     ("rows", "images", "channels", "positions", "heads", "gated"),
     [
         (LAST, 3, 64, 40, 4, 4),
+        (LAST, 7, 64, 40, 4, 4),  # a program has an image
+        (LAST, 3, 512, 70, 2, 0),  # or its tiles of several
         (LAST, 3, 1024, 50, 3, 2),
         (LAST, 2, 2048, 20, 1, 0),
         (TILES, 3, 320, 72, 4, 3),

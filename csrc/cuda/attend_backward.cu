@@ -27,6 +27,7 @@ struct Slices {
   int warps, blocks;       // of a block; of 16 channels each, of a warp
   int tile, sixteens;      // positions of a tile, and how many products of 16 that takes
   int tiles;               // of an image
+  int span, run;           // tiles that are cut into runs, one of a program: an image, or the whole map
   int stages, bytes_each;  // bytes of one map that a warp has of a tile, a multiple of 1024
   int parts, masks, spare, of_image, barriers, bytes;
   float mean_mask, mean_factor;  // 1 / positions: a power of two in products, and the rest, at most 1
@@ -52,6 +53,8 @@ inline Slices slices_of(Layout layout, int channels, int positions, int maps, in
     cut.blocks *= 2;
   cut.warps = channels / 16 / cut.blocks;
   if (cut.warps > most_warps) return cut;
+  // Two blocks have as many warps then, and half as many shares of dW_H.
+  if (per_processor == 4 && 16 * cut.blocks > kRow) return cut;
   // Twice the channels, half the positions: so much work between two barriers, and so many registers.
   const bool wide = cut.blocks == 4 && positions > 16 && maps == 1;
   cut.tile = !channels_last ? kRow : std::min(tile, wide ? 32 : 16);
@@ -75,17 +78,36 @@ inline Slices slices_of(Layout layout, int channels, int positions, int maps, in
   return cut;
 }
 
-// As many blocks on a multiprocessor as have three stages each: one works while others wait.
-inline Slices slices_of(Layout layout, int channels, int positions, int maps) {
+// As many blocks on a multiprocessor as have three stages each: one works while others wait. But where all of a map's
+// tiles are on their way at once, one block with the warps of two: half as many shares of dW_H.
+inline Slices best_slices(Layout layout, int channels, int positions, int maps, int images, int processors) {
   for (const int per_processor : {4, 2, 1}) {
     const Slices cut = slices_of(layout, channels, positions, maps, per_processor, 32);
-    if (cut.stages >= 3) return cut;
+    if (cut.stages < 3) continue;
+    if (per_processor == 2) {
+      const Slices one = slices_of(layout, channels, positions, maps, 1, 32);
+      const bool same_work = one.warps == 2 * cut.warps && one.tile == 2 * cut.tile;
+      if (same_work && static_cast<int64_t>(images) * one.tiles <= one.stages * processors) return one;
+    }
+    return cut;
   }
   for (const int tile : {8, 32}) {
     const Slices cut = slices_of(layout, channels, positions, maps, 1, tile);
     if (cut.stages >= 2) return cut;
   }
   return {};
+}
+
+// What an image wants before its first tile takes about as long as a tile. So runs are images or parts of one image,
+// unless runs that begin anywhere are so much shorter that it makes up for the images that they have a part of.
+inline void set_runs(Slices* cut, int images, int most_programs) {
+  const auto parts = [](int of, int size) { return (of + size - 1) / size; };
+  const int tiles = images * cut->tiles, anywhere = parts(tiles, most_programs);
+  const int images_anywhere = 1 + parts(anywhere - 1, cut->tiles), images_each = parts(images, most_programs);
+  const int whole = images_each * parts(cut->tiles, std::max(most_programs / images, 1));
+  const bool aligned = whole + images_each <= anywhere + images_anywhere;
+  cut->run = aligned ? whole : anywhere;
+  cut->span = aligned && images_each == 1 ? cut->tiles : tiles;
 }
 
 #if AR_HOPPER
@@ -125,19 +147,29 @@ __device__ __forceinline__ void load_weights(const Values& w, int first, uint32_
   }
 }
 
-// What pooled_gradient will want of an image, into L2.
+// Row `row` of so many bytes, into L2; nothing where there is no data.
+__device__ __forceinline__ void prefetch_row(const void* data, int64_t row, int bytes) {
+  if (data == nullptr) return;
+  const char* from = static_cast<const char*>(data) + row * bytes;
+  for (int at = 128 * threadIdx.x; at < bytes; at += 128 * blockDim.x) prefetch_line(from + at);
+}
+
+// What is wanted of an image before its first tile, into L2.
 template <class T>
 __device__ __forceinline__ void prefetch_image(const BackwardSweep& a, int64_t image) {
-  const auto prefetch = [&](const void* data, int64_t bytes) {
-    if (data == nullptr) return;
-    const char* from = static_cast<const char*>(data) + image * bytes;
-    for (int64_t at = 128 * threadIdx.x; at < bytes; at += 128 * blockDim.x) prefetch_line(from + at);
-  };
-  const int64_t channels = a.channels;
-  prefetch(a.of.pooled, a.heads * channels * sizeof(float));
-  prefetch(a.of.grad_features, a.of.gated * channels * sizeof(T));
-  prefetch(a.of.grad_pooled, a.heads * channels * sizeof(float));
-  prefetch(a.of.grad_mean, channels * sizeof(float));
+  constexpr int kFloatBytes = sizeof(float);
+  const PooledGradient& of = a.of;
+  prefetch_row(of.pooled, image, a.heads * a.channels * kFloatBytes);
+  prefetch_row(of.grad_features, image, of.gated * a.channels * static_cast<int>(sizeof(T)));
+  prefetch_row(of.grad_pooled, image, a.heads * a.channels * kFloatBytes);
+  prefetch_row(of.grad_mean, image, a.channels * kFloatBytes);
+  prefetch_row(a.pairs, image, (a.heads + a.mean) * 2 * a.channels * static_cast<int>(sizeof(T)));
+  const float* const few[] = {of.gates, of.grad_gates, of.scores, of.grad_scores, of.grad_lse, a.lse, a.delta};
+  const float* own = nullptr;  // a thread's row of these
+#pragma unroll
+  for (int i = 0; i < 7; ++i)
+    if (threadIdx.x == i && few[i] != nullptr) own = few[i] + image * (i < 2 ? of.gated : a.heads);
+  if (own != nullptr) prefetch_line(own);
 }
 
 // dP of an image into the odd rows of the kernel's weights, and what delta is the sum of.
@@ -178,6 +210,11 @@ __device__ __forceinline__ void pooled_gradient(const BackwardSweep& a, int64_t 
                                                                 (image * of.gated + k) * a.channels + channel);
       if (k < of.gated) x[r] = make_uint2(words[0], words[1]);
     }
+  const auto grad_pooled = [&](int k) {
+    const float2* from = reinterpret_cast<const float2*>(of.grad_pooled + (image * a.heads + k) * a.channels + channel);
+    const float2 low = from[0], high = from[1];
+    return make_float4(low.x, low.y, high.x, high.y);
+  };
   float dg = 0, gate = 0, t = 0, direct = 0;  // of head h
   if (gated) {
     if (h < of.gated) {
@@ -198,9 +235,18 @@ __device__ __forceinline__ void pooled_gradient(const BackwardSweep& a, int64_t 
         score[r].x = __uint_as_float(words.x), score[r].y = __uint_as_float(words.y);  // not looked at as yet
       }
     }
+  } else if (of.grad_pooled != nullptr) {  // in W_G's place, and 1 in dt's
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+      const int k = r * kAtOnce + first_head;
+      if (k < a.heads) score[r] = grad_pooled(k);
+    }
   }
 
-  if (a.mean && lane < kLanes) prefetch_line(of.grad_mean + image * a.channels + channel);  // no register is left
+  float mean[4] = {0, 0, 0, 0};
+  if (a.mean && lane < kLanes)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) mean[i] = of.grad_mean[image * a.channels + channel + i];
 
   // Over the lanes of a head, then over warps.
   const auto store_sum = [&](float sum, int k, float* to) {
@@ -208,7 +254,7 @@ __device__ __forceinline__ void pooled_gradient(const BackwardSweep& a, int64_t 
     for (int lanes = 1; lanes < kLanes; lanes *= 2) sum += __shfl_xor_sync(kAll, sum, lanes);
     if (lane % kLanes == 0 && k < kHeads) to[warp * kHeads + k] = sum;
   };
-  float dt = 0;
+  float dt = 1;
   if (gated) {
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) store_sum(dot(four_at<T>(x[r]), p[r]), r * kAtOnce + first_head, shared);
@@ -223,6 +269,7 @@ __device__ __forceinline__ void pooled_gradient(const BackwardSweep& a, int64_t 
     float mixed = gate * dg;
     mixed += __shfl_xor_sync(kAll, mixed, 1);
     mixed += __shfl_xor_sync(kAll, mixed, 2);
+    dt = 0;
     if (h < a.heads) {
       const float u = gate_tanh(t);
       dt = gate * (dg - mixed) * (1 - u * u) + direct;
@@ -230,14 +277,11 @@ __device__ __forceinline__ void pooled_gradient(const BackwardSweep& a, int64_t 
     }
   }
 
-  float mean[4] = {0, 0, 0, 0}, of_delta[kRounds];
+  float of_delta[kRounds];
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
     const int k = r * kAtOnce + first_head;
-    if (r == kRounds - 1 && a.mean && lane < kLanes)  // others have left their registers
-#pragma unroll
-      for (int i = 0; i < 4; ++i) mean[i] = of.grad_mean[image * a.channels + channel + i];
-    if (of.score_w.kind != Kind::kFloat)
+    if (gated && of.score_w.kind != Kind::kFloat)
       score[r] = four_at<T>(make_uint2(__float_as_uint(score[r].x), __float_as_uint(score[r].y)));
     const float own_gate = __shfl_sync(kAll, gate, k % kHeads), own_dt = __shfl_sync(kAll, dt, k % kHeads);
     float4 dp = four_at<T>(x[r]);
@@ -245,11 +289,9 @@ __device__ __forceinline__ void pooled_gradient(const BackwardSweep& a, int64_t 
     dp.y = own_gate * dp.y + own_dt * score[r].y;
     dp.z = own_gate * dp.z + own_dt * score[r].z;
     dp.w = own_gate * dp.w + own_dt * score[r].w;
-    if (of.grad_pooled != nullptr && k < a.heads) {
-      const float2* more =
-          reinterpret_cast<const float2*>(of.grad_pooled + (image * a.heads + k) * a.channels + channel);
-      const float2 low = more[0], high = more[1];
-      dp = make_float4(dp.x + low.x, dp.y + low.y, dp.z + high.x, dp.w + high.y);
+    if (gated && of.grad_pooled != nullptr && k < a.heads) {
+      const float4 more = grad_pooled(k);
+      dp = make_float4(dp.x + more.x, dp.y + more.y, dp.z + more.z, dp.w + more.w);
     }
     const uint2 words = make_uint2(packed<T>(dp.x, dp.y), packed<T>(dp.z, dp.w));
     if (k < kHeads) *reinterpret_cast<uint2*>(own + k * kRowBytes + lane % kLanes * 8) = words;
@@ -300,9 +342,8 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
   const int lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
   const int warp = __shfl_sync(kAll, threadIdx.x / 32, 0);  // so that it is known to be the same for all lanes
   const int threads = blockDim.x, first_channel = 16 * kBlocks * warp;
-  const int64_t items = static_cast<int64_t>(a.images) * cut.tiles;
-  const int begin = static_cast<int>(items * blockIdx.x / gridDim.x);
-  const int end = static_cast<int>(items * (blockIdx.x + 1) / gridDim.x);
+  const int runs = (cut.span + cut.run - 1) / cut.run, of_span = blockIdx.x % runs * cut.run;
+  const int begin = blockIdx.x / runs * cut.span + of_span, end = begin + min(cut.run, cut.span - of_span);
 
   // The warp's channels of a tile come and go. Its first lane asks for that, in the order of tiles.
   const int of_warp = cut.bytes_each * (1 + tapped), stage_bytes = cut.warps * of_warp;
@@ -335,6 +376,14 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
       tensor_store(&dz_map, slice, at.tile * cut.tile, first_channel, at.image, kEvictNormal);
     bulk_commit();
   };
+  // Before the tiles, behind which it would wait for memory.
+  const auto prefetch_weights = [&](const Values& w) {
+    prefetch_row(w.data, 0,
+                 a.heads * a.channels * static_cast<int>(w.kind == Kind::kFloat ? sizeof(float) : sizeof(T)));
+  };
+  prefetch_image<T>(a, at.image);
+  prefetch_weights(a.of.w);
+  prefetch_weights(a.of.score_w);
   if (lane == 0) {
 #pragma unroll 1
     for (int stage = 0; stage < cut.stages; ++stage) barrier_init(barriers + 8 * stage, 1);
@@ -393,7 +442,6 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
         if constexpr (!kScaled)
           pooled_gradient<T, kBlocks>(a, image, first_channel, at.tile == 0, cut.mean_factor, of_image, own_part,
                                       weights, average);
-        if (item - at.tile + cut.tiles < end) prefetch_image<T>(a, image + 1);
       } else {
         const T* pairs = static_cast<const T*>(a.pairs) +
                          static_cast<int64_t>(image) * (a.heads + a.mean) * 2 * a.channels + first_channel;
@@ -409,6 +457,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
                 a.mean && column == 0 ? mean_word<T>(value_of(means[channel + row]) * cut.mean_factor) : 0;
           }
       }
+      if (item - at.tile + cut.tiles < end) prefetch_image<T>(a, image + 1);
       if (kScaled && a.unscale != nullptr) {  // the sums too come into this image's scale
         const float before = inverse;
         inverse = a.unscale[image];
@@ -564,7 +613,15 @@ Layout layout_of(const BackwardSweep& a) {
 }
 
 Slices backward_slices(const BackwardSweep& a) {
-  return slices_of(layout_of(a), a.channels, a.positions, a.upstream.data == nullptr ? 1 : 2);
+  const int maps = a.upstream.data == nullptr ? 1 : 2;
+  Slices cut = best_slices(layout_of(a), a.channels, a.positions, maps, a.images, processors());
+  if (cut.stages == 0 || static_cast<int64_t>(a.images) * cut.tiles >= INT32_MAX / 2) return {};
+  set_runs(&cut, a.images, cut.per_processor * processors());
+  return cut;
+}
+
+int programs_of(const BackwardSweep& a, const Slices& cut) {
+  return a.images * cut.tiles / cut.span * ((cut.span + cut.run - 1) / cut.run);
 }
 
 // A box of a tensor map is what a warp has of a tile.
@@ -588,8 +645,8 @@ cudaError_t sweep(const BackwardSweep& a, const Slices& cut, cudaStream_t stream
   };
   if (!encoded(&z, a.z) || !encoded(&dz, a.dz)) return cudaErrorInvalidValue;
   if (!encoded(&upstream, a.upstream.data == nullptr ? a.z : a.upstream)) return cudaErrorInvalidValue;
-  return launch<backward_kernel<T, kLayout, kBlocks, kTiles>>(backward_programs(a), 32 * cut.warps, cut.bytes, stream,
-                                                              z, upstream, dz, a, cut);
+  return launch<backward_kernel<T, kLayout, kBlocks, kTiles>>(programs_of(a, cut), 32 * cut.warps, cut.bytes, stream, z,
+                                                              upstream, dz, a, cut);
 }
 
 template <class T>
@@ -613,15 +670,10 @@ bool can_sweep_backward(const BackwardSweep& a) {
   const Layout layout = layout_of(a);
   const Slices cut = backward_slices(a);
   const bool upstream = a.upstream.data == nullptr || is_of(layout, a.upstream);
-  return is_of(layout, a.z) && upstream && is_of(layout, a.dz) && cut.stages > 0 &&
-         static_cast<int64_t>(a.images) * cut.tiles < INT32_MAX;
+  return is_of(layout, a.z) && upstream && is_of(layout, a.dz) && cut.stages > 0;
 }
 
-int backward_programs(const BackwardSweep& a) {
-  const Slices cut = backward_slices(a);
-  return static_cast<int>(
-      std::min<int64_t>(static_cast<int64_t>(a.images) * cut.tiles, cut.per_processor * processors()));
-}
+int backward_programs(const BackwardSweep& a) { return programs_of(a, backward_slices(a)); }
 
 cudaError_t sweep_backward(const BackwardSweep& a, cudaStream_t stream) {
   if (!can_sweep_backward(a)) return cudaErrorInvalidValue;

@@ -17,8 +17,6 @@ enum class Layout { kChannelsLast, kNchw };
 constexpr int kRow = 64;        // elements of 128 bytes, as wide as the copy engine's swizzle
 constexpr int kMostWarps = 16;  // of a multiprocessor
 constexpr int kMostStages = 6;
-constexpr int kTileBytes =
-    64 * 1024;                     // the most of a stage of channels_last, if a block has a multiprocessor: three fit
 constexpr int kMostBoxRows = 256;  // the copy engine's limit
 
 // How an image is cut, and where what lies in shared memory.
@@ -30,51 +28,6 @@ struct Cut {
   int stages, map_bytes, stage_bytes;  // a stage has a tile of every map
   int parts, rest, barriers, bytes;    // parts: [warps, positions rounded up to 16, 8] floats
 };
-
-inline int rounded_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
-
-// maps: that are read tile by tile. rest: bytes that a kernel wants beside tiles and parts. No stages: it does not fit.
-inline Cut cut_of(Layout layout, int channels, int positions, int maps, int rest, int per_processor) {
-  Cut cut = {};
-  cut.per_processor = per_processor;
-  const int unit = layout == Layout::kChannelsLast ? kRow : 16, most_warps = kMostWarps / per_processor;
-  const int shared = (kSharedBytes + 1024) / per_processor - 1024;  // 1024 of each block's are the system's
-  if (channels < unit || channels % unit != 0 || positions < 1) return cut;
-  cut.blocks = unit / 16;
-  while (cut.blocks < 8 && channels / 16 / cut.blocks > most_warps && channels / 16 % (2 * cut.blocks) == 0)
-    cut.blocks *= 2;
-  cut.warps = channels / 16 / cut.blocks;
-  if (cut.warps > most_warps) return cut;
-  if (layout == Layout::kChannelsLast) {
-    // With 8 blocks a warp and 13 warps or more there are no registers for 32 positions.
-    const int most = cut.blocks == 8 && cut.warps * per_processor > 12 ? 16 : 32;
-    const int fit = kTileBytes / per_processor / maps / (2 * channels);
-    cut.tiles = (positions + (fit < most ? fit : most) - 1) / (fit < most ? fit : most);
-    cut.tile = (positions + cut.tiles - 1) / cut.tiles;
-    cut.boxes = 1;
-  } else {
-    cut.tile = kRow;
-    cut.tiles = (positions + kRow - 1) / kRow;
-    cut.boxes = (channels + kMostBoxRows - 1) / kMostBoxRows;
-    while (channels % cut.boxes != 0) ++cut.boxes;
-  }
-  cut.map_bytes = rounded_up(cut.tile * 2 * channels, 1024);
-  cut.stage_bytes = cut.map_bytes * maps;
-  const int parts = cut.warps * rounded_up(cut.tile, 16) * 8 * 4;
-  const int stages = (shared - 1024 - parts - rounded_up(rest, 16) - 8 * kMostStages) / cut.stage_bytes;
-  cut.stages = stages < 2 ? 0 : stages < kMostStages ? stages : kMostStages;
-  cut.parts = cut.stages * cut.stage_bytes;
-  cut.rest = cut.parts + parts;
-  cut.barriers = cut.rest + rounded_up(rest, 16);
-  cut.bytes = cut.barriers + 8 * kMostStages + 1024;  // tiles begin at a multiple of 1024
-  return cut;
-}
-
-// Two blocks a multiprocessor where each has three stages: one works while the other waits.
-inline Cut cut_of(Layout layout, int channels, int positions, int maps, int rest) {
-  const Cut shared = cut_of(layout, channels, positions, maps, rest, 2);
-  return shared.stages >= 3 ? shared : cut_of(layout, channels, positions, maps, rest, 1);
-}
 
 // Whether the copy engine can bring tiles of it.
 inline bool is_of(Layout layout, const Map& map) {
@@ -97,7 +50,7 @@ bool encode(Layout layout, CUtensorMap* tensor, const Map& map, int images, int 
                           {kRow, static_cast<uint32_t>(cut.tile), planes, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
-// A tile from memory; its bytes were announced. And back.
+// A tile from memory; its bytes were announced.
 template <Layout kLayout>
 __device__ __forceinline__ void load_tile(const Cut& cut, int channels, uint32_t to, const CUtensorMap* map, int image,
                                           int position, uint32_t barrier) {
@@ -110,45 +63,9 @@ __device__ __forceinline__ void load_tile(const Cut& cut, int channels, uint32_t
   }
 }
 
-template <Layout kLayout>
-__device__ __forceinline__ void store_tile(const Cut& cut, int channels, const CUtensorMap* map, uint32_t from,
-                                           int image, int position) {
-  if constexpr (kLayout == Layout::kChannelsLast) {
-    tensor_store(map, from, 0, position, 0, image, kEvictNormal);
-  } else {
-    const int rows = channels / cut.boxes;
-    for (int row = 0; row < channels; row += rows)
-      tensor_store(map, from + row * 2 * kRow, position, row, image, kEvictNormal);
-  }
-}
-
-// The offset of a lane's row of 16 positions by 16 channels in a tile, whose numbers count 16s. Matrices 0 and 1 are
-// the first and the second eight of what rows are, positions or channels, and the first eight of the other; 2 and 3 are
-// of the other's second eight. Positions that a tile has not are its last one once more: what they make is not used,
-// but another warp may be writing where they would be.
-template <Layout kLayout>
-__device__ __forceinline__ uint32_t matrix_row(const Cut& cut, int channels, int positions) {
-  const int lane = threadIdx.x % 32;
-  if constexpr (kLayout == Layout::kNchw) return swizzled(16 * channels + lane % 16, 2 * positions + lane / 16);
-  const int position = min(16 * positions + lane % 16, cut.tile - 1);
-  return swizzled(channels / 4 * cut.tile + position, channels % 4 * 2 + lane / 16);
-}
-
-// The first factor of a product over channels, [16 positions, 16 channels], or over positions, the other way round.
-template <Layout kLayout, bool kOverChannels>
-__device__ __forceinline__ void load_factor(uint32_t (&to)[4], uint32_t row) {
-  if constexpr ((kLayout == Layout::kChannelsLast) == kOverChannels) {
-    load_matrix(to, row);
-  } else {
-    load_matrix_transposed(to, row);
-    const uint32_t second = to[1];
-    to[1] = to[2];
-    to[2] = second;
-  }
-}
-
-// The same where a lane's row is of the matrix that the product wants there: 1 and 3 are the second eight of its rows,
-// 2 and 3 of what it sums over. So nothing need change places.
+// The first factor of a product over channels, [16 positions, 16 channels], or over positions, the other way round. A
+// lane's row is of the matrix that the product wants there: 1 and 3 are the second eight of its rows, 2 and 3 of what
+// it sums over.
 template <Layout kLayout, bool kOverChannels>
 __device__ __forceinline__ void load_rows(uint32_t (&to)[4], uint32_t row) {
   if constexpr ((kLayout == Layout::kChannelsLast) == kOverChannels)
