@@ -20,18 +20,6 @@ namespace {
 
 #if AR_HOPPER
 
-// Two adjacent values as memory has them, and what they are: apart, so that several loads are under way at a time.
-__device__ __forceinline__ uint2 raw_pair(const Values& values, int index) {
-  if (values.kind == Kind::kFloat)
-    return *reinterpret_cast<const uint2*>(static_cast<const float*>(values.data) + index);
-  return make_uint2(*reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(values.data) + index), 0);
-}
-
-template <class T>
-__device__ __forceinline__ float2 pair_from(const Values& values, uint2 raw) {
-  return values.kind == Kind::kFloat ? make_float2(__uint_as_float(raw.x), __uint_as_float(raw.y)) : unpacked<T>(raw.x);
-}
-
 // Two adjacent channels' rows of weights.
 __device__ __forceinline__ void store_weights(const RowsCut& cut, int channel, const uint32_t (&w)[kHeads],
                                               const uint32_t (&dp)[kHeads], uint4* weights) {
@@ -163,7 +151,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   const int lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
   const int positions = a.positions, channels = a.channels;
-  const OwnRows own(slots, positions);
   uint4* weights = reinterpret_cast<uint4*>(memory + cut.weights);
   uint32_t* masks = reinterpret_cast<uint32_t*>(memory + cut.masks);
   const float* sums = reinterpret_cast<const float*>(memory + cut.sums);  // [2 * kHeads, pitch]
@@ -225,6 +212,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     workers_sync();
 
+    const OwnRows own(slots, positions);  // here, for the registers that the weights before want
     // The mean's gradient at this lane's two channels of a chunk.
     const auto means_of = [&](int chunk) {
       if (!a.mean || chunk < 0) return make_float2(0, 0);
@@ -240,10 +228,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int chunk = own.last; chunk >= 0; chunk -= cut.teams) {
       const float2 mean = next_mean;
       next_mean = means_of(chunk - cut.teams);
-      const Slots::Chunk z = slots.wait(image - begin, chunk, true);
+      const Slots::Chunk z = slots.wait(slots.load_of((image - begin) * slots.per_image, chunk));
       if (a.dw != nullptr) {
         float products[4];
-        own.sum_over_positions<T>(slots, z.address, positions, products);
+        own.sum_over_positions<T>(slots, z.address, products);
         float2* to = dw + (chunk * (cut.chunk / 16) + own.unit) * 32 + lane;
         const float2 before = image > begin ? *to : make_float2(0, 0);
         *to = make_float2(before.x + products[0] * inverse, before.y + products[2] * inverse);

@@ -32,6 +32,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int begin = static_cast<int>(static_cast<int64_t>(a.images) * cluster / clusters);
   const int end = static_cast<int>(static_cast<int64_t>(a.images) * (cluster + 1) / clusters);
   const int first_channel = rank * cut.channels;
+  // Weights of a thread's two channels: asked for before the copy engine fills the way to memory.
+  int pair = 2 * threadIdx.x;
+  uint2 raw_w[kHeads];
+  const auto load_weights = [&] {
+#pragma unroll
+    for (int k = 0; k < kHeads; ++k)
+      raw_w[k] =
+          k < a.heads && pair < cut.channels ? raw_pair(a.w, k * a.channels + first_channel + pair) : make_uint2(0, 0);
+  };
+  load_weights();
   const Slots slots(cut, memory);
   const Exchange of_sums(slots, 0), of_scores(slots, 1);
   cluster_arrive();
@@ -58,12 +68,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int k = 0; k < kHeads; ++k)
       raw[k] = k < a.heads ? raw_value(values, k * channels + first_channel + channel) : 0;
   };
-#pragma unroll 2
-  for (int channel = threadIdx.x; channel < cut.channels; channel += kWorkers) {
-    uint32_t raw[kHeads];
-    raw_values(a.w, channel, raw);
-    weights[weight_place(cut, channel)] = make_uint4(packed<T>(value_from(a.w, raw[0]), value_from(a.w, raw[1])),
-                                                     packed<T>(value_from(a.w, raw[2]), value_from(a.w, raw[3])), 0, 0);
+  for (; pair < cut.channels; pair += 2 * kWorkers, load_weights()) {
+    float2 w[kHeads];
+#pragma unroll
+    for (int k = 0; k < kHeads; ++k) w[k] = pair_from<T>(a.w, raw_w[k]);
+    weights[weight_place(cut, pair)] = make_uint4(packed<T>(w[0].x, w[1].x), packed<T>(w[2].x, w[3].x), 0, 0);
+    weights[weight_place(cut, pair + 1)] = make_uint4(packed<T>(w[0].y, w[1].y), packed<T>(w[2].y, w[3].y), 0, 0);
   }
   for (int i = threadIdx.x; i < (16 * cut.tiles + 32) * 8; i += kWorkers) {
     const int position = i / 8 - 16;
@@ -130,6 +140,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     // Columns 2 * column and + 1 of P become rows in shared memory; then a thread has a channel.
     const int k = 2 * column;
     const float low = 1 / (k < a.heads ? totals[k] : positions), high = 1 / (k + 1 < a.heads ? totals[k + 1] : 1.f);
+    float* own_pooled = pooled + k * kPitch + own.first + cut.classes * row;
     float score[kHeads] = {};
     int chunk = own.last;
     for (int group = (cut.channels - 1) / kGroup * kGroup; group >= 0; group -= kGroup) {
@@ -137,15 +148,15 @@ __global__ void __launch_bounds__(kThreads, 1)
       uint32_t score_w[kHeads] = {};
       if (a.gated > 0 && channel < cut.channels) raw_values(a.score_w, channel, score_w);
       for (; chunk * cut.chunk >= group; chunk -= cut.teams) {
-        const Slots::Chunk z = slots.wait(turn, chunk, true);
+        const Slots::Chunk z = slots.wait(slots.load_of(turn * slots.per_image, chunk));
         float pooled_sums[4];
-        own.sum_over_positions<T>(slots, z.address, positions, pooled_sums);
+        own.sum_over_positions<T>(slots, z.address, pooled_sums);
         slots.release(z, cut.teams);
-        float* to = pooled + k * kPitch + chunk * cut.chunk - group + own.first + cut.classes * row;
+        float* to = own_pooled + chunk * cut.chunk - group;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          if (k <= kMean) to[cut.classes * 8 * half] = pooled_sums[2 * half] * low;
-          if (k < kMean) to[cut.classes * 8 * half + kPitch] = pooled_sums[2 * half + 1] * high;
+        for (int half = 0; half < 2; ++half, to += cut.classes * 8) {
+          if (k <= kMean) to[0] = pooled_sums[2 * half] * low;
+          if (k < kMean) to[kPitch] = pooled_sums[2 * half + 1] * high;
         }
       }
       workers_sync();

@@ -137,6 +137,18 @@ __device__ __forceinline__ float value_from(const Values& values, uint32_t raw) 
   }
 }
 
+// Two adjacent values as memory has them, and what they are: apart, so that several loads are under way at a time.
+__device__ __forceinline__ uint2 raw_pair(const Values& values, int index) {
+  if (values.kind == Kind::kFloat)
+    return *reinterpret_cast<const uint2*>(static_cast<const float*>(values.data) + index);
+  return make_uint2(*reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(values.data) + index), 0);
+}
+
+template <class T>
+__device__ __forceinline__ float2 pair_from(const Values& values, uint2 raw) {
+  return values.kind == Kind::kFloat ? make_float2(__uint_as_float(raw.x), __uint_as_float(raw.y)) : unpacked<T>(raw.x);
+}
+
 // The lower half of a word.
 template <class T>
 __device__ __forceinline__ T half_of(uint32_t word) {
