@@ -32,19 +32,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int begin = static_cast<int>(static_cast<int64_t>(a.images) * cluster / clusters);
   const int end = static_cast<int>(static_cast<int64_t>(a.images) * (cluster + 1) / clusters);
   const int first_channel = rank * cut.channels;
-  // Weights of a thread's two channels: asked for before the copy engine fills the way to memory.
-  int pair = 2 * threadIdx.x;
-  uint2 raw_w[kHeads];
-  const auto load_weights = [&] {
-#pragma unroll
-    for (int k = 0; k < kHeads; ++k)
-      raw_w[k] =
-          k < a.heads && pair < cut.channels ? raw_pair(a.w, k * a.channels + first_channel + pair) : make_uint2(0, 0);
-  };
-  load_weights();
+  HeadWeights<T> head_weights(a.w, a.heads, a.channels, first_channel, cut.channels);
   const Slots slots(cut, memory);
   const Exchange of_sums(slots, 0), of_scores(slots, 1);
-  cluster_arrive();
+  cluster_arrive_relaxed();
   cluster_wait();
   if (threadIdx.x >= kWorkers) {
     if (threadIdx.x == kWorkers)
@@ -68,13 +59,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int k = 0; k < kHeads; ++k)
       raw[k] = k < a.heads ? raw_value(values, k * channels + first_channel + channel) : 0;
   };
-  for (; pair < cut.channels; pair += 2 * kWorkers, load_weights()) {
-    float2 w[kHeads];
-#pragma unroll
-    for (int k = 0; k < kHeads; ++k) w[k] = pair_from<T>(a.w, raw_w[k]);
-    weights[weight_place(cut, pair)] = make_uint4(packed<T>(w[0].x, w[1].x), packed<T>(w[2].x, w[3].x), 0, 0);
-    weights[weight_place(cut, pair + 1)] = make_uint4(packed<T>(w[0].y, w[1].y), packed<T>(w[2].y, w[3].y), 0, 0);
-  }
+  head_weights.each([&](int channel, const uint32_t (&w)[kHeads]) {
+    weights[weight_place(cut, channel)] =
+        make_uint4(__byte_perm(w[0], w[1], 0x5410), __byte_perm(w[2], w[3], 0x5410), 0, 0);
+    weights[weight_place(cut, channel + 1)] =
+        make_uint4(__byte_perm(w[0], w[1], 0x7632), __byte_perm(w[2], w[3], 0x7632), 0, 0);
+  });
   for (int i = threadIdx.x; i < (16 * cut.tiles + 32) * 8; i += kWorkers) {
     const int position = i / 8 - 16;
     masks[i - 16 * 8] = rounded<T>(i % 8 == kMean && position >= 0 && position < positions ? 1.f : 0.f);
@@ -88,6 +78,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     take_sums(scores, of_scores, static_cast<int>(image) - begin, sums);
     make_gates(a, image, sums, 1, gates);  // both blocks store the same
     // Of what this thread has stored.
+    const float* from = a.pooled + image * a.heads * channels + first_channel;
+    T* to = static_cast<T*>(a.features) + image * a.gated * channels + first_channel;
     for (int first = threadIdx.x; first < cut.channels; first += kGroups * kGroup) {
       float values[kGroups][kHeads];
       const auto all = [&](auto&& visit) {
@@ -95,12 +87,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int i = 0; i < kGroups; ++i)
 #pragma unroll
           for (int k = 0; k < kHeads; ++k)
-            if (k < a.gated && first + i * kGroup < cut.channels) visit(i, k, first_channel + first + i * kGroup);
+            if (k < a.gated && first + i * kGroup < cut.channels) visit(i, k, k * channels + first + i * kGroup);
       };
-      all([&](int i, int k, int channel) { values[i][k] = a.pooled[(image * a.heads + k) * channels + channel]; });
-      all([&](int i, int k, int channel) {
-        static_cast<T*>(a.features)[(image * a.gated + k) * channels + channel] = rounded<T>(gates[k] * values[i][k]);
-      });
+      all([&](int i, int k, int place) { values[i][k] = from[place]; });
+      all([&](int i, int k, int place) { to[place] = rounded<T>(gates[k] * values[i][k]); });
     }
   };
 
@@ -161,11 +151,12 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       workers_sync();
       if (channel < cut.channels) {
+        float* to = a.pooled + image * a.heads * channels + first_channel + channel;
 #pragma unroll
         for (int k = 0; k < kHeads; ++k) {
           if (k >= a.heads) continue;
           const float value = pooled[k * kPitch + threadIdx.x];
-          a.pooled[(image * a.heads + k) * channels + first_channel + channel] = value;
+          to[k * channels] = value;
           score[k] += value * value_from(a.score_w, score_w[k]);
         }
         if (a.mean != nullptr)

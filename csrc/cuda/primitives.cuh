@@ -244,6 +244,11 @@ __device__ __forceinline__ void store_to_cluster(uint32_t to, float4 value, uint
 }
 
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive;" ::: "memory"); }
+// The same where nothing that was written before need be seen, but barriers that fence_barrier_init followed: it does
+// not wait for loads and stores that are under way.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
 
 // ------------------------------------------------------------------------------------------------ matrix products

@@ -291,6 +291,41 @@ __device__ __forceinline__ int weight_place(const RowsCut& cut, int channel) {
   return weight_place(cut, (channel - of_chunk) / cut.chunk, of_chunk);
 }
 
+// W_H of this block's channels, two adjacent ones of a thread at a time. The first are asked for when it is made:
+// before the copy engine fills the way to memory.
+template <class T>
+struct HeadWeights {
+  const Values& w;
+  int heads, channels, first_channel, count;  // of the map, and of this block
+  int channel = 2 * threadIdx.x;
+  uint2 raw[kHeads];
+
+  __device__ HeadWeights(const Values& w, int heads, int channels, int first_channel, int count)
+      : w(w), heads(heads), channels(channels), first_channel(first_channel), count(count) {
+    load();
+  }
+
+  __device__ void load() {
+#pragma unroll
+    for (int k = 0; k < kHeads; ++k)
+      raw[k] = k < heads && channel < count ? raw_pair(w, k * channels + first_channel + channel) : make_uint2(0, 0);
+  }
+
+  // visit(channel of this block, its and the next one's of each head).
+  template <class Visit>
+  __device__ void each(Visit&& visit) {
+    for (; channel < count; channel += 2 * kWorkers, load()) {
+      uint32_t words[kHeads];
+#pragma unroll
+      for (int k = 0; k < kHeads; ++k) {
+        const float2 weight = pair_from<T>(w, raw[k]);
+        words[k] = packed<T>(weight.x, weight.y);
+      }
+      visit(channel, words);
+    }
+  }
+};
+
 // The first sweep: sums[i, position] = Σ_c weights[c, i] z[c, position] of this block's channels, given to the other
 // block too. After a barrier of the workers; one must follow.
 template <class T>
