@@ -58,18 +58,24 @@ __device__ __forceinline__ void make_weights(const BackwardSweep& a, const RowsC
       p[k] = floats_at(pooled, k, channel);
     }
   };
+  uint2 score_w[kHeads] = {};
+  const auto load_scores = [&](int channel) {
+#pragma unroll
+    for (int k = 0; k < kHeads; ++k)
+      if (k < a.heads) score_w[k] = raw_pair(of.score_w, k * a.channels + first_channel + channel);
+  };
   const int first = 2 * threadIdx.x;
   const bool once = cut.channels <= 2 * kWorkers;
   if (once && first < cut.channels) load(first);
 
   float gates[kHeads] = {}, dt[kHeads] = {};
   if (has_scores) {
-    float dg[kHeads] = {}, gradients[kHeads] = {}, tanhs[kHeads] = {};
+    float dg[kHeads] = {}, tanhs[kHeads] = {};
 #pragma unroll
     for (int k = 0; k < kHeads; ++k) {
       if (k < of.gated) gates[k] = of.gates[image * of.gated + k];
-      if (k < of.gated && of.grad_gates != nullptr) gradients[k] = of.grad_gates[image * of.gated + k];
-      if (k < a.heads) tanhs[k] = of.scores[image * a.heads + k];
+      if (k < of.gated && of.grad_gates != nullptr && threadIdx.x == 0 && first_channel == 0)
+        dg[k] = of.grad_gates[image * of.gated + k];
       if (k < a.heads && of.grad_scores != nullptr) dt[k] = of.grad_scores[image * a.heads + k];
     }
     for (int channel = first; channel < cut.channels; channel += 2 * kWorkers) {
@@ -81,14 +87,16 @@ __device__ __forceinline__ void make_weights(const BackwardSweep& a, const RowsC
       }
     }
     give_part(dg, parts, of_gates, turn);
+    // While others come to the barrier.
+    if (once && first < cut.channels) load_scores(first);
+#pragma unroll
+    for (int k = 0; k < kHeads; ++k)
+      if (k < a.heads) tanhs[k] = of.scores[image * a.heads + k];
     workers_sync();
     take_sums(parts, of_gates, turn, dg);
     float mixed = 0;
 #pragma unroll
-    for (int k = 0; k < kHeads; ++k) {
-      dg[k] += gradients[k];
-      mixed += gates[k] * dg[k];
-    }
+    for (int k = 0; k < kHeads; ++k) mixed += gates[k] * dg[k];
 #pragma unroll
     for (int k = 0; k < kHeads; ++k) {
       const float u = gate_tanh(tanhs[k]);
@@ -100,11 +108,7 @@ __device__ __forceinline__ void make_weights(const BackwardSweep& a, const RowsC
   for (int channel = first; channel < cut.channels; channel += 2 * kWorkers) {
     if (!once) load(channel);
     float2 others[kHeads] = {};
-    uint2 score_w[kHeads] = {};
-    if (has_scores)
-#pragma unroll
-      for (int k = 0; k < kHeads; ++k)
-        if (k < a.heads) score_w[k] = raw_pair(of.score_w, k * a.channels + first_channel + channel);
+    if (has_scores && !once) load_scores(channel);
     if (more != nullptr)
 #pragma unroll
       for (int k = 0; k < kHeads; ++k) others[k] = floats_at(more, k, channel);

@@ -136,6 +136,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int group = (cut.channels - 1) / kGroup * kGroup; group >= 0; group -= kGroup) {
       const int channel = group + threadIdx.x;
       uint32_t score_w[kHeads] = {};
+      const int upper = a.score_w.kind == Kind::kFloat ? 0 : threadIdx.x % 2 * 16;  // bits of a word before it
       if (a.gated > 0 && channel < cut.channels) raw_values(a.score_w, channel, score_w);
       for (; chunk * cut.chunk >= group; chunk -= cut.teams) {
         const Slots::Chunk z = slots.wait(slots.load_of(turn * slots.per_image, chunk));
@@ -157,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           if (k >= a.heads) continue;
           const float value = pooled[k * kPitch + threadIdx.x];
           to[k * channels] = value;
-          score[k] += value * value_from(a.score_w, score_w[k]);
+          score[k] += value * value_from(a.score_w, score_w[k] >> upper);
         }
         if (a.mean != nullptr)
           a.mean[image * channels + first_channel + channel] = pooled[kMean * kPitch + threadIdx.x];
