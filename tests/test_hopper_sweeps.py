@@ -205,7 +205,7 @@ def test_backward(kernels, dtype, rows, images, channels, positions, heads, mean
         (TILES, 3, 320, 72, 4, 3),
         (TILES, 2, 32, 64, 2, 0),
         (ROWS, 3, 128, 49, 4, 3),
-        (ROWS, 3, 1024, 49, 3, 3),
+        (ROWS, 2, 1152, 49, 3, 3),  # a block's threads have several pairs of channels
         (ROWS, 2, 256, 196, 1, 0),
         (ROWS, 6, 512, 36, 4, 4),  # images that follow each other in a cluster
     ],
@@ -362,6 +362,7 @@ def test_float_backward(kernels, rows, images, channels, positions, heads, mean,
         (ROWS, 2, 256, 196, 3, 2, True, True),
         (ROWS, 1, 128, 16, 1, 1, False, False),
         (ROWS, 2, 1664, 196, 4, 4, True, False),  # more chunks than slots
+        (ROWS, 1, 1152, 49, 4, 4, True, False),  # a block's threads have several pairs of channels
         (ROWS, 6, 512, 84, 4, 4, True, True),  # images that follow each other in a cluster
         (TILES, 2, 32, 200, 4, 4, True, True),
         (TILES, 3, 320, 64, 3, 2, False, True),
