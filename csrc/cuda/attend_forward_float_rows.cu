@@ -156,10 +156,9 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
             if (place.head == 0) *mean = tile == begin ? averages[0] : *mean + averages[0];
           }
         }
+        __syncthreads();
+        if (threadIdx.x == 0) ask(ring.next(chunk));
       }
-      __syncthreads();
-      if (threadIdx.x == 0)
-        for (int chunk = 0; chunk < cut.chunks; ++chunk) ask(ring.next(chunk));
       ring.advance();
     }
 

@@ -31,7 +31,7 @@ inline FloatRowsCut float_rows_cut_of(int quads, int channels, int positions, in
   cut.positions = 4 * quads;
   cut.tiles = (positions + cut.positions - 1) / cut.positions;
   cut.splits = 1;
-  const int most_rows = quads == 16 ? 128 : 256;
+  const int most_rows = quads == 4 ? 256 : 128;  // a batch for each warp at least
   cut.chunks = (channels + most_rows - 1) / most_rows;
   cut.rows = (channels / kBatch + cut.chunks - 1) / cut.chunks * kBatch;
   const int batches = cut.rows / kBatch, rounds = (batches + kGroupWarps - 1) / kGroupWarps;
@@ -66,9 +66,8 @@ inline FloatRowsCut float_rows_cut(int channels, int positions, int columns, int
   FloatRowsCut best = {};
   int least = INT32_MAX;
   for (int quads = 16; quads >= 4; quads /= 2) {
-    // Half of a tile at least is on its way while one is worked on.
-    FloatRowsCut cut = float_rows_cut_of(quads, channels, positions, columns, maps);
-    if (cut.slots == 0 || (quads > 4 && 2 * cut.slots < 3 * cut.chunks)) continue;
+    const FloatRowsCut cut = float_rows_cut_of(quads, channels, positions, columns, maps);
+    if (cut.slots == 0) continue;
     // What a tile costs besides is about what 16 positions do. How many images there are must not count: sums over
     // channels would be added in another order.
     const int time = cut.tiles * (cut.positions + 16);
