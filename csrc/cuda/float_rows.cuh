@@ -81,13 +81,16 @@ inline bool is_float_rows(const Map& map) {
   return map.position == 1 && map.channel > 0 && map.channel % 4 == 0 && map.image > 0 && map.image % 4 == 0;
 }
 
+// Nothing more than a tile's own bytes, as well as memory can bring them: what lies beside them is the next tile's, and
+// L2 may have lost it until then.
 inline bool encode(CUtensorMap* tensor, const Map& map, int images, int channels, int positions,
                    const FloatRowsCut& cut) {
   return encode_map<float, 3>(
       tensor, map.data,
       {static_cast<uint64_t>(positions), static_cast<uint64_t>(channels), static_cast<uint64_t>(images)},
       {static_cast<uint64_t>(4 * map.channel), static_cast<uint64_t>(4 * map.image)},
-      {static_cast<uint32_t>(cut.positions), static_cast<uint32_t>(cut.rows), 1}, CU_TENSOR_MAP_SWIZZLE_NONE);
+      {static_cast<uint32_t>(cut.positions), static_cast<uint32_t>(cut.rows), 1}, CU_TENSOR_MAP_SWIZZLE_NONE,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_64B);
 }
 
 #if AR_HOPPER
