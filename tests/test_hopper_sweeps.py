@@ -565,6 +565,7 @@ def test_float_forward(kernels, rows, images, channels, positions, heads, gated,
         (False, 160, 1024),  # 16 groups of one warp
         (False, 512, 150),  # of four warps
         (True, 160, 500),
+        (True, 1024, 100),  # a slot more than a tile has chunks
         (True, 512, 49),
     ],
 )

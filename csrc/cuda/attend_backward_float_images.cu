@@ -42,10 +42,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   for (int64_t image = begin; image < end; ++image) {
     const float* pairs = static_cast<const float*>(a.pairs) + image * (a.heads + a.mean) * 2 * channels;
     const float* average = pairs + (2 * a.heads + 1) * channels;
-    for (int channel = threadIdx.x; channel < channels; channel += kFloatThreads)
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i)
-        weights[kColumns * channel + i] = i < 2 * a.heads ? pairs[i * channels + channel] : 0.f;
+    stage_pairs(weights, nullptr, pairs, a.heads, channels, channels, positions);
     __syncthreads();
 
     sum_floats_over_channels<kOwn, kColumns>(slots, cut, static_cast<int>(image) - begin, positions);

@@ -75,16 +75,11 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
       image = item / cut.tiles;
       const float* pairs =
           static_cast<const float*>(a.pairs) + static_cast<int64_t>(image) * (a.heads + a.mean) * 2 * channels;
-      for (int channel = threadIdx.x; channel < cut.chunks * cut.rows; channel += threads) {
-#pragma unroll
-        for (int i = 0; i < kColumns; ++i)
-          weights[kColumns * channel + i] = channel < channels && i < 2 * a.heads ? pairs[i * channels + channel] : 0.f;
-        if (a.mean && channel < channels) means[channel] = pairs[(2 * a.heads + 1) * channels + channel] / a.positions;
-      }
       if (warp < a.heads) {
         shift = a.lse[image * a.heads + warp] - bias;
         delta = a.delta[image * a.heads + warp];
       }
+      stage_pairs(weights, a.mean ? means : nullptr, pairs, a.heads, channels, cut.chunks * cut.rows, a.positions);
       __syncthreads();
     }
 

@@ -81,21 +81,23 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
       image = place.row;
       const float* pairs = static_cast<const float*>(a.pairs) +
                            static_cast<int64_t>(image) * (a.heads + a.mean) * 2 * a.channels + channel;
+      float means[kOwn];  // all loads before the first store
 #pragma unroll
       for (int j = 0; j < kOwn; ++j) {
+        means[j] = a.mean && has(j) ? pairs[(2 * a.heads + 1) * a.channels + 32 * j] : 0.f;
 #pragma unroll
         for (int k = 0; k < kHeads; ++k) {
           const bool there = k < a.heads && has(j);
           w[j][k] = there ? pairs[2 * k * a.channels + 32 * j] : 0.f;
           dp[j][k] = there ? pairs[(2 * k + 1) * a.channels + 32 * j] : 0.f;
         }
-        average[kFloatThreads * j] =
-            a.mean && has(j) ? pairs[(2 * a.heads + 1) * a.channels + 32 * j] / a.positions : 0.f;
       }
       if (head < a.heads) {
         shift = a.lse[image * a.heads + head] - bias;
         delta = a.delta[image * a.heads + head];
       }
+#pragma unroll
+      for (int j = 0; j < kOwn; ++j) average[kFloatThreads * j] = means[j] / a.positions;
     }
     slots.wait();
     float* of_slot = reinterpret_cast<float*>(memory + (group * cut.slots + slots.slot) * cut.slot_bytes);

@@ -27,8 +27,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   float* masks = reinterpret_cast<float*>(memory + cut.slots.masks) + lane;  // [kHeads, kOwn, 32]
   float* totals = reinterpret_cast<float*>(memory + cut.slots.rest);         // [kHeads]
   float* score_parts = totals + kHeads;                                      // [warps, kHeads]
-  for (int i = threadIdx.x; i < kHeads * channels; i += kFloatThreads)
-    weights[i] = i % kHeads < a.heads ? value_of(a.w, i % kHeads * channels + i / kHeads) : 0.f;
+  stage_weights(weights, a.w, a.heads, channels, channels);
   for (int i = warp; i < kHeads * kOwn; i += kGroupWarps) masks[32 * i] = 0;
   if (threadIdx.x < kHeads) totals[threadIdx.x] = 1;
   const float bias = warp < a.heads && a.b.data != nullptr ? value_of(a.b, warp) : 0.f;
@@ -75,6 +74,9 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
       const int slot = slots.wait(static_cast<int>(image) - begin, chunk, true);
       const float* z = reinterpret_cast<const float*>(memory + slot * cut.slots.chunk_bytes) + lane;
       for (int unit = kUnit * warp; unit < cut.rows; unit += kUnit * kGroupWarps) {
+        const int channel = chunk * cut.rows + unit;
+        const bool scores = a.gated > 0 && head < a.heads && !is_copy;
+        const uint32_t score_weight = scores ? raw_value(a.score_w, head * channels + channel + own_channel) : 0;
         float products[kUnit * kHeads];
 #pragma unroll
         for (int c = 0; c < kUnit; ++c) {
@@ -87,11 +89,10 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
             for (int k = 0; k < kHeads; ++k) products[kHeads * c + k] += value * mask[k][i];
           }
         }
-        const int channel = chunk * cut.rows + unit;
         const float value = lane_sums(products) / total;
         if (head < a.heads && !is_copy) {
           pooled[channel + own_channel] = value;
-          if (a.gated > 0) t += value * value_of(a.score_w, head * channels + channel + own_channel);
+          if (scores) t += value * value_from(a.score_w, score_weight);
         }
         if (a.mean != nullptr) {
           float averages[kUnit];

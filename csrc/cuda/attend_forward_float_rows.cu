@@ -57,10 +57,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   float* shrinks = reinterpret_cast<float*>(memory + cut.rest);      // [kHeads]
   float* totals = shrinks + kHeads;                                  // [kHeads]
   float* score_parts = totals + kHeads;                              // [warps, kHeads]
-  for (int i = threadIdx.x; i < cut.chunks * cut.rows * kHeads; i += threads) {
-    const int channel = i / kHeads, k = i % kHeads;
-    weights[i] = channel < a.channels && k < a.heads ? value_of(a.w, k * a.channels + channel) : 0.f;
-  }
+  stage_weights(weights, a.w, a.heads, a.channels, cut.chunks * cut.rows);
   for (int i = threadIdx.x; i < kHeads * kPositions; i += threads) masks[i] = 0;
   if (threadIdx.x < 2 * kHeads) shrinks[threadIdx.x] = 1;
   const float bias = warp < a.heads && a.b.data != nullptr ? value_of(a.b, warp) : 0.f;
@@ -156,10 +153,9 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
             if (place.head == 0) *mean = tile == begin ? averages[0] : *mean + averages[0];
           }
         }
+        __syncthreads();
+        if (threadIdx.x == 0) ask(ring.next(chunk));
       }
-      __syncthreads();
-      if (threadIdx.x == 0)
-        for (int chunk = 0; chunk < cut.chunks; ++chunk) ask(ring.next(chunk));
       ring.advance();
     }
 
@@ -177,6 +173,12 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
           a.lse[image * a.heads + warp] = origin(m) + logf(d);
       }
     }
+    if (a.gated > 0 && cut.splits == 1 && place.head < a.heads)
+      for (int chunk = 0; chunk < cut.chunks; ++chunk)
+        for (int batch = warp; batch < batches_of(chunk); batch += cut.warps)
+          prefetch(static_cast<const uint8_t*>(a.score_w.data) +
+                   (place.head * a.channels + chunk * cut.rows + kBatch * batch + place.channel) *
+                       (a.score_w.kind == Kind::kFloat ? 4 : 2));
     if (threadIdx.x == 0 && cut.splits > 1 && a.mean != nullptr)
       a.part_m[part + a.heads] = 0, a.part_d[part + a.heads] = static_cast<float>(length);
     __syncthreads();

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   for (int j = 0; j < kOwn; ++j)
 #pragma unroll
     for (int k = 0; k < kHeads; ++k)
-      w[j][k] = k < a.heads && has(j) ? value_of(a.w, k * a.channels + channel + 32 * j) : 0.f;
+      w[j][k] = k < a.heads && has(j) ? static_cast<const float*>(a.w.data)[k * a.channels + channel + 32 * j] : 0.f;
   const float bias = head < a.heads && a.b.data != nullptr ? value_of(a.b, head) : 0.f;
 
   __syncthreads();
@@ -155,7 +155,15 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
     }
     tile -= cut.tiles;
 
-    // The image's end: of all groups.
+    // The image's end: of all groups. The first one's loads of scores' weights are under way meanwhile.
+    uint32_t score_weights[kHeads][kOwn];
+#pragma unroll
+    for (int k = 0; k < kHeads; ++k)
+#pragma unroll
+      for (int j = 0; j < kOwn; ++j)
+        score_weights[k][j] = a.gated > 0 && cut.splits == 1 && group == 0 && k < a.heads && has(j)
+                                  ? raw_value(a.score_w, k * a.channels + channel + 32 * j)
+                                  : 0;
 #pragma unroll
     for (int lanes = kHeads; lanes < kValues; lanes *= 2) d += __shfl_xor_sync(kAll, d, lanes);
     if (cut.groups > 1) {
@@ -215,7 +223,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
         const float value = sums[j * kRows + k] /= total;
         if (k >= a.heads || !has(j)) continue;
         pooled[k * a.channels + 32 * j] = value;
-        if (a.gated > 0) t[k] += value * value_of(a.score_w, k * a.channels + channel + 32 * j);
+        if (a.gated > 0) t[k] += value * value_from(a.score_w, score_weights[k][j]);
       }
     }
     if (a.mean != nullptr)

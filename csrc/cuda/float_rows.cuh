@@ -31,7 +31,7 @@ inline FloatRowsCut float_rows_cut_of(int quads, int channels, int positions, in
   cut.positions = 4 * quads;
   cut.tiles = (positions + cut.positions - 1) / cut.positions;
   cut.splits = 1;
-  const int most_rows = quads == 16 ? 128 : 256;
+  const int most_rows = quads == 4 ? 256 : 128;  // a batch for each warp at least
   cut.chunks = (channels + most_rows - 1) / most_rows;
   cut.rows = (channels / kBatch + cut.chunks - 1) / cut.chunks * kBatch;
   const int batches = cut.rows / kBatch, rounds = (batches + kGroupWarps - 1) / kGroupWarps;
@@ -66,9 +66,8 @@ inline FloatRowsCut float_rows_cut(int channels, int positions, int columns, int
   FloatRowsCut best = {};
   int least = INT32_MAX;
   for (int quads = 16; quads >= 4; quads /= 2) {
-    // Half of a tile at least is on its way while one is worked on.
-    FloatRowsCut cut = float_rows_cut_of(quads, channels, positions, columns, maps);
-    if (cut.slots == 0 || (quads > 4 && 2 * cut.slots < 3 * cut.chunks)) continue;
+    const FloatRowsCut cut = float_rows_cut_of(quads, channels, positions, columns, maps);
+    if (cut.slots == 0) continue;
     // What a tile costs besides is about what 16 positions do. How many images there are must not count: sums over
     // channels would be added in another order.
     const int time = cut.tiles * (cut.positions + 16);
@@ -82,13 +81,16 @@ inline bool is_float_rows(const Map& map) {
   return map.position == 1 && map.channel > 0 && map.channel % 4 == 0 && map.image > 0 && map.image % 4 == 0;
 }
 
+// Nothing more than a tile's own bytes, as well as memory can bring them: what lies beside them is the next tile's, and
+// L2 may have lost it until then.
 inline bool encode(CUtensorMap* tensor, const Map& map, int images, int channels, int positions,
                    const FloatRowsCut& cut) {
   return encode_map<float, 3>(
       tensor, map.data,
       {static_cast<uint64_t>(positions), static_cast<uint64_t>(channels), static_cast<uint64_t>(images)},
       {static_cast<uint64_t>(4 * map.channel), static_cast<uint64_t>(4 * map.image)},
-      {static_cast<uint32_t>(cut.positions), static_cast<uint32_t>(cut.rows), 1}, CU_TENSOR_MAP_SWIZZLE_NONE);
+      {static_cast<uint32_t>(cut.positions), static_cast<uint32_t>(cut.rows), 1}, CU_TENSOR_MAP_SWIZZLE_NONE,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_64B);
 }
 
 #if AR_HOPPER

@@ -156,6 +156,33 @@ struct GroupSlots {
   }
 };
 
+// W_H to shared memory as [channels, kHeads], 0 where there is none: of a channel all loads at once.
+__device__ __forceinline__ void stage_weights(float* weights, const Values& w, int heads, int channels, int padded) {
+  const float* from = static_cast<const float*>(w.data);
+  for (int channel = threadIdx.x; channel < padded; channel += blockDim.x) {
+    float own[kHeads];
+#pragma unroll
+    for (int k = 0; k < kHeads; ++k) own[k] = channel < channels && k < heads ? from[k * channels + channel] : 0.f;
+    reinterpret_cast<float4*>(weights)[channel] = make_float4(own[0], own[1], own[2], own[3]);
+  }
+}
+
+// An image's W_H and dP, side by side, to [channels, 2 kHeads] in the same way; and what comes of the mean to `means`,
+// unless that is null.
+__device__ __forceinline__ void stage_pairs(float* weights, float* means, const float* pairs, int heads, int channels,
+                                            int padded, int positions) {
+  for (int channel = threadIdx.x; channel < padded; channel += blockDim.x) {
+    float own[2 * kHeads];
+#pragma unroll
+    for (int i = 0; i < 2 * kHeads; ++i)
+      own[i] = channel < channels && i < 2 * heads ? pairs[i * channels + channel] : 0.f;
+    const float mean = means != nullptr && channel < channels ? pairs[(2 * heads + 1) * channels + channel] : 0.f;
+#pragma unroll
+    for (int i = 0; i < 2 * kHeads; ++i) weights[2 * kHeads * channel + i] = own[i];
+    if (means != nullptr) means[channel] = mean / positions;
+  }
+}
+
 // Where a group is among the tiles of rows: images or splits of them.
 struct TilePlace {
   int tiles, row, tile;

@@ -63,11 +63,14 @@ __device__ __forceinline__ void store_features(const ForwardSweep& a, int64_t im
 __device__ __forceinline__ void make_gates(const ForwardSweep& a, int64_t image, const float* score_parts, int count,
                                            float (&gates)[kHeads]) {
   float total = 0;
+  uint32_t biases[kHeads];  // all loads before the first store
+#pragma unroll
+  for (int k = 0; k < kHeads; ++k) biases[k] = a.score_b.data != nullptr && k < a.heads ? raw_value(a.score_b, k) : 0;
 #pragma unroll
   for (int k = 0; k < kHeads; ++k) {
     float score = 0;
     if (k < a.heads) {
-      score = a.score_b.data != nullptr ? value_of(a.score_b, k) : 0.f;
+      score = value_from(a.score_b, biases[k]);
       for (int i = 0; i < count; ++i) score += score_parts[i * kHeads + k];
       if (threadIdx.x == 0) a.scores[image * a.heads + k] = score;
     }

@@ -433,10 +433,12 @@ inline EncodeTiled encode_tiled() {
 }
 
 // A tensor of 16-bit values or floats of kRank dimensions, innermost (adjacent) first: sizes, strides in bytes of all
-// but the innermost (multiples of 16), and the box that one copy brings. Returns false where the driver refuses.
+// but the innermost (multiples of 16), and the box that one copy brings. A line of L2 that is fetched for some of its
+// bytes is filled as `promotion` says. Returns false where the driver refuses.
 template <class T, int kRank>
 bool encode_map(CUtensorMap* map, const void* data, const uint64_t (&sizes)[kRank],
-                const uint64_t (&strides)[kRank - 1], const uint32_t (&box)[kRank], CUtensorMapSwizzle swizzle) {
+                const uint64_t (&strides)[kRank - 1], const uint32_t (&box)[kRank], CUtensorMapSwizzle swizzle,
+                CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B) {
   static_assert(sizeof(T) == 2 || std::is_same_v<T, float>, "T is __half, __nv_bfloat16 or float");
   const EncodeTiled encode = encode_tiled();
   if (encode == nullptr) return false;
@@ -452,8 +454,7 @@ bool encode_map(CUtensorMap* map, const void* data, const uint64_t (&sizes)[kRan
                                    : std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                                : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   return encode(map, type, kRank, const_cast<void*>(data), global, steps, shape, elements,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+                CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 }  // namespace ar_kernels
