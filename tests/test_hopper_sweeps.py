@@ -760,6 +760,20 @@ def test_same_bits_on_every_run_on_a_gpu(native_sweeps, layout, dtype, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_at_any_address_on_a_gpu(native_sweeps, dtype, device):
+    """The sweeps read several at once; where these begin elsewhere, Triton's kernels take over."""
+    draws = []
+    for seed in range(3):
+        layer = Layer(n=3, c=1024, h=7, w=7, k=4, dtype=dtype, device=device, seed=seed)
+        for name in ("mask_weight", "gate_weight"):
+            moved = layer.tensors[name].new_empty(layer.tensors[name].numel() + 1)[1:].view_as(layer.tensors[name])
+            layer.tensors[name] = moved.copy_(layer.tensors[name])
+        draws.append((layer.run("triton"), layer.run("eager"), layer.run("reference", exact=True)))
+    assert_within_budget(draws, dtype)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
     ("layout", "n", "c", "side"),

@@ -550,7 +550,7 @@ def attend_backward(
         None if upstream is None else upstream.stride(), None if dz is None else dz.stride(),
         z.dtype, z.get_device(), heads, 0 if gates is None else gates.shape[1], has_mean,
         dw is not None, dscore_w is not None, float32_precision(z.dtype),
-        hopper.can_read(z, upstream, dz) and w.dtype in (z.dtype, torch.float32),
+        hopper.can_read(z, w, score_w, upstream, dz),
     )  # fmt: skip
     received = (grad_features, grad_gates, grad_scores, grad_pooled, grad_lse, grad_mean, grad_logits)
     dt = None if dscore_w is None else lse.new_empty(images, heads)

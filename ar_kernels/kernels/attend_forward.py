@@ -549,7 +549,7 @@ def attend_forward(
     plan = _plan(
         z.shape, z.stride(), z.dtype, z.get_device(), heads,
         0 if gates is None else gates.shape[1], mean is not None, float32_precision(z.dtype), alike,
-        hopper.can_read(z) and w.dtype in (z.dtype, torch.float32),
+        hopper.can_read(z, w, score_w),
     )  # fmt: skip
     # Not to compile anew for a batch that needs no merge, a held sweep always gets pointers; these it does not follow.
     parts = (lse, lse, lse) if plan.gets_parts else (None, None, None)

@@ -42,14 +42,14 @@ def _operators() -> Any:
     return found
 
 
-def can_read(*maps: Tensor | None) -> bool:
-    """Whether addresses and dtypes are as these sweeps want them, on a GPU, in a library that has them."""
-    first = maps[0]
-    assert first is not None
+def can_read(z: Tensor, w: Tensor, *others: Tensor | None) -> bool:
+    """Whether addresses and dtypes are as these sweeps want them, on a GPU, in a library that has them. others: the
+    scores' weights, and maps beside z."""
     return (
-        first.is_cuda
-        and (first.dtype.itemsize == 2 or (first.dtype == torch.float32 and native.SWEEPS_FLOAT32))
-        and all([value is None or value.data_ptr() % _ALIGNMENT == 0 for value in maps])
+        z.is_cuda
+        and (z.dtype.itemsize == 2 or (z.dtype == torch.float32 and native.SWEEPS_FLOAT32))
+        and w.dtype in (z.dtype, torch.float32)
+        and all([value is None or value.data_ptr() % _ALIGNMENT == 0 for value in (z, w, *others)])
         and _operators() is not None
     )
 
