@@ -142,7 +142,7 @@ class BuildNative(build_ext):
 
         link = [*linker, "-shared", *(command[-1] for command in commands), "-o", str(library), f"-L{torch / 'lib'}"]
         if sys.platform == "linux":
-            # libtorch, of which nothing is used, brings libtorch_cuda where there is one. nvcc moves -l behind -Xlinker.
+            # libtorch brings libtorch_cuda where there is one, and nothing else. nvcc moves -l behind -Xlinker.
             link += ["-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu"]
             # Some compilers link libstdc++ statically: it must not mix with the one that torch has loaded.
             link += ["-Xlinker", "--exclude-libs", "-Xlinker", "ALL"]

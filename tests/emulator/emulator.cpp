@@ -928,8 +928,8 @@ void bulk_store(void* to, uint32_t from, uint32_t bytes) {
   store(offset, bytes, [=](const uint8_t* taken) { memcpy(to, taken, bytes); });
 }
 
-// Where a box begins: beyond the tensor's end if it likes, but what begins before it ended in an illegal instruction on a
-// GPU, so no kernel may ask for that.
+// Where a box begins: beyond the tensor's end if it likes, but what begins before it ended in an illegal instruction on
+// a GPU, so no kernel may ask for that.
 std::vector<int32_t> place_of(const char* what, int rank, const int32_t* coordinates) {
   for (int d = 0; d < rank; ++d)
     if (coordinates[d] < 0)
