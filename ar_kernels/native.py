@@ -71,10 +71,9 @@ has_sweeps._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def sweeps_float32(feature_map: Tensor, heads: int) -> bool:
-    """Whether csrc/cuda has sweeps for a float32 map of such sizes and strides, and for its gradient, on Hopper."""
+    """Whether csrc/cuda has sweeps for a float32 map of such sizes and strides, and for its gradient, on Hopper. Where it
+    does not begin at a multiple of 16 bytes, which a traced graph cannot ask, Triton's kernels will run after all."""
     if not SWEEPS_FLOAT32 or feature_map.dtype != torch.float32 or heads > 4 or not has_sweeps():
-        return False
-    if feature_map.storage_offset() % 4 != 0:  # 16 bytes
         return False
     channels, sizes, strides = feature_map.shape[1], feature_map.shape, feature_map.stride()
     positions = math.prod(sizes[2:])
@@ -84,9 +83,9 @@ def sweeps_float32(feature_map: Tensor, heads: int) -> bool:
     rows = strides[-1] == 1 and (len(sizes) == 3 or strides[2] == sizes[3])
     if not rows or strides[0] % 4 != 0:
         return False
-    if positions % 4 == 0 and channels % 8 == 0 and channels <= 1024 and strides[1] % 4 == 0:
+    if channels % 8 == 0 and channels <= 1024 and positions % 4 == 0 and strides[1] % 4 == 0:
         return True
-    return positions <= 225 and channels % 128 == 0 and channels <= 2048 and strides[1] == positions
+    return channels % 128 == 0 and channels <= 2048 and positions <= 225 and strides[1] == positions
 
 
 def target() -> str:

@@ -92,7 +92,7 @@ def test_attend(taps, shape, layout, dtype, fused, device):
     ("layout", "n", "c", "h", "w", "mean"),
     [
         ("channels_last", 3, 64, 3, 5, True),
-        ("channels_last", 2, 1088, 5, 7, False),
+        ("channels_last", 2, 1152, 5, 7, False),
         ("contiguous", 3, 32, 6, 12, True),
         ("contiguous", 2, 640, 8, 8, False),
         ("contiguous", 3, 128, 7, 7, True),

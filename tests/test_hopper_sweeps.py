@@ -713,6 +713,19 @@ def test_registers_suffice():
     assert [name for name, _, stack, local in kernels if stack != "0" or local != "0"] == []
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_graph_tells_float32_maps_apart(layout, monkeypatch):
+    """Of any batch and resolution, without a break or another compilation."""
+    monkeypatch.setattr(native, "SWEEPS_FLOAT32", True)
+    compiled = torch.compile(lambda z: z + native.sweeps_float32(z, 4), fullgraph=True, dynamic=True, backend="eager")
+    for index, (n, h, w) in enumerate([(2, 8, 6), (3, 12, 10), (5, 16, 9)]):
+        z = torch.zeros(n, 64, h, w)
+        z = z if LAYOUTS[layout] is None else LAYOUTS[layout](z)
+        with torch._dynamo.config.patch(error_on_recompile=index > 0):
+            assert compiled(z).eq(native.sweeps_float32(z, 4)).all()
+        assert native.sweeps_float32(z, 4) == native.has_sweeps()
+
+
 # ---------------------------------------------------------------------------------------------- on a GPU
 
 

@@ -204,6 +204,7 @@ def test_operators_of_the_library_are_repeated(toy, sweep):
     def operator(x, y, shift):
         toy.python += 1
         scratch, out = x.new_empty(x.shape), x.new_empty(x.shape)
+        torch.ops.ar_kernels_native.sweep_backward_programs(x.shape, x.stride(), None, None, 4, 2)
         sweep(x, None, x, x, x, None, None, None, scratch, *[None] * 13)
         sweep(scratch, y, x, x, x, None, None, None, out, *[None] * 13)
         return out, x.new_empty(0)

@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from .. import native
+
 _ALIGNMENT = 16
 """Triton compiles a kernel of its own for pointers that are no multiple of this many bytes."""
 
@@ -189,6 +191,8 @@ class Recorder(TorchDispatchMode):
             self._operator(operators.index(func), args)
         elif func is torch.ops.aten._to_copy.default and kwargs == {"dtype": result.dtype}:
             self._step(2, args, result)
+        elif func.namespace == native.NAMESPACE and isinstance(result, int):
+            pass  # how the library cuts maps of such sizes, asked once
         elif not (func.is_view and isinstance(result, Tensor) and _share_memory(result, args[0])):
             self.possible = False
         return result

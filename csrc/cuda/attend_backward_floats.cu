@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   if (leads) bulk_wait_read<0>();
 
   if (a.dw == nullptr) return;
-  groups_sync(blockDim.x);  // nobody needs the slots any more
+  __syncthreads();  // nobody needs the slots any more
   add_groups(sums, group, cut.groups, blockDim.x, reinterpret_cast<float*>(memory), kHeads * a.channels,
              [&](int i) { return has(i / kHeads) ? i % kHeads * a.channels + channel + 32 * (i / kHeads) : -1; });
   if (group > 0) return;

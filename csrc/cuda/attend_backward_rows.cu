@@ -20,6 +20,18 @@ namespace {
 
 #if AR_HOPPER
 
+// Two adjacent values as memory has them, and what they are: apart, so that several loads are under way at a time.
+__device__ __forceinline__ uint2 raw_pair(const Values& values, int index) {
+  if (values.kind == Kind::kFloat)
+    return *reinterpret_cast<const uint2*>(static_cast<const float*>(values.data) + index);
+  return make_uint2(*reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(values.data) + index), 0);
+}
+
+template <class T>
+__device__ __forceinline__ float2 pair_from(const Values& values, uint2 raw) {
+  return values.kind == Kind::kFloat ? make_float2(__uint_as_float(raw.x), __uint_as_float(raw.y)) : unpacked<T>(raw.x);
+}
+
 // Two adjacent channels' rows of weights.
 __device__ __forceinline__ void store_weights(const RowsCut& cut, int channel, const uint32_t (&w)[kHeads],
                                               const uint32_t (&dp)[kHeads], uint4* weights) {
@@ -33,8 +45,9 @@ __device__ __forceinline__ void store_weights(const RowsCut& cut, int channel, c
   weights[weight_place(cut, channel + 1)] = make_uint4(high[0], high[1], high[2], high[3]);
 }
 
-// dP of an image's channels, beside W_H which the same thread has stored there; the formulas are pooled_gradient's of
-// attend_backward.cu. parts: two arrays of [kWarps], the second of delta, which is for the caller to take.
+// W_H and dP of an image's channels from the first one of this block, in the order of weight_place, column 2 k and
+// 2 k + 1; the formulas are pooled_gradient's of attend_backward.cu. parts: two arrays of [kWarps], the second of
+// delta, which is for the caller to take.
 template <class T>
 __device__ __forceinline__ void make_weights(const BackwardSweep& a, const RowsCut& cut, int64_t image,
                                              int first_channel, const Exchange& of_gates, const Exchange& of_deltas,
@@ -45,41 +58,31 @@ __device__ __forceinline__ void make_weights(const BackwardSweep& a, const RowsC
   const float* more =
       of.grad_pooled == nullptr ? nullptr : of.grad_pooled + image * a.heads * a.channels + first_channel;
   const bool has_features = of.grad_features != nullptr, has_scores = of.score_w.data != nullptr;
+  const auto features_at = [&](int k, int channel) {
+    return has_features && k < of.gated ? *reinterpret_cast<const uint32_t*>(dx + k * a.channels + channel) : 0;
+  };
   const auto floats_at = [&](const float* data, int k, int channel) {
     return k < a.heads ? *reinterpret_cast<const float2*>(data + k * a.channels + channel) : make_float2(0, 0);
   };
-  // What is read of two channels; but once where a thread has no others.
-  uint32_t x[kHeads];
-  float2 p[kHeads];
-  const auto load = [&](int channel) {
-#pragma unroll
-    for (int k = 0; k < kHeads; ++k) {
-      x[k] = has_features && k < of.gated ? *reinterpret_cast<const uint32_t*>(dx + k * a.channels + channel) : 0;
-      p[k] = floats_at(pooled, k, channel);
-    }
-  };
-  uint2 score_w[kHeads] = {};
-  const auto load_scores = [&](int channel) {
-#pragma unroll
-    for (int k = 0; k < kHeads; ++k)
-      if (k < a.heads) score_w[k] = raw_pair(of.score_w, k * a.channels + first_channel + channel);
-  };
-  const int first = 2 * threadIdx.x;
-  const bool once = cut.channels <= 2 * kWorkers;
-  if (once && first < cut.channels) load(first);
 
   float gates[kHeads] = {}, dt[kHeads] = {};
   if (has_scores) {
-    float dg[kHeads] = {}, tanhs[kHeads] = {};
+    float dg[kHeads] = {}, gradients[kHeads] = {}, tanhs[kHeads] = {};
 #pragma unroll
     for (int k = 0; k < kHeads; ++k) {
       if (k < of.gated) gates[k] = of.gates[image * of.gated + k];
-      if (k < of.gated && of.grad_gates != nullptr && threadIdx.x == 0 && first_channel == 0)
-        dg[k] = of.grad_gates[image * of.gated + k];
+      if (k < of.gated && of.grad_gates != nullptr) gradients[k] = of.grad_gates[image * of.gated + k];
+      if (k < a.heads) tanhs[k] = of.scores[image * a.heads + k];
       if (k < a.heads && of.grad_scores != nullptr) dt[k] = of.grad_scores[image * a.heads + k];
     }
-    for (int channel = first; channel < cut.channels; channel += 2 * kWorkers) {
-      if (!once) load(channel);
+    for (int channel = 2 * threadIdx.x; channel < cut.channels; channel += 2 * kWorkers) {
+      uint32_t x[kHeads];
+      float2 p[kHeads];
+#pragma unroll
+      for (int k = 0; k < kHeads; ++k) {
+        x[k] = features_at(k, channel);
+        p[k] = floats_at(pooled, k, channel);
+      }
 #pragma unroll
       for (int k = 0; k < kHeads; ++k) {
         const float2 values = unpacked<T>(x[k]);
@@ -87,16 +90,14 @@ __device__ __forceinline__ void make_weights(const BackwardSweep& a, const RowsC
       }
     }
     give_part(dg, parts, of_gates, turn);
-    // While others come to the barrier.
-    if (once && first < cut.channels) load_scores(first);
-#pragma unroll
-    for (int k = 0; k < kHeads; ++k)
-      if (k < a.heads) tanhs[k] = of.scores[image * a.heads + k];
     workers_sync();
     take_sums(parts, of_gates, turn, dg);
     float mixed = 0;
 #pragma unroll
-    for (int k = 0; k < kHeads; ++k) mixed += gates[k] * dg[k];
+    for (int k = 0; k < kHeads; ++k) {
+      dg[k] += gradients[k];
+      mixed += gates[k] * dg[k];
+    }
 #pragma unroll
     for (int k = 0; k < kHeads; ++k) {
       const float u = gate_tanh(tanhs[k]);
@@ -105,52 +106,35 @@ __device__ __forceinline__ void make_weights(const BackwardSweep& a, const RowsC
     }
   }
   float delta[kHeads] = {};
-  for (int channel = first; channel < cut.channels; channel += 2 * kWorkers) {
-    if (!once) load(channel);
-    float2 others[kHeads] = {};
-    if (has_scores && !once) load_scores(channel);
-    if (more != nullptr)
+  for (int channel = 2 * threadIdx.x; channel < cut.channels; channel += 2 * kWorkers) {
+    uint32_t x[kHeads], dp_words[kHeads] = {}, w_words[kHeads] = {};
+    float2 p[kHeads], others[kHeads] = {};
+    uint2 w[kHeads] = {}, score_w[kHeads] = {};
 #pragma unroll
-      for (int k = 0; k < kHeads; ++k) others[k] = floats_at(more, k, channel);
-    uint32_t dp_words[kHeads] = {};
+    for (int k = 0; k < kHeads; ++k) {
+      x[k] = features_at(k, channel);
+      p[k] = floats_at(pooled, k, channel);
+      if (k < a.heads) w[k] = raw_pair(of.w, k * a.channels + first_channel + channel);
+      if (k < a.heads && has_scores) score_w[k] = raw_pair(of.score_w, k * a.channels + first_channel + channel);
+      if (more != nullptr) others[k] = floats_at(more, k, channel);
+    }
 #pragma unroll
     for (int k = 0; k < kHeads; ++k) {
       if (k >= a.heads) continue;
-      const float2 values = unpacked<T>(x[k]), of_score = pair_from<T>(of.score_w, score_w[k]);
-      dp_words[k] = packed<T>(gates[k] * values.x + others[k].x + dt[k] * of_score.x,
-                              gates[k] * values.y + others[k].y + dt[k] * of_score.y);
-      const float2 dp = unpacked<T>(dp_words[k]);
+      const float2 values = unpacked<T>(x[k]), weight = pair_from<T>(of.w, w[k]);
+      float2 dp = {gates[k] * values.x + others[k].x, gates[k] * values.y + others[k].y};
+      if (has_scores) {
+        const float2 of_score = pair_from<T>(of.score_w, score_w[k]);
+        dp = make_float2(dp.x + dt[k] * of_score.x, dp.y + dt[k] * of_score.y);
+      }
+      dp_words[k] = packed<T>(dp.x, dp.y);
+      w_words[k] = packed<T>(weight.x, weight.y);
+      dp = unpacked<T>(dp_words[k]);
       delta[k] += dp.x * p[k].x + dp.y * p[k].y;
     }
-    uint4& low = weights[weight_place(cut, channel)];
-    uint4& high = weights[weight_place(cut, channel + 1)];
-    const uint4 w[] = {low, high};
-    low = make_uint4(__byte_perm(w[0].x, dp_words[0], 0x5410), __byte_perm(w[0].y, dp_words[1], 0x5410),
-                     __byte_perm(w[0].z, dp_words[2], 0x5410), __byte_perm(w[0].w, dp_words[3], 0x5410));
-    high = make_uint4(__byte_perm(w[1].x, dp_words[0], 0x7610), __byte_perm(w[1].y, dp_words[1], 0x7610),
-                      __byte_perm(w[1].z, dp_words[2], 0x7610), __byte_perm(w[1].w, dp_words[3], 0x7610));
+    store_weights(cut, channel, w_words, dp_words, weights);
   }
   give_part(delta, parts + kWarps, of_deltas, turn);
-}
-
-// What make_weights and the mean will want of an image, into L2.
-template <class T>
-__device__ __forceinline__ void prefetch_image(const BackwardSweep& a, const RowsCut& cut, int64_t image,
-                                               int first_channel) {
-  const auto rows = [&](const void* data, int count, int size) {
-    if (data == nullptr) return;
-    const char* from = static_cast<const char*>(data) + (image * count * a.channels + first_channel) * size;
-    const int lines = (cut.channels * size + 127) / 128;  // of a row
-#pragma unroll 1
-    for (int row = threadIdx.x / 32; row < count; row += kWarps)
-#pragma unroll 1
-      for (int line = threadIdx.x % 32; line < lines; line += 32)
-        prefetch_line(from + static_cast<int64_t>(row) * a.channels * size + 128 * line);
-  };
-  rows(a.of.pooled, a.heads, sizeof(float));
-  rows(a.of.grad_features, a.of.gated, sizeof(T));
-  rows(a.of.grad_pooled, a.heads, sizeof(float));
-  rows(a.of.grad_mean, 1, sizeof(float));
 }
 
 #endif  // AR_HOPPER
@@ -165,11 +149,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int begin = static_cast<int>(static_cast<int64_t>(a.images) * cluster / clusters);
   const int end = static_cast<int>(static_cast<int64_t>(a.images) * (cluster + 1) / clusters);
   const int first_channel = rank * cut.channels;
-  const bool makes = std::is_same_v<T, __nv_bfloat16> && a.of.w.data != nullptr;
-  HeadWeights<T> head_weights(a.of.w, makes ? a.heads : 0, a.channels, first_channel, cut.channels);
   const Slots slots(cut, memory);
   const Exchange of_sums(slots, 0), of_gates(slots, 1), of_deltas(slots, 2);
-  cluster_arrive_relaxed();
+  cluster_arrive();
   cluster_wait();
   if (threadIdx.x >= kWorkers) {
     const int64_t skipped = static_cast<int64_t>(first_channel) * a.positions;
@@ -181,6 +163,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   const int lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
   const int positions = a.positions, channels = a.channels;
+  const OwnRows own(slots, positions);
   uint4* weights = reinterpret_cast<uint4*>(memory + cut.weights);
   uint32_t* masks = reinterpret_cast<uint32_t*>(memory + cut.masks);
   const float* sums = reinterpret_cast<const float*>(memory + cut.sums);  // [2 * kHeads, pitch]
@@ -191,11 +174,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const float bias = head < a.heads && a.b.data != nullptr ? value_of(a.b, head) : 0.f;
   const float share = 1.f / positions;
   constexpr bool kScaled = std::is_same_v<T, __half>;  // bfloat16 needs no scale of its own
+  const bool makes = std::is_same_v<T, __nv_bfloat16> && a.of.w.data != nullptr;
   for (int i = threadIdx.x; i < (16 * cut.tiles + 32) * kHeads; i += kWorkers) masks[i] = 0;
-  head_weights.each([&](int channel, const uint32_t (&w)[kHeads]) {
-    const uint32_t nothing[kHeads] = {};
-    store_weights(cut, channel, w, nothing, weights);
-  });
 
   for (int image = begin; image < end; ++image) {
     workers_sync();  // the weights of the image before are not used any more
@@ -245,8 +225,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     workers_sync();
 
-    if (makes && image + 1 < end) prefetch_image<T>(a, cut, image + 1, first_channel);
-    const OwnRows own(slots, positions);  // here, for the registers that the weights before want
     // The mean's gradient at this lane's two channels of a chunk.
     const auto means_of = [&](int chunk) {
       if (!a.mean || chunk < 0) return make_float2(0, 0);
@@ -262,16 +240,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int chunk = own.last; chunk >= 0; chunk -= cut.teams) {
       const float2 mean = next_mean;
       next_mean = means_of(chunk - cut.teams);
-      const Slots::Chunk z = slots.wait(slots.load_of((image - begin) * slots.per_image, chunk));
+      const Slots::Chunk z = slots.wait(image - begin, chunk, true);
       if (a.dw != nullptr) {
         float products[4];
-        own.sum_over_positions<T>(slots, z.address, products);
+        own.sum_over_positions<T>(slots, z.address, positions, products);
         float2* to = dw + (chunk * (cut.chunk / 16) + own.unit) * 32 + lane;
         const float2 before = image > begin ? *to : make_float2(0, 0);
         *to = make_float2(before.x + products[0] * inverse, before.y + products[2] * inverse);
+        own.sync();  // others have read what lies around theirs
       }
 
-      // What is written here of a row is read by its warp alone: others leave it out.
       uint32_t weight[2];
       load_matrix(weight, own.weights + 16 * chunk * (cut.chunk + cut.classes));
       const float low = share * mean.x, high = share * mean.y;

@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
 #if AR_HOPPER
   constexpr int kValues = kStep * kHeads;
   uint8_t* memory = shared_memory();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, threads = blockDim.x;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group = warp / cut.warps, of_group = warp % cut.warps;
   GroupSlots slots(cut, memory, group);
   const int64_t rows = static_cast<int64_t>(a.images) * cut.splits;
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
     for (int lanes = kHeads; lanes < kValues; lanes *= 2) d += __shfl_xor_sync(kAll, d, lanes);
     if (cut.groups > 1) {
       if (of_group == 0 && lane < kHeads) all_m[group * kHeads + lane] = m, all_d[group * kHeads + lane] = d;
-      groups_sync(threads);
+      __syncthreads();
       const float own = m;
       for (int other = 0; other < cut.groups; ++other) m = maximum(m, all_m[other * kHeads + head]);
       const float start = origin(m), scale = expf(own - start);
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
         for (int j = 0; j < kOwn; ++j) sums[j * kRows + k] *= of_head;
       }
       const bool all_rows = a.mean != nullptr;
-      add_groups(sums, group, cut.groups, threads, buffer, kRows * a.channels, [&](int i) {
+      add_groups(sums, group, cut.groups, buffer, kRows * a.channels, [&](int i) {
         const int j = i / kRows, k = i % kRows;
         return has(j) && (k < a.heads || (k == kHeads && all_rows)) ? k * a.channels + channel + 32 * j : -1;
       });

@@ -32,10 +32,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int begin = static_cast<int>(static_cast<int64_t>(a.images) * cluster / clusters);
   const int end = static_cast<int>(static_cast<int64_t>(a.images) * (cluster + 1) / clusters);
   const int first_channel = rank * cut.channels;
-  HeadWeights<T> head_weights(a.w, a.heads, a.channels, first_channel, cut.channels);
   const Slots slots(cut, memory);
   const Exchange of_sums(slots, 0), of_scores(slots, 1);
-  cluster_arrive_relaxed();
+  cluster_arrive();
   cluster_wait();
   if (threadIdx.x >= kWorkers) {
     if (threadIdx.x == kWorkers)
@@ -59,12 +58,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int k = 0; k < kHeads; ++k)
       raw[k] = k < a.heads ? raw_value(values, k * channels + first_channel + channel) : 0;
   };
-  head_weights.each([&](int channel, const uint32_t (&w)[kHeads]) {
-    weights[weight_place(cut, channel)] =
-        make_uint4(__byte_perm(w[0], w[1], 0x5410), __byte_perm(w[2], w[3], 0x5410), 0, 0);
-    weights[weight_place(cut, channel + 1)] =
-        make_uint4(__byte_perm(w[0], w[1], 0x7632), __byte_perm(w[2], w[3], 0x7632), 0, 0);
-  });
+#pragma unroll 2
+  for (int channel = threadIdx.x; channel < cut.channels; channel += kWorkers) {
+    uint32_t raw[kHeads];
+    raw_values(a.w, channel, raw);
+    weights[weight_place(cut, channel)] = make_uint4(packed<T>(value_from(a.w, raw[0]), value_from(a.w, raw[1])),
+                                                     packed<T>(value_from(a.w, raw[2]), value_from(a.w, raw[3])), 0, 0);
+  }
   for (int i = threadIdx.x; i < (16 * cut.tiles + 32) * 8; i += kWorkers) {
     const int position = i / 8 - 16;
     masks[i - 16 * 8] = rounded<T>(i % 8 == kMean && position >= 0 && position < positions ? 1.f : 0.f);
@@ -78,8 +78,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     take_sums(scores, of_scores, static_cast<int>(image) - begin, sums);
     make_gates(a, image, sums, 1, gates);  // both blocks store the same
     // Of what this thread has stored.
-    const float* from = a.pooled + image * a.heads * channels + first_channel;
-    T* to = static_cast<T*>(a.features) + image * a.gated * channels + first_channel;
     for (int first = threadIdx.x; first < cut.channels; first += kGroups * kGroup) {
       float values[kGroups][kHeads];
       const auto all = [&](auto&& visit) {
@@ -87,10 +85,12 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int i = 0; i < kGroups; ++i)
 #pragma unroll
           for (int k = 0; k < kHeads; ++k)
-            if (k < a.gated && first + i * kGroup < cut.channels) visit(i, k, k * channels + first + i * kGroup);
+            if (k < a.gated && first + i * kGroup < cut.channels) visit(i, k, first_channel + first + i * kGroup);
       };
-      all([&](int i, int k, int place) { values[i][k] = from[place]; });
-      all([&](int i, int k, int place) { to[place] = rounded<T>(gates[k] * values[i][k]); });
+      all([&](int i, int k, int channel) { values[i][k] = a.pooled[(image * a.heads + k) * channels + channel]; });
+      all([&](int i, int k, int channel) {
+        static_cast<T*>(a.features)[(image * a.gated + k) * channels + channel] = rounded<T>(gates[k] * values[i][k]);
+      });
     }
   };
 
@@ -130,35 +130,32 @@ __global__ void __launch_bounds__(kThreads, 1)
     // Columns 2 * column and + 1 of P become rows in shared memory; then a thread has a channel.
     const int k = 2 * column;
     const float low = 1 / (k < a.heads ? totals[k] : positions), high = 1 / (k + 1 < a.heads ? totals[k + 1] : 1.f);
-    float* own_pooled = pooled + k * kPitch + own.first + cut.classes * row;
     float score[kHeads] = {};
     int chunk = own.last;
     for (int group = (cut.channels - 1) / kGroup * kGroup; group >= 0; group -= kGroup) {
       const int channel = group + threadIdx.x;
       uint32_t score_w[kHeads] = {};
-      const int upper = a.score_w.kind == Kind::kFloat ? 0 : threadIdx.x % 2 * 16;  // bits of a word before it
       if (a.gated > 0 && channel < cut.channels) raw_values(a.score_w, channel, score_w);
       for (; chunk * cut.chunk >= group; chunk -= cut.teams) {
-        const Slots::Chunk z = slots.wait(slots.load_of(turn * slots.per_image, chunk));
+        const Slots::Chunk z = slots.wait(turn, chunk, true);
         float pooled_sums[4];
-        own.sum_over_positions<T>(slots, z.address, pooled_sums);
+        own.sum_over_positions<T>(slots, z.address, positions, pooled_sums);
         slots.release(z, cut.teams);
-        float* to = own_pooled + chunk * cut.chunk - group;
+        float* to = pooled + k * kPitch + chunk * cut.chunk - group + own.first + cut.classes * row;
 #pragma unroll
-        for (int half = 0; half < 2; ++half, to += cut.classes * 8) {
-          if (k <= kMean) to[0] = pooled_sums[2 * half] * low;
-          if (k < kMean) to[kPitch] = pooled_sums[2 * half + 1] * high;
+        for (int half = 0; half < 2; ++half) {
+          if (k <= kMean) to[cut.classes * 8 * half] = pooled_sums[2 * half] * low;
+          if (k < kMean) to[cut.classes * 8 * half + kPitch] = pooled_sums[2 * half + 1] * high;
         }
       }
       workers_sync();
       if (channel < cut.channels) {
-        float* to = a.pooled + image * a.heads * channels + first_channel + channel;
 #pragma unroll
         for (int k = 0; k < kHeads; ++k) {
           if (k >= a.heads) continue;
           const float value = pooled[k * kPitch + threadIdx.x];
-          to[k * channels] = value;
-          score[k] += value * value_from(a.score_w, score_w[k] >> upper);
+          a.pooled[(image * a.heads + k) * channels + first_channel + channel] = value;
+          score[k] += value * value_from(a.score_w, score_w[k]);
         }
         if (a.mean != nullptr)
           a.mean[image * channels + first_channel + channel] = pooled[kMean * kPitch + threadIdx.x];

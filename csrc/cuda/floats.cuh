@@ -128,9 +128,6 @@ __device__ __forceinline__ void group_sync(int group, int warps) {
     __syncwarp();
 }
 
-// A barrier of all groups.
-__device__ __forceinline__ void groups_sync(int threads) { named_sync(1, threads); }
-
 // A group's slots, which it goes through again and again.
 struct GroupSlots {
   uint32_t slots, barriers;  // addresses of the first
@@ -196,7 +193,7 @@ struct TilePlace {
 // Adds up the groups' values, in the same order every time; the first group gets the sums. to: where this lane's values
 // of what the first group gives lie in `buffer`, `step` floats apart; the next group's lie `group_step` further.
 template <int kValues, class Offset>
-__device__ __forceinline__ void add_groups(float (&values)[kValues], int group, int groups, int threads, float* buffer,
+__device__ __forceinline__ void add_groups(float (&values)[kValues], int group, int groups, float* buffer,
                                            int group_step, const Offset& offset) {
   for (int left = groups; left > 1;) {
     const int half = (left + 1) / 2;
@@ -204,12 +201,12 @@ __device__ __forceinline__ void add_groups(float (&values)[kValues], int group, 
 #pragma unroll
       for (int i = 0; i < kValues; ++i)
         if (offset(i) >= 0) buffer[(group - half) * group_step + offset(i)] = values[i];
-    groups_sync(threads);
+    __syncthreads();
     if (group + half < left)
 #pragma unroll
       for (int i = 0; i < kValues; ++i)
         if (offset(i) >= 0) values[i] += buffer[group * group_step + offset(i)];
-    groups_sync(threads);
+    __syncthreads();
     left = half;
   }
 }

@@ -85,14 +85,12 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
   }
 }
 
-// The same where what is waited for comes from other blocks of the cluster, by store_to_cluster: into this block's
-// memory and before it is counted, like what the copy engine brings. So this block's scope is enough; an acquire of the
-// cluster's would throw away L1.
+// The same where what is waited for comes from other blocks of the cluster.
 __device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
   uint32_t passed = 0;
   while (passed == 0)
     asm volatile(
-        "{\n .reg .pred p;\n mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "{\n .reg .pred p;\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
         " selp.u32 %0, 1, 0, p;\n}"
         : "=r"(passed)
         : "r"(barrier), "r"(parity)
@@ -244,11 +242,6 @@ __device__ __forceinline__ void store_to_cluster(uint32_t to, float4 value, uint
 }
 
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive;" ::: "memory"); }
-// The same where nothing that was written before need be seen, but barriers that fence_barrier_init followed: it does
-// not wait for loads and stores that are under way.
-__device__ __forceinline__ void cluster_arrive_relaxed() {
-  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
-}
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
 
 // ------------------------------------------------------------------------------------------------ matrix products

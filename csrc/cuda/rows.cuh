@@ -29,10 +29,6 @@ constexpr int kThreads = kWorkers + 32;
 constexpr int kColumnTiles = 2;  // of 16 columns, the most that a warp sums at once
 constexpr int kExchanges = 3;    // between the blocks of a cluster, of an image: the first one of sums at all positions
 constexpr int kLoads = 32;       // barriers and places in the table of slots: twice as many as slots, at least
-// Where shared memory has them, so that addresses are a load's place and a constant: of each load a barrier that it has
-// come, one that all workers are done with it, and its slot's address; [kExchanges, 2] barriers; then the slots.
-constexpr int kUsed = 8 * kLoads, kTable = 2 * kUsed, kExchangeBarriers = 3 * kUsed;
-constexpr int kFirstSlot = (kExchangeBarriers + 16 * kExchanges + 127) / 128 * 128;
 
 // How an image is cut, and where what lies in shared memory.
 struct RowsCut {
@@ -46,6 +42,9 @@ struct RowsCut {
   int quads;                       // of positions
   int given;                       // what the other block gave, of sums and of numbers: exchanges' memory
   int masks;                       // [16 + S + 16 rounded up, 8] of 16 bits: zeros before and behind
+  int table;                       // [kLoads] ints: the slot of each load
+  int loaded, used;                // [kLoads] barriers: a load has come, all workers are done with it
+  int exchanges;                   // [kExchanges, 2] barriers
   int rest, bytes;
 };
 
@@ -75,12 +74,16 @@ inline RowsCut rows_cut(int channels, int positions, int columns, int sums, int 
     return at - (bytes + 15) / 16 * 16;
   };
   const auto lay_out = [&](int slots) {
-    at = kFirstSlot;
+    at = 0;
     take(slots * cut.chunk_bytes + 64);  // the last rows' columns reach beyond their slot
     cut.weights = take(cut.chunks * (cut.chunk + cut.classes) * 16);
     cut.sums = take(sums);
     cut.given = take(given);
     cut.masks = take((16 * cut.tiles + 32) * 16);
+    cut.table = take(kLoads * 4);
+    cut.loaded = take(kLoads * 8);
+    cut.used = take(kLoads * 8);
+    cut.exchanges = take(kExchanges * 2 * 8);
     cut.rest = take(rest + rest_of_channel * cut.channels);
     cut.bytes = at;
   };
@@ -122,81 +125,79 @@ struct Slots {
 
   __device__ Slots(const RowsCut& cut, uint8_t* memory)
       : cut(cut), memory(memory), base(shared_address(memory)), per_image(2 * cut.chunks - cut.stay) {
-    if (threadIdx.x >= kLoads) return;
-    barrier_init(loaded(threadIdx.x), 1);
-    barrier_init(loaded(threadIdx.x) + kUsed, kWarps);
+    if (threadIdx.x != 0) return;
+    for (int i = 0; i < kLoads; ++i) {
+      barrier_init(loaded(i), 1);
+      barrier_init(used(i), kWarps);
+    }
     fence_barrier_init();
   }
 
-  __device__ uint32_t loaded(uint32_t load) const { return base + 8 * (load % kLoads); }
-  __device__ uint32_t& slot_of(uint32_t load) const {
-    return *reinterpret_cast<uint32_t*>(memory + kTable + 8 * (load % kLoads));
-  }
+  __device__ uint32_t loaded(int load) const { return base + cut.loaded + load % kLoads * 8; }
+  __device__ uint32_t used(int load) const { return base + cut.used + load % kLoads * 8; }
+  __device__ int& slot_of(int load) const { return reinterpret_cast<int*>(memory + cut.table)[load % kLoads]; }
 
   // One thread: all of a block's loads, and stores of what became of its chunks, where `to` is not null.
   __device__ void move(const void* map, int64_t image_bytes, int images, void* to, int64_t image_bytes_to) const {
-    const uint32_t loads = images * per_image;
-    const int early = cut.chunks - cut.stay;
-    uint32_t next = 0;  // the load to ask for
-    int of_image = 0;   // its number in its image
+    const int loads = images * per_image, early = cut.chunks - cut.stay;
+    int next = 0, of_image = 0;  // the load to ask for, its number in its image
     const uint8_t* from = static_cast<const uint8_t*>(map);
-    const auto fill = [&](uint32_t slot) {
+    const auto fill = [&](int slot) {
       if (next >= loads) return;
       const int chunk = of_image < cut.chunks ? of_image : per_image - 1 - of_image;
       slot_of(next) = slot;
       barrier_arrive_expect(loaded(next), cut.chunk_bytes);
-      bulk_load(slot, from + chunk * cut.chunk_bytes, cut.chunk_bytes, loaded(next), kEvictNormal);
+      bulk_load(base + slot * cut.chunk_bytes, from + chunk * cut.chunk_bytes, cut.chunk_bytes, loaded(next),
+                kEvictNormal);
       ++next;
       if (++of_image < per_image) return;
       of_image = 0;
       from += image_bytes;
     };
-    for (int slot = 0; slot < cut.slots; ++slot) fill(base + kFirstSlot + slot * cut.chunk_bytes);
+    for (int slot = 0; slot < cut.slots; ++slot) fill(slot);
     uint8_t* image_to = static_cast<uint8_t*>(to);
-    for (uint32_t first = 0; first < loads; first += per_image, image_to += image_bytes_to) {
-      uint32_t leaving = 0;  // the slot that a store still reads
+    for (int first = 0; first < loads; first += per_image, image_to += image_bytes_to) {
+      int leaving = -1;  // the slot that a store still reads
       for (int i = 0; i < per_image; ++i) {
         const int chunk = i < early ? i : cut.chunks - 1 - (i - early);
-        const uint32_t load = first + (i < cut.chunks ? chunk : i);
-        barrier_wait(loaded(load) + kUsed, load / kLoads & 1);
-        const uint32_t slot = slot_of(load);
+        const int load = first + (i < cut.chunks ? chunk : i);
+        barrier_wait(used(load), load / kLoads & 1);
+        const int slot = slot_of(load);
         if (i < early || to == nullptr) {
           fill(slot);
           continue;
         }
-        bulk_store(image_to + chunk * cut.chunk_bytes, slot, cut.chunk_bytes, kEvictNormal);
+        bulk_store(image_to + chunk * cut.chunk_bytes, base + slot * cut.chunk_bytes, cut.chunk_bytes, kEvictNormal);
         bulk_commit();
-        if (leaving != 0) {
+        if (leaving >= 0) {
           bulk_wait_read<1>();
           fill(leaving);
         }
         leaving = slot;
       }
-      if (leaving == 0) continue;
+      if (leaving < 0) continue;
       bulk_wait_read<0>();
       fill(leaving);
     }
   }
 
-  // A worker's chunk: where its barriers are, and where it lies.
+  // A worker's chunk; image counts from this block's first.
   struct Chunk {
-    uint32_t loaded, address;
+    int load;
+    uint32_t address;
   };
 
-  __device__ Chunk wait(uint32_t load) const {
+  __device__ Chunk wait(int image, int chunk, bool second_sweep) const {
+    const bool again = second_sweep && chunk < cut.chunks - cut.stay;
+    const int load = image * per_image + (again ? per_image - 1 - chunk : chunk);
     barrier_wait(loaded(load), load / kLoads & 1);
-    return {loaded(load), slot_of(load)};
-  }
-
-  // The load that the second sweep has a chunk from; first: of the image.
-  __device__ uint32_t load_of(uint32_t first, int chunk) const {
-    return first + (chunk < cut.chunks - cut.stay ? per_image - 1 - chunk : chunk);
+    return {load, base + slot_of(load) * cut.chunk_bytes};
   }
 
   // A warp is done with it, for so many of the kWarps that it is awaited from.
   __device__ void release(const Chunk& chunk, int count) const {
     __syncwarp();
-    if (static_cast<int>(threadIdx.x % 32) < count) barrier_arrive(chunk.loaded + kUsed);
+    if (static_cast<int>(threadIdx.x % 32) < count) barrier_arrive(used(chunk.load));
   }
 };
 
@@ -218,7 +219,7 @@ struct Exchange {
 
   __device__ bool is_shared() const { return slots.cut.blocks > 1; }
   __device__ int bytes() const { return (number == 0 ? slots.cut.columns * slots.cut.quads : kWarps) * 16; }
-  __device__ uint32_t barrier(int turn) const { return slots.base + kExchangeBarriers + 16 * number + turn % 2 * 8; }
+  __device__ uint32_t barrier(int turn) const { return slots.base + slots.cut.exchanges + 16 * number + turn % 2 * 8; }
 
   // Offset of what is given.
   __device__ int place(int turn) const {
@@ -291,41 +292,6 @@ __device__ __forceinline__ int weight_place(const RowsCut& cut, int channel) {
   return weight_place(cut, (channel - of_chunk) / cut.chunk, of_chunk);
 }
 
-// W_H of this block's channels, two adjacent ones of a thread at a time. The first are asked for when it is made:
-// before the copy engine fills the way to memory.
-template <class T>
-struct HeadWeights {
-  const Values& w;
-  int heads, channels, first_channel, count;  // of the map, and of this block
-  int channel = 2 * threadIdx.x;
-  uint2 raw[kHeads];
-
-  __device__ HeadWeights(const Values& w, int heads, int channels, int first_channel, int count)
-      : w(w), heads(heads), channels(channels), first_channel(first_channel), count(count) {
-    load();
-  }
-
-  __device__ void load() {
-#pragma unroll
-    for (int k = 0; k < kHeads; ++k)
-      raw[k] = k < heads && channel < count ? raw_pair(w, k * channels + first_channel + channel) : make_uint2(0, 0);
-  }
-
-  // visit(channel of this block, its and the next one's of each head).
-  template <class Visit>
-  __device__ void each(Visit&& visit) {
-    for (; channel < count; channel += 2 * kWorkers, load()) {
-      uint32_t words[kHeads];
-#pragma unroll
-      for (int k = 0; k < kHeads; ++k) {
-        const float2 weight = pair_from<T>(w, raw[k]);
-        words[k] = packed<T>(weight.x, weight.y);
-      }
-      visit(channel, words);
-    }
-  }
-};
-
 // The first sweep: sums[i, position] = Σ_c weights[c, i] z[c, position] of this block's channels, given to the other
 // block too. After a barrier of the workers; one must follow.
 template <class T>
@@ -340,40 +306,36 @@ __device__ __forceinline__ void sum_over_channels(const Slots& slots, const Exch
   const uint32_t lane_row = cut.classes * (lane % 8 + lane / 16 * 8) + row_class;
   const uint32_t lane_offset =
       2 * (lane_row * positions - shift_of(row_class, positions)) + lane / 8 % 2 * 16 + 32 * group;
-  // What the loop wants again and again; addresses of weights and of the second tile follow from others.
-  const uint32_t block_bytes = kept(32 * cut.classes * positions), second_tile = kept(32 * groups);
-  const uint32_t weights_step = kept(16 * (cut.chunk + cut.classes - cut.chunk / cut.classes));
-  const int own_tiles = kept(group >= cut.tiles ? 0 : group + groups >= cut.tiles ? 1 : kColumnTiles);
+  const uint32_t block_bytes = 32 * cut.classes * positions;
   uint32_t weights = slots.base + cut.weights + 16 * (weight_place(cut, 0, row_class) + lane % 16);
-  const uint32_t first = image * slots.per_image, leave = kept(first + cut.chunks - cut.stay);
-  const uint32_t end = kept(first + cut.chunks);
-  for (uint32_t load = first; load < end; ++load) {
-    const Slots::Chunk z = slots.wait(load);
+  for (int chunk = 0; chunk < cut.chunks; ++chunk) {
+    const Slots::Chunk z = slots.wait(image, chunk, false);
     uint32_t fragments = z.address + lane_offset;
-#pragma unroll 1
     for (int block = 0; block < blocks; ++block) {
-      uint32_t weight[2], fragment[kColumnTiles][4];
-      load_matrix_transposed(weight, weights);
+      uint32_t weight[2];
+      load_matrix_transposed(weight, weights + 256 * block);
+      uint32_t fragment[kColumnTiles][4];
 #pragma unroll
       for (int u = 0; u < kColumnTiles; ++u)
-        if (u < own_tiles) load_matrix_transposed(fragment[u], fragments + second_tile * u);
+        if (group + groups * u < cut.tiles) load_matrix_transposed(fragment[u], fragments + 32 * groups * u);
 #pragma unroll
       for (int u = 0; u < kColumnTiles; ++u)
-        if (u < own_tiles) mma<T>(both[u], fragment[u], weight[0], weight[1]);
-      weights += 256;
+        if (group + groups * u < cut.tiles) mma<T>(both[u], fragment[u], weight[0], weight[1]);
       fragments += block_bytes;
     }
-    weights += weights_step;
-    if (load < leave) slots.release(z, 1);  // the others stay
+    weights += 16 * (cut.chunk + cut.classes);
+    if (chunk < cut.chunks - cut.stay) slots.release(z, 1);  // the others stay
   }
   workers_sync();  // what was where the sums belong is not used any more
   float* sums = reinterpret_cast<float*>(slots.memory + cut.sums);  // [classes, columns, pitch]
-  float* own_sums = sums + (row_class * cut.columns + 2 * column) * cut.pitch + 16 * group + row;
 #pragma unroll
-  for (int u = 0; u < kColumnTiles; ++u, own_sums += 16 * groups) {
-    if (u >= own_tiles || 2 * column >= cut.columns) continue;  // columns are an even number
+  for (int u = 0; u < kColumnTiles; ++u) {
+    const int tile = group + groups * u;
+    if (tile >= cut.tiles) continue;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) own_sums[i % 2 * cut.pitch + i / 2 * 8] = both[u][i];
+    for (int i = 0; i < 4; ++i)
+      if (2 * column + i % 2 < cut.columns)
+        sums[(row_class * cut.columns + 2 * column + i % 2) * cut.pitch + 16 * tile + i / 2 * 8 + row] = both[u][i];
   }
   workers_sync();
   // Of all classes, four positions a thread. The result lies where the first class's sums were, which nobody else
@@ -395,17 +357,18 @@ __device__ __forceinline__ void sum_over_channels(const Slots& slots, const Exch
 
 // In the second sweep a warp has 16 channels of its team's chunks, `classes` apart.
 struct OwnRows {
+  int team, team_threads;
   int last;                // chunk of its team
   int unit, first, shift;  // first: channel, in the chunk
   uint32_t weights;        // address of this lane's row, in the first chunk
   uint32_t masks;          // of what belongs to column 0
   uint32_t row;            // offset of this lane's row of a matrix, in a chunk
-  uint32_t head;           // real_pair of the first eight columns
-  uint32_t tails[2][2];    // of both halves of the last two tiles; between there are none but its row's elements
 
   __device__ OwnRows(const Slots& slots, int positions) {
     const RowsCut& cut = slots.cut;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, units = cut.chunk / 16, team = warp / units;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, units = cut.chunk / 16;
+    team = warp / units;
+    team_threads = 32 * units;
     last = cut.chunks - 1 - ((cut.chunks - 1 - team) & (cut.teams - 1));
     unit = warp % units;
     const int row_class = unit & (cut.classes - 1);
@@ -414,37 +377,36 @@ struct OwnRows {
     weights = slots.base + cut.weights + 16 * (weight_place(cut, 0, first) + lane % 16);
     masks = slots.base + cut.masks + 16 * (16 - shift + lane % 16);
     row = 2 * ((first + cut.classes * (lane % 16)) * positions - shift) + lane / 16 * 16;
-    head = real_pair(0, positions);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) tails[i / 2][i % 2] = real_pair(16 * (cut.tiles - 2) + 8 * i, positions);
   }
 
-  // Σ_s z[c, s] masks[s] of these channels, the last tiles first.
+  // All warps of the team.
+  __device__ void sync() const { named_sync(2 + team, team_threads); }
+
+  // Σ_s z[c, s] masks[s] of these channels. Reads what lies around its rows too, and leaves it out.
   template <class T>
-  __device__ void sum_over_positions(const Slots& slots, uint32_t chunk, float (&sums)[4]) const {
-    const int last_pair = slots.cut.tiles - 2;
-    uint32_t z = chunk + row + 32 * last_pair, mask_row = masks + 256 * last_pair;
+  __device__ void sum_over_positions(const Slots& slots, uint32_t chunk, int positions, float (&sums)[4]) const {
+    const int tiles = slots.cut.tiles;
+    const uint32_t z = chunk + row;
     float chains[2][4] = {};  // of products that don't wait for each other
-    for (int tile = last_pair; tile >= -1; tile -= 2, z -= 64, mask_row -= 512) {
+    for (int tile = 0; tile < tiles; tile += 2) {
       uint32_t fragment[2][4], mask[2][2];
-      if (tile >= 0) {
-        load_matrix(fragment[0], z);
-        load_matrix_transposed(mask[0], mask_row);
+#pragma unroll
+      for (int chain = 0; chain < 2; ++chain) {
+        if (tile + chain >= tiles) continue;
+        load_matrix(fragment[chain], z + 32 * (tile + chain));
+        load_matrix_transposed(mask[chain], masks + 256 * (tile + chain));
       }
-      load_matrix(fragment[1], z + 32);
-      load_matrix_transposed(mask[1], mask_row + 256);
-      // Other rows' elements may be infinite.
-      if (tile == last_pair)
 #pragma unroll
-        for (int i = 0; i < 8; ++i) fragment[i / 4][i % 4] &= tails[i / 4][i % 4 / 2];
-      if (tile <= 0)
+      for (int chain = 0; chain < 2; ++chain) {
+        const int begin = 16 * (tile + chain);
+        if (tile + chain >= tiles) continue;
+        if (begin < shift || begin + 16 - shift > positions) {  // other rows' elements, which may be infinite
+          const uint32_t real[] = {real_pair(begin, positions), real_pair(begin + 8, positions)};
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          fragment[0][i] &= head;
-          if (tile < 0) fragment[1][i] &= head;
+          for (int i = 0; i < 4; ++i) fragment[chain][i] &= real[i / 2];
         }
-      if (tile >= 0) mma<T>(chains[0], fragment[0], mask[0][0], mask[0][1]);
-      mma<T>(chains[1], fragment[1], mask[1][0], mask[1][1]);
+        mma<T>(chains[chain], fragment[chain], mask[chain][0], mask[chain][1]);
+      }
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) sums[i] = chains[0][i] + chains[1][i];

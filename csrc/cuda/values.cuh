@@ -123,10 +123,10 @@ __device__ __forceinline__ uint16_t bits_of(T value) {
   return *reinterpret_cast<const uint16_t*>(&value);
 }
 
-// The word of memory that has a number, and what it is: apart, so that several loads are under way at a time. A word
-// has two of 16 bits.
+// A number as memory has it, and what it is: apart, so that several loads are under way at a time.
 __device__ __forceinline__ uint32_t raw_value(const Values& values, int index) {
-  return static_cast<const uint32_t*>(values.data)[values.kind == Kind::kFloat ? index : index / 2];
+  return values.kind == Kind::kFloat ? static_cast<const uint32_t*>(values.data)[index]
+                                     : static_cast<const uint16_t*>(values.data)[index];
 }
 
 __device__ __forceinline__ float value_from(const Values& values, uint32_t raw) {
@@ -135,20 +135,6 @@ __device__ __forceinline__ float value_from(const Values& values, uint32_t raw) 
     case Kind::kBFloat16: return unpacked<__nv_bfloat16>(raw).x;
     default: return __uint_as_float(raw);
   }
-}
-
-// Two adjacent values as memory has them, and what they are: apart, so that several loads are under way at a time.
-__device__ __forceinline__ uint2 raw_pair(const Values& values, int index) {
-  // Not one load or another into the same registers, of which the second would wait for the first.
-  const bool wide = values.kind == Kind::kFloat;
-  const uint32_t* from = reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(values.data) +
-                                                           static_cast<int64_t>(index) * (wide ? 2 : 1));
-  return make_uint2(from[0], wide ? from[1] : 0);
-}
-
-template <class T>
-__device__ __forceinline__ float2 pair_from(const Values& values, uint2 raw) {
-  return values.kind == Kind::kFloat ? make_float2(__uint_as_float(raw.x), __uint_as_float(raw.y)) : unpacked<T>(raw.x);
 }
 
 // The lower half of a word.

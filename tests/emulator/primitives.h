@@ -184,11 +184,6 @@ inline void cluster_arrive(Site site = Site::here()) {
   emulator::cluster_arrive();
 }
 
-inline void cluster_arrive_relaxed(Site site = Site::here()) {
-  emulator::enter("cluster_arrive_relaxed", site);
-  emulator::cluster_arrive();
-}
-
 inline void cluster_wait(Site site = Site::here()) {
   emulator::enter("cluster_wait", site);
   emulator::cluster_wait();
