@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
 
   if (a.dw == nullptr) return;
   __syncthreads();  // nobody needs the slots any more
-  add_groups(sums, group, cut.groups, blockDim.x, reinterpret_cast<float*>(memory), kHeads * a.channels,
+  add_groups(sums, group, cut.groups, reinterpret_cast<float*>(memory), kHeads * a.channels,
              [&](int i) { return has(i / kHeads) ? i % kHeads * a.channels + channel + 32 * (i / kHeads) : -1; });
   if (group > 0) return;
   float* dw = a.dw + static_cast<int64_t>(blockIdx.x) * a.heads * a.channels + channel;
