@@ -481,6 +481,10 @@ def test_step_in_several_processes(monkeypatch, tmp_path, capsys):
     (path,) = tmp_path.glob("step-*.json")
     ratios = [row["ratio"] for row in json.loads(path.read_text())["rows"]]
     assert len(ratios) == 2 and f"median ratio {sum(ratios) / 2:.4f} of 2 processes" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["step", "--processes", "0"])
+    with pytest.raises(SystemExit):
+        step.main()
+    assert "--processes must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_step_of_the_official_nets(monkeypatch):
