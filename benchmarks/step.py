@@ -5,7 +5,7 @@ eager; captured, which is the eager step replayed as a CUDA graph, so the device
 --model official: ar_kernels.official's WARN with 3×3 heads, regulariser on, and the official form in plain PyTorch.
 Blocks of steps of the nets take turns, so that clocks and heat meet all; ratios are between neighbours, over the plain
 net. Peak memory is a net's own: weights, what a step saves, gradients. cuDNN chooses its kernels anew in each process,
-which moves a ratio by a hundredth: --processes measures in several, a row each, and prints their median.
+which moves a ratio by a hundredth or two: --processes measures in several, a row each, and prints their median.
 """
 
 import argparse
@@ -201,6 +201,8 @@ def main() -> None:
     parser.add_argument("--labels", type=int, default=100)
     parser.add_argument("--processes", type=int, default=1, help="that measure one after the other, a row each")
     arguments = parser.parse_args()
+    if arguments.processes < 1:
+        parser.error(f"--processes must be at least 1, got {arguments.processes}")
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = "step" if arguments.model == "attentive" else f"step-{arguments.model}"
     sizes = (arguments.depth, arguments.width, arguments.batch, arguments.labels)

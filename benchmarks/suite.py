@@ -214,6 +214,8 @@ def rival_contender(problem: Problem, rival: Rival, kind: str) -> Contender:
 
 
 def _distance(mine: Tensor, truth: Tensor) -> float:
+    if not truth.any():  # the gradient of an only head's score: its gate is 1 whatever it is
+        return float("inf") if mine.any() else 0.0
     return float((mine.double() - truth).norm() / truth.norm())
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -183,6 +184,18 @@ def test_parts_are_all_shards_once(capsys):
     with pytest.raises(SystemExit):
         main.main(["run", "--list", "--part", "2/2"])
     assert "must be I/COUNT with I from 0 to COUNT - 1, got '2/2'" in capsys.readouterr().err
+
+
+def test_an_only_head_is_right_though_its_score_has_no_gradient(monkeypatch):
+    one_head = replace(TINY[0], case=replace(TINY[0].case, K=1))
+    assert {row["correct"] for row in measured([one_head], level="eager")[0]} == {True}
+
+    def strayed(z, mask, output, gate):
+        return rivals.matmul(z, mask, output, gate) + 1e-6 * (gate - gate.detach()).sum()
+
+    monkeypatch.setattr(suite, "RIVALS", (rival(strayed),))
+    found = [row["correct"] for row in measured([one_head], level="eager")[0] if row["implementation"] == "mine"]
+    assert found == [False, False]
 
 
 @pytest.mark.parametrize(
@@ -468,6 +481,10 @@ def test_step_in_several_processes(monkeypatch, tmp_path, capsys):
     (path,) = tmp_path.glob("step-*.json")
     ratios = [row["ratio"] for row in json.loads(path.read_text())["rows"]]
     assert len(ratios) == 2 and f"median ratio {sum(ratios) / 2:.4f} of 2 processes" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["step", "--processes", "0"])
+    with pytest.raises(SystemExit):
+        step.main()
+    assert "--processes must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_step_of_the_official_nets(monkeypatch):
