@@ -71,8 +71,10 @@ has_sweeps._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def sweeps_float32(feature_map: Tensor, heads: int) -> bool:
-    """Whether csrc/cuda has sweeps for a float32 map of such sizes and strides, and for its gradient, on Hopper. Where it
-    does not begin at a multiple of 16 bytes, which a traced graph cannot ask, Triton's kernels will run after all."""
+    """Whether csrc/cuda has sweeps for a float32 map of such sizes and strides, and for its gradient, on Hopper.
+
+    Where it does not begin at a multiple of 16 bytes, which a traced graph cannot ask, Triton's kernels will run after
+    all."""
     if not SWEEPS_FLOAT32 or feature_map.dtype != torch.float32 or heads > 4 or not has_sweeps():
         return False
     channels, sizes, strides = feature_map.shape[1], feature_map.shape, feature_map.stride()

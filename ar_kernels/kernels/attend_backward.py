@@ -545,6 +545,7 @@ def attend_backward(
     """Launches the sweep and the sums into dz (z's shape, contiguous or channels_last), dw and dscore_w [K, C] and
     dscore_b [K] (float32, float64 for a float64 map); what is None is not computed, the two scores' go together."""
     (images, channels), heads, has_mean = z.shape[:2], w.shape[0], grad_mean is not None
+    upstream = hopper.upstream_as_read(z, w, score_w, upstream, dz)
     plan = _plan(
         z.shape, z.stride(),
         None if upstream is None else upstream.stride(), None if dz is None else dz.stride(),

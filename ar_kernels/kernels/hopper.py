@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from . import launch
-from .heuristics import Chip
+from . import heuristics, launch
 from .tiles import MapStrides
 
 _library = torch.library.Library(native.NAMESPACE, "IMPL")
@@ -54,7 +53,7 @@ def can_read(z: Tensor, w: Tensor, *others: Tensor | None) -> bool:
     )
 
 
-def _is_faster(z: MapStrides, channels: int, itemsize: int, chip: Chip) -> bool:
+def _is_faster(z: MapStrides, channels: int, itemsize: int, chip: heuristics.Chip) -> bool:
     """Where this replaces Triton; docs/performance.md has the measurements."""
     if chip.capability != 9:
         return False
@@ -64,7 +63,13 @@ def _is_faster(z: MapStrides, channels: int, itemsize: int, chip: Chip) -> bool:
 
 
 def forward_sweep(
-    z: MapStrides, sizes: Sequence[int], strides: Sequence[int], heads: int, itemsize: int, alike: bool, chip: Chip
+    z: MapStrides,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    heads: int,
+    itemsize: int,
+    alike: bool,
+    chip: heuristics.Chip,
 ) -> tuple[Any, int]:
     """The operator for such maps and into how many splits it cuts an image, whose parts are then to be merged; or None
     and 0: the Triton kernel is faster, or there is none. alike: as in heuristics.sweep_config."""
@@ -82,13 +87,28 @@ def backward_sweep(
     dz_strides: Sequence[int] | None,
     heads: int,
     itemsize: int,
-    chip: Chip,
+    chip: heuristics.Chip,
 ) -> tuple[Any, int]:
     """The operator for such maps and the number of its shares of dW_H, or None and 0."""
     if not _is_faster(z, sizes[1], itemsize, chip):
         return None, 0
     programs = _operators().sweep_backward_programs(sizes, strides, up_strides, dz_strides, heads, itemsize)
     return (_operators().sweep_backward_.default, programs) if programs else (None, 0)
+
+
+def upstream_as_read(
+    z: Tensor, w: Tensor, score_w: Tensor | None, upstream: Tensor | None, dz: Tensor | None
+) -> Tensor | None:
+    """upstream, copied to dz's layout where these sweeps take a float32 map, but no upstream like this one.
+
+    Triton's would make other logits than the forward sweep did, and its lse would not match them: half as exact, and
+    slower."""
+    if upstream is None or dz is None or heuristics.chip(z.get_device()).capability != 9:
+        return upstream
+    takes_map = native.sweeps_float32(z, w.shape[0]) and can_read(z, w, score_w, dz)
+    if not takes_map or (upstream.stride() == dz.stride() and can_read(z, w, upstream)):
+        return upstream
+    return torch.empty_like(dz).copy_(upstream)
 
 
 def makes_pooled_gradient(dtype: torch.dtype) -> bool:

@@ -376,7 +376,7 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
     float gate = head < a.gated ? __expf(gate_tanh(score)) : 0.f, total = gate;
     total += __shfl_xor_sync(kAll, total, 4);
     total += __shfl_xor_sync(kAll, total, 8);
-    gate = __fdividef(gate, total);
+    gate /= total;  // exactly 1 for the only head, whose score then gets no gradient
     if (warp == 0 && column == 0 && row < a.heads) {
       a.scores[static_cast<int64_t>(image) * a.heads + row] = score;
       if (row < a.gated) a.gates[static_cast<int64_t>(image) * a.gated + row] = gate;

@@ -167,25 +167,35 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
 #pragma unroll
     for (int lanes = kHeads; lanes < kValues; lanes *= 2) d += __shfl_xor_sync(kAll, d, lanes);
     if (cut.groups > 1) {
-      if (of_group == 0 && lane < kHeads) all_m[group * kHeads + lane] = m, all_d[group * kHeads + lane] = d;
-      __syncthreads();
-      const float own = m;
-      for (int other = 0; other < cut.groups; ++other) m = maximum(m, all_m[other * kHeads + head]);
-      const float start = origin(m), scale = expf(own - start);
-      d = 0;
-      for (int other = 0; other < cut.groups; ++other)
-        d += all_d[other * kHeads + head] * expf(all_m[other * kHeads + head] - start);
-#pragma unroll
-      for (int k = 0; k < kHeads; ++k) {
-        const float of_head = __shfl_sync(kAll, scale, k);
-#pragma unroll
-        for (int j = 0; j < kOwn; ++j) sums[j * kRows + k] *= of_head;
-      }
       const bool all_rows = a.mean != nullptr;
-      add_groups(sums, group, cut.groups, buffer, kRows * a.channels, [&](int i) {
+      const auto offset = [&](int i) {
         const int j = i / kRows, k = i % kRows;
         return has(j) && (k < a.heads || (k == kHeads && all_rows)) ? k * a.channels + channel + 32 * j : -1;
-      });
+      };
+      const auto give = [&](int pair) {
+        if (of_group == 0 && lane < kHeads) all_m[pair * kHeads + lane] = m, all_d[pair * kHeads + lane] = d;
+      };
+      const auto take = [&](int pair) {
+        const float other = all_m[pair * kHeads + head], most = maximum(m, other), start = origin(most);
+        const float scale = expf(m - start), of_other = expf(other - start);
+        m = most;
+        d = d * scale + all_d[pair * kHeads + head] * of_other;
+        float4 scales, of_others;  // of all heads
+        scales.x = __shfl_sync(kAll, scale, 0), of_others.x = __shfl_sync(kAll, of_other, 0);
+        scales.y = __shfl_sync(kAll, scale, 1), of_others.y = __shfl_sync(kAll, of_other, 1);
+        scales.z = __shfl_sync(kAll, scale, 2), of_others.z = __shfl_sync(kAll, of_other, 2);
+        scales.w = __shfl_sync(kAll, scale, 3), of_others.w = __shfl_sync(kAll, of_other, 3);
+        return [=](int i, float own, float value) {
+          switch (i % kRows) {
+            case 0: return own * scales.x + value * of_others.x;
+            case 1: return own * scales.y + value * of_others.y;
+            case 2: return own * scales.z + value * of_others.z;
+            case 3: return own * scales.w + value * of_others.w;
+            default: return own + value;
+          }
+        };
+      };
+      add_groups(sums, group, cut.groups, buffer, kRows * a.channels, offset, give, take);
       if (group > 0) continue;
     }
 

@@ -190,25 +190,38 @@ struct TilePlace {
   __device__ TilePlace after(int by) const { return TilePlace(tiles, row, tile + by); }
 };
 
-// Adds up the groups' values, in the same order every time; the first group gets the sums. to: where this lane's values
-// of what the first group gives lie in `buffer`, `step` floats apart; the next group's lie `group_step` further.
-template <int kValues, class Offset>
+// Adds up the groups' values, in the same order every time; the first group gets the sums. offset(i): where this lane's
+// i-th value lies in `buffer` when the first group takes it, -1 for one that nobody wants; the next group's lies
+// `group_step` further. Where values are not just added: give(pair) by a group that gives, before, and take(pair) by
+// one that takes, after, which returns how its own i-th value and the other's become one.
+template <int kValues, class Offset, class Give, class Take>
 __device__ __forceinline__ void add_groups(float (&values)[kValues], int group, int groups, float* buffer,
-                                           int group_step, const Offset& offset) {
+                                           int group_step, const Offset& offset, const Give& give, const Take& take) {
   for (int left = groups; left > 1;) {
-    const int half = (left + 1) / 2;
-    if (group >= half && group < left)
+    const int half = (left + 1) / 2, pair = group < half ? group : group - half;
+    if (group >= half && group < left) {
+      give(pair);
 #pragma unroll
       for (int i = 0; i < kValues; ++i)
-        if (offset(i) >= 0) buffer[(group - half) * group_step + offset(i)] = values[i];
+        if (offset(i) >= 0) buffer[pair * group_step + offset(i)] = values[i];
+    }
     __syncthreads();
-    if (group + half < left)
+    if (group + half < left) {
+      const auto sum = take(pair);
 #pragma unroll
       for (int i = 0; i < kValues; ++i)
-        if (offset(i) >= 0) values[i] += buffer[group * group_step + offset(i)];
+        if (offset(i) >= 0) values[i] = sum(i, values[i], buffer[pair * group_step + offset(i)]);
+    }
     __syncthreads();
     left = half;
   }
+}
+
+template <int kValues, class Offset>
+__device__ __forceinline__ void add_groups(float (&values)[kValues], int group, int groups, float* buffer,
+                                           int group_step, const Offset& offset) {
+  const auto sum = [](int, float own, float other) { return own + other; };
+  add_groups(values, group, groups, buffer, group_step, offset, [](int) {}, [&](int) { return sum; });
 }
 
 #endif  // AR_HOPPER
