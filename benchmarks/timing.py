@@ -140,6 +140,7 @@ def peak_bytes(call: Call) -> int:
     """The most memory that one call holds at once above what was held before it, its results included."""
     call()
     torch.cuda.synchronize()
+    gc.collect()
     time.sleep(0.05)  # autograd's thread lets go of the last gradients when the call has returned
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
