@@ -115,30 +115,35 @@ class BuildNative(build_ext):
         own += ["-Werror"] if strict else []
         if sanitize:
             own += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-g"]
-        commands = []
+        cpu = []
         for source in [*sorted(CSRC.glob("*.cpp")), *sorted((CSRC / "cpu").glob("*.cpp"))]:
             each = TARGETS.items() if source.name in PER_TARGET else [("", [])]
             for target, flags in each:
                 output = objects / f"{source.stem}{target and '-' + target}.o"
                 define = [f"-DAR_TARGET={target}"] if target else []
-                commands.append([compiler, *include, *own, *define, *flags, "-c", str(source), "-o", str(output)])
-        run_all(commands)
-        built = f"CPU ({', '.join(TARGETS)})"
+                cpu.append([compiler, *include, *own, *define, *flags, "-c", str(source), "-o", str(output)])
 
-        linker = [compiler]
-        cuda = sorted([*(CSRC / "cuda").glob("*.cu"), *(CSRC / "cuda").glob("*.cpp")])
+        # All at once, the CUDA sources first: the largest of them take longest.
         archs = os.environ.get("AR_KERNELS_CUDA_ARCHS", CUDA_ARCHS).replace(";", " ").split()
-        if cuda and archs:
-            try:
-                added = cuda_commands(cuda, archs, include, objects, strict)
-                run_all(added)
-                commands += added
-                linker = [added[0][0], "-cudart", "static"]  # nvcc knows where its libraries are
-                built += f", CUDA ({', '.join(archs)})"
-            except (CannotBuild, subprocess.CalledProcessError) as error:
-                if MODE == "1" and not isinstance(error, CannotBuild):
-                    raise
-                built += f"; not for CUDA: {reason(error)}"
+        cuda, why_not = cuda_commands(archs, include, objects, strict) if archs else ([], None)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            of_cuda, of_cpu = ([pool.submit(run, command) for command in commands] for commands in (cuda, cpu))
+        for result in of_cpu:
+            result.result()
+        linker, commands, built = [compiler], cpu, f"CPU ({', '.join(TARGETS)})"
+        try:
+            for result in of_cuda:
+                result.result()
+        except subprocess.CalledProcessError as error:
+            if MODE == "1":
+                raise
+            cuda, why_not = [], reason(error)
+        if cuda:
+            linker = [cuda[0][0], "-cudart", "static"]  # nvcc knows where its libraries are
+            commands = [*cpu, *cuda]
+            built += f", CUDA ({', '.join(archs)})"
+        elif why_not:
+            built += f"; not for CUDA: {why_not}"
 
         link = [*linker, "-shared", *(command[-1] for command in commands), "-o", str(library), f"-L{torch / 'lib'}"]
         if sys.platform == "linux":
@@ -155,27 +160,27 @@ class BuildNative(build_ext):
 
 
 def cuda_commands(
-    sources: list[Path], archs: list[str], include: list[str], objects: Path, strict: bool
-) -> list[list[str]]:
-    """How nvcc compiles each source for every arch, and for GPUs that are not named as PTX of the oldest."""
+    archs: list[str], include: list[str], objects: Path, strict: bool
+) -> tuple[list[list[str]], str | None]:
+    """How nvcc compiles each source of csrc/cuda for every arch, and for GPUs that are not named as PTX of the oldest,
+    where that is one that others understand. None of them: why not, unless there is nothing to compile."""
+    sources = sorted(
+        [*(CSRC / "cuda").glob("*.cu"), *(CSRC / "cuda").glob("*.cpp")], key=lambda path: -path.stat().st_size
+    )
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
     if nvcc is None:
-        raise CannotBuild("there is no nvcc")
+        return [], "there is no nvcc" if sources else None
     code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     oldest = min(archs, key=lambda arch: int("".join(filter(str.isdigit, arch))))
-    code.append(f"-gencode=arch=compute_{oldest},code=compute_{oldest}")
-    flags = ["-O3", "--threads", "2", "-Xcompiler", "-fPIC,-fvisibility=hidden", *code]
+    if oldest.isdigit():  # 90a's runs on 9.0 alone
+        code.append(f"-gencode=arch=compute_{oldest},code=compute_{oldest}")
+    flags = ["-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *code]
     flags += ["-Werror", "all-warnings"] if strict else []
-    return [
+    commands = [
         [nvcc, *include, *flags, "-c", str(source), "-o", str(objects / f"{source.stem}-cuda.o")] for source in sources
     ]
-
-
-def run_all(commands: list[list[str]]) -> None:
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(run, commands):
-            pass
+    return commands, None
 
 
 def run(command: list[str]) -> None:
