@@ -102,17 +102,20 @@ def test_attend(taps, shape, layout, dtype, fused, device):
             assert_finite(operators.gated_attend3x3_backward(z, weight, score_weight, *kept, *wanted))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
 @pytest.mark.parametrize(
-    ("layout", "n", "c", "h", "w", "mean"),
+    ("layout", "n", "c", "h", "w", "mean", "dtype"),
     [
-        ("channels_last", 3, 64, 3, 5, True),
-        ("channels_last", 2, 1152, 5, 7, False),
-        ("contiguous", 3, 32, 6, 12, True),
-        ("contiguous", 2, 640, 8, 8, False),
-        ("contiguous", 3, 128, 7, 7, True),
-        ("contiguous", 2, 256, 14, 14, False),
+        *(("channels_last", 3, 64, 3, 5, True, dtype) for dtype in DTYPES),
+        *(("channels_last", 2, 1152, 5, 7, False, dtype) for dtype in DTYPES),
+        *(("contiguous", 3, 128, 7, 7, True, dtype) for dtype in DTYPES),
+        *(("contiguous", 2, 256, 14, 14, False, dtype) for dtype in DTYPES),
+        ("contiguous", 3, 32, 6, 12, True, torch.float32),
+        ("contiguous", 2, 640, 8, 8, False, torch.float32),
     ],
+    ids=str,
 )
 def test_sweeps(native_sweeps, layout, n, c, h, w, mean, dtype, device):
     values, operators = Values(device), ops._operators("triton")

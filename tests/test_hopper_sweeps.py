@@ -100,8 +100,8 @@ WRAPPER = """
       return rows == kRows ? sweep_forward_rows(a, nullptr) : sweep_forward(a, nullptr);
     }
 """
-# What a map's layout is called there: channels_last; NCHW by whole rows; NCHW by tiles of positions.
-LAST, ROWS, TILES = range(3)
+# What a map's layout is called there: channels_last, or NCHW.
+LAST, ROWS = range(2)
 
 SOURCES = [
     f"csrc/cuda/attend_{direction}{kind}.cu"
@@ -142,9 +142,6 @@ def shares(kernels, sizes, maps, rows, processors=2):
         (ROWS, 2, 256, 196, 3, True, False, False),
         (ROWS, 1, 128, 16, 1, False, False, False),
         (ROWS, 2, 1664, 196, 4, True, False, False),  # more chunks than slots
-        (TILES, 2, 32, 200, 4, True, True, True),
-        (TILES, 3, 320, 64, 3, False, True, False),
-        (TILES, 1, 640, 72, 1, True, False, False),
     ],
 )
 def test_backward(kernels, dtype, rows, images, channels, positions, heads, mean, tapped, direct):
@@ -202,8 +199,6 @@ def test_backward(kernels, dtype, rows, images, channels, positions, heads, mean
         (LAST, 3, 512, 70, 2, 0),  # or its tiles of several
         (LAST, 3, 1024, 50, 3, 2),
         (LAST, 2, 2048, 20, 1, 0),
-        (TILES, 3, 320, 72, 4, 3),
-        (TILES, 2, 32, 64, 2, 0),
         (ROWS, 3, 128, 49, 4, 3),
         (ROWS, 2, 1152, 49, 3, 3),  # a block's threads have several pairs of channels
         (ROWS, 2, 256, 196, 1, 0),
@@ -364,12 +359,8 @@ def test_float_backward(kernels, rows, images, channels, positions, heads, mean,
         (ROWS, 2, 1664, 196, 4, 4, True, False),  # more chunks than slots
         (ROWS, 1, 1152, 49, 4, 4, True, False),  # a block's threads have several pairs of channels
         (ROWS, 6, 512, 84, 4, 4, True, True),  # images that follow each other in a cluster
-        (TILES, 2, 32, 200, 4, 4, True, True),
-        (TILES, 3, 320, 64, 3, 2, False, True),
         (LAST, 19, 64, 40, 3, 2, True, True),  # images that follow each other in a block
         (LAST, 5, 512, 49, 4, 4, True, True),
-        (TILES, 17, 64, 72, 4, 3, True, True),
-        (TILES, 1, 640, 72, 1, 0, True, False),
     ],
 )
 def test_forward(kernels, dtype, rows, images, channels, positions, heads, gated, mean, logits):
@@ -418,8 +409,7 @@ def merged(part_m, part_d, part_p):
 
 @emulated
 @pytest.mark.parametrize("mean", [False, True])
-@pytest.mark.parametrize("rows", [LAST, TILES])
-def test_few_images_are_split(kernels, rows, mean):
+def test_few_images_are_split(kernels, mean):
     torch.manual_seed(0)
     images, channels, positions, heads = 2, 128, 600, 3
     z = torch.randn(images, channels, positions).bfloat16()
@@ -428,7 +418,7 @@ def test_few_images_are_split(kernels, rows, mean):
 
     def call(*splits_and_parts):
         kernels.forward(
-            1, images, channels, positions, heads, 0, layout(z, rows), rows, w, 1, b, None, None, None, None, logits,
+            1, images, channels, positions, heads, 0, layout(z, LAST), LAST, w, 1, b, None, None, None, None, logits,
             z if mean else None, None, None, None, *splits_and_parts, processors=9,
         )  # fmt: skip
 
@@ -449,11 +439,11 @@ def test_few_images_are_split(kernels, rows, mean):
 
 @emulated
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("rows", [LAST, ROWS, TILES])
+@pytest.mark.parametrize("rows", [LAST, ROWS])
 def test_what_is_not_finite_stays_in_its_image(kernels, rows, value):
     """P as PyTorch makes it, NaN where it has NaN; of dZ and dW_H, that other images have nothing of it."""
     torch.manual_seed(0)
-    images, channels, positions, heads = 3, 256, 56 if rows == TILES else 49, 4
+    images, channels, positions, heads = 3, 256, 49, 4
     z = torch.randn(images, channels, positions).bfloat16()
     z[1, 100, 48] = value
     w = torch.randn(heads, channels).bfloat16() / 16
@@ -729,24 +719,32 @@ def test_a_graph_tells_float32_maps_apart(layout, monkeypatch):
 # ---------------------------------------------------------------------------------------------- on a GPU
 
 
+OF_ANY_DTYPE = [
+    ("channels_last", 5, 1024, 14, 14, 4, True),
+    ("channels_last", 300, 2048, 7, 7, 4, False),
+    ("channels_last", 140, 768, 3, 5, 3, True),
+    ("channels_last", 2, 64, 3, 5, 1, False),
+    ("channels_last", 3, 1152, 5, 7, 4, True),
+    ("channels_last", 2, 256, 40, 30, 4, True),
+    ("contiguous", 5, 1024, 14, 14, 4, False),
+    ("contiguous", 300, 2048, 7, 7, 4, False),
+    ("contiguous", 140, 384, 6, 6, 3, False),
+    ("contiguous", 3, 128, 7, 7, 4, False),
+    ("contiguous", 2, 128, 14, 14, 1, False),
+]
+OF_FLOAT32 = [
+    ("contiguous", 140, 320, 16, 16, 4, True),
+    ("contiguous", 2, 32, 4, 4, 1, True),
+    ("contiguous", 2, 256, 40, 30, 4, True),
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
-    ("layout", "n", "c", "h", "w", "k", "tap"),
+    ("layout", "n", "c", "h", "w", "k", "tap", "dtype"),
     [
-        ("channels_last", 5, 1024, 14, 14, 4, True),
-        ("channels_last", 300, 2048, 7, 7, 4, False),
-        ("channels_last", 140, 768, 3, 5, 3, True),
-        ("channels_last", 2, 64, 3, 5, 1, False),
-        ("channels_last", 3, 1152, 5, 7, 4, True),
-        ("channels_last", 2, 256, 40, 30, 4, True),
-        ("contiguous", 5, 1024, 14, 14, 4, False),
-        ("contiguous", 300, 2048, 7, 7, 4, False),
-        ("contiguous", 140, 384, 6, 6, 3, False),
-        ("contiguous", 140, 320, 16, 16, 4, True),
-        ("contiguous", 2, 32, 4, 4, 1, True),
-        ("contiguous", 2, 256, 40, 30, 4, True),
-        ("contiguous", 3, 128, 7, 7, 4, False),
+        *((*sizes, dtype) for sizes in OF_ANY_DTYPE for dtype in (torch.bfloat16, torch.float16, torch.float32)),
+        *((*sizes, torch.float32) for sizes in OF_FLOAT32),
     ],
 )
 def test_within_the_error_budget_on_a_gpu(native_sweeps, layout, n, c, h, w, k, tap, dtype, device):
@@ -787,20 +785,24 @@ def test_weights_at_any_address_on_a_gpu(native_sweeps, dtype, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
-    ("layout", "n", "c", "side"),
+    ("layout", "n", "c", "side", "dtype"),
     [
-        ("channels_last", 128, 160, 32),
-        ("channels_last", 128, 1024, 14),
-        ("contiguous", 128, 160, 32),
-        ("contiguous", 256, 512, 7),
+        ("channels_last", 128, 192, 32, torch.bfloat16),
+        ("channels_last", 128, 192, 32, torch.float16),
+        ("channels_last", 128, 160, 32, torch.float32),
+        ("channels_last", 128, 1024, 14, torch.bfloat16),
+        ("channels_last", 128, 1024, 14, torch.float16),
+        ("channels_last", 128, 1024, 14, torch.float32),
+        ("contiguous", 128, 1024, 14, torch.bfloat16),
+        ("contiguous", 256, 512, 7, torch.bfloat16),
+        ("contiguous", 256, 512, 7, torch.float16),
+        ("contiguous", 256, 512, 7, torch.float32),
+        ("contiguous", 128, 160, 32, torch.float32),
     ],
 )
 def test_many_launches_back_to_back_on_a_gpu(native_sweeps, layout, n, c, side, dtype, device):
     """Nothing is waited for between them, so that blocks of one begin while the last of another end."""
-    if layout == "channels_last" and c % 64 and dtype != torch.float32:
-        c += 64 - c % 64  # the sweeps of half precision take whole 64s
     tensors = Layer(n=n, c=c, h=side, w=side, k=4, dtype=dtype, device=device).tensors
     tensors["feature_map"] = (LAYOUTS[layout] or torch.Tensor.contiguous)(tensors["feature_map"])
     tensors = {name: value.requires_grad_() for name, value in tensors.items()}

@@ -1,4 +1,5 @@
-// The backward sweep on Hopper of tiles of all channels (sweep.cuh): one read of the map, one write of its gradient.
+// The backward sweep on Hopper of channels_last maps, in tiles of all channels (sweep.cuh): one read of the map, one
+// write of its gradient.
 //
 //   l = W_H Z,  dA = dP Z,  a = exp(l + b_H - lse),  dl = a (dA - delta) + direct
 //   dZ = W_H^T dl + dP^T a (+ dP_mean / S) (+ upstream),  dW_H += dl Z^T
@@ -21,7 +22,7 @@ namespace ar_kernels {
 namespace {
 
 // How an image is cut among warps, and where what lies in shared memory. A warp has 16 `blocks` channels of a tile of
-// every map: of channels_last [blocks / 4 planes, tile, 64], of NCHW [16 blocks, 64 positions].
+// every map: [blocks / 4 planes, tile, 64].
 struct Slices {
   int per_processor;       // blocks that share a multiprocessor
   int warps, blocks;       // of a block; of 16 channels each, of a warp
@@ -40,24 +41,21 @@ __host__ __device__ constexpr int part_bytes(int blocks, int sixteens) {
   return sums > gradients ? sums : gradients;
 }
 
-// tile: positions of channels_last, at most. No stages: it does not fit.
-inline Slices slices_of(Layout layout, int channels, int positions, int maps, int per_processor, int tile) {
+// tile: positions, at most. No stages: it does not fit.
+inline Slices slices_of(int channels, int positions, int maps, int per_processor, int tile) {
   Slices cut = {};
-  const bool channels_last = layout == Layout::kChannelsLast;
-  const int unit = channels_last ? kRow : 16, most_warps = kMostWarps / per_processor;
-  if (channels < unit || channels % unit != 0 || positions < 1) return cut;
+  const int most_warps = kMostWarps / per_processor;
+  if (channels < kRow || channels % kRow != 0 || positions < 1) return cut;
   cut.per_processor = per_processor;
-  cut.blocks = unit / 16;
-  while (cut.blocks < (channels_last ? 8 : 4) && channels / 16 / cut.blocks > most_warps &&
-         channels / 16 % (2 * cut.blocks) == 0)
-    cut.blocks *= 2;
+  cut.blocks = kRow / 16;
+  if (channels / kRow > most_warps && channels % (2 * kRow) == 0) cut.blocks *= 2;
   cut.warps = channels / 16 / cut.blocks;
   if (cut.warps > most_warps) return cut;
   // Two blocks have as many warps then, and half as many shares of dW_H.
   if (per_processor == 4 && 16 * cut.blocks > kRow) return cut;
   // Twice the channels, half the positions: so much work between two barriers, and so many registers.
   const bool wide = cut.blocks == 4 && positions > 16 && maps == 1;
-  cut.tile = !channels_last ? kRow : std::min(tile, wide ? 32 : 16);
+  cut.tile = std::min(tile, wide ? 32 : 16);
   cut.sixteens = (cut.tile + 15) / 16;
   cut.tiles = (positions + cut.tile - 1) / cut.tile;
   cut.bytes_each = 2 * 16 * cut.blocks * cut.tile;
@@ -80,19 +78,19 @@ inline Slices slices_of(Layout layout, int channels, int positions, int maps, in
 
 // As many blocks on a multiprocessor as have three stages each: one works while others wait. But where all of a map's
 // tiles are on their way at once, one block with the warps of two: half as many shares of dW_H.
-inline Slices best_slices(Layout layout, int channels, int positions, int maps, int images, int processors) {
+inline Slices best_slices(int channels, int positions, int maps, int images, int processors) {
   for (const int per_processor : {4, 2, 1}) {
-    const Slices cut = slices_of(layout, channels, positions, maps, per_processor, 32);
+    const Slices cut = slices_of(channels, positions, maps, per_processor, 32);
     if (cut.stages < 3) continue;
     if (per_processor == 2) {
-      const Slices one = slices_of(layout, channels, positions, maps, 1, 32);
+      const Slices one = slices_of(channels, positions, maps, 1, 32);
       const bool same_work = one.warps == 2 * cut.warps && one.tile == 2 * cut.tile;
       if (same_work && static_cast<int64_t>(images) * one.tiles <= one.stages * processors) return one;
     }
     return cut;
   }
   for (const int tile : {8, 32}) {
-    const Slices cut = slices_of(layout, channels, positions, maps, 1, tile);
+    const Slices cut = slices_of(channels, positions, maps, 1, tile);
     if (cut.stages >= 2) return cut;
   }
   return {};
@@ -325,13 +323,13 @@ __device__ __forceinline__ void pooled_gradient(const BackwardSweep& a, int64_t 
 #endif  // AR_HOPPER
 
 // kBlocks: of 16 channels, of a warp. kTiles: of 16 positions, of a tile.
-template <class T, Layout kLayout, int kBlocks, int kTiles>
+template <class T, int kBlocks, int kTiles>
 __global__ void __launch_bounds__(32 * kMostWarps, 1)
     backward_kernel(const __grid_constant__ CUtensorMap z_map, const __grid_constant__ CUtensorMap upstream_map,
                     const __grid_constant__ CUtensorMap dz_map, const __grid_constant__ BackwardSweep a,
                     const __grid_constant__ Slices cut) {
 #if AR_HOPPER
-  constexpr bool kScaled = std::is_same_v<T, __half>, kLast = kLayout == Layout::kChannelsLast;
+  constexpr bool kScaled = std::is_same_v<T, __half>;
   constexpr int kEntries = 16 * kTiles * kHeads;  // positions and heads of a tile
   constexpr int kPartBytes = part_bytes(kBlocks, kTiles);
   uint8_t* memory = shared_memory();
@@ -361,19 +359,13 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
     const int position = place.tile * cut.tile;
     barrier_arrive_expect(barrier, of_warp);
     const auto load_slice = [&](const CUtensorMap* map, uint32_t slice) {
-      if constexpr (kLast)
-        tensor_load(slice, map, 0, position, warp * (kBlocks / 4), place.image, barrier, kEvictFirst);
-      else
-        tensor_load(slice, map, position, first_channel, place.image, barrier, kEvictFirst);
+      tensor_load(slice, map, 0, position, warp * (kBlocks / 4), place.image, barrier, kEvictFirst);
     };
     load_slice(&z_map, to);
     if (tapped) load_slice(&upstream_map, to + cut.bytes_each);
   };
   const auto store = [&](uint32_t slice) {
-    if constexpr (kLast)
-      tensor_store(&dz_map, slice, 0, at.tile * cut.tile, warp * (kBlocks / 4), at.image, kEvictNormal);
-    else
-      tensor_store(&dz_map, slice, at.tile * cut.tile, first_channel, at.image, kEvictNormal);
+    tensor_store(&dz_map, slice, 0, at.tile * cut.tile, warp * (kBlocks / 4), at.image, kEvictNormal);
     bulk_commit();
   };
   // Before the tiles, behind which it would wait for memory.
@@ -396,14 +388,13 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
   // The lane's row of 16 positions by 16 channels in a slice: rows of 128 bytes, whose chunks of 16 bytes are swizzled.
   // Of four matrices the second has the next eight rows, or, of a turned product, the next eight columns. Positions
   // that a tile of 8 has not are its others once more, and go to `spare`.
-  const auto place_of = [&](int row, int chunk) { return swizzled(kLast ? row & (cut.tile - 1) : row, chunk); };
+  const auto place_of = [&](int row, int chunk) { return swizzled(row & (cut.tile - 1), chunk); };
   const uint32_t straight = place_of(lane % 16, lane / 16);
   const uint32_t turned = place_of(lane % 8 + lane / 16 * 8, lane / 8 % 2);
   const uint32_t plane_bytes = cut.tile * 128;
-  const bool real = !kLast || lane % 16 < cut.tile;
+  const bool real = lane % 16 < cut.tile;
   const auto address = [&](uint32_t place, int tile, int b) {
-    if constexpr (kLast) return ((place + b / 4 * plane_bytes) ^ (b % 4 * 32)) + tile * (16 * 128);
-    return (place ^ (tile * 32)) + b * (16 * 128);
+    return ((place + b / 4 * plane_bytes) ^ (b % 4 * 32)) + tile * (16 * 128);
   };
   uint8_t* own_part = memory + cut.parts + warp * kPartBytes;
   uint32_t* masks = reinterpret_cast<uint32_t*>(memory + cut.masks);  // [16 kTiles, kHeads]: dl and a
@@ -487,10 +478,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         uint32_t fragment[4];
-        if constexpr (kLast)
-          load_matrix(fragment, address(z + straight, tile, b));
-        else
-          load_matrix_transposed(fragment, address(z + turned, tile, b));
+        load_matrix(fragment, address(z + straight, tile, b));
         mma<T>(both[tile][b % 2], fragment, weights[b][0], weights[b][1]);
       }
 #pragma unroll
@@ -550,10 +538,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
 #pragma unroll
           for (int tile = 0; tile < kTiles; ++tile) {
             uint32_t fragment[4];
-            if constexpr (kLast)
-              load_matrix_transposed(fragment, address(z + turned, tile, b));
-            else
-              load_matrix(fragment, address(z + straight, tile, b));
+            load_matrix_transposed(fragment, address(z + turned, tile, b));
             mma<T>(sums[b], fragment, by_head[tile][0], by_head[tile][1]);
           }
 #pragma unroll
@@ -563,13 +548,8 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             float values[4] = {0, 0, 0, 0};
-            if constexpr (kLast) {
-              const uint32_t all_masks[4] = {by_position[tile][0], by_position[tile][1], mean_mask, mean_mask};
-              mma<T>(values, all_masks, transposes[b][half], average[b][half]);
-            } else {
-              const uint32_t all_weights[4] = {transposes[b][0], transposes[b][1], average[b][0], average[b][1]};
-              mma<T>(values, all_weights, by_position[tile][half], mean_mask);
-            }
+            const uint32_t all_masks[4] = {by_position[tile][0], by_position[tile][1], mean_mask, mean_mask};
+            mma<T>(values, all_masks, transposes[b][half], average[b][half]);
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               float2 value = {values[2 * i], values[2 * i + 1]};
@@ -607,14 +587,9 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
 #endif  // AR_HOPPER
 }
 
-// Of z's layout; not even a warp where no sweep takes it.
-Layout layout_of(const BackwardSweep& a) {
-  return is_of(Layout::kChannelsLast, a.z) ? Layout::kChannelsLast : Layout::kNchw;
-}
-
 Slices backward_slices(const BackwardSweep& a) {
   const int maps = a.upstream.data == nullptr ? 1 : 2;
-  Slices cut = best_slices(layout_of(a), a.channels, a.positions, maps, a.images, processors());
+  Slices cut = best_slices(a.channels, a.positions, maps, a.images, processors());
   if (cut.stages == 0 || static_cast<int64_t>(a.images) * cut.tiles >= INT32_MAX / 2) return {};
   set_runs(&cut, a.images, cut.per_processor * processors());
   return cut;
@@ -624,42 +599,24 @@ int programs_of(const BackwardSweep& a, const Slices& cut) {
   return a.images * cut.tiles / cut.span * ((cut.span + cut.run - 1) / cut.run);
 }
 
-// A box of a tensor map is what a warp has of a tile.
-template <class T>
-bool encode_slices(Layout layout, CUtensorMap* tensor, const Map& map, const BackwardSweep& a, const Slices& cut) {
-  const uint64_t step = sizeof(T), s = a.positions, n = a.images, channels = a.channels;
-  const uint32_t rows = 16 * cut.blocks, tile = cut.tile;
-  if (layout == Layout::kNchw)
-    return encode_map<T, 3>(tensor, map.data, {s, channels, n}, {map.channel * step, map.image * step}, {kRow, rows, 1},
-                            CU_TENSOR_MAP_SWIZZLE_128B);
-  return encode_map<T, 4>(tensor, map.data, {kRow, s, channels / kRow, n},
-                          {map.position * step, kRow * step, map.image * step}, {kRow, tile, rows / kRow, 1},
-                          CU_TENSOR_MAP_SWIZZLE_128B);
-}
-
-template <class T, Layout kLayout, int kBlocks, int kTiles>
+template <class T, int kBlocks, int kTiles>
 cudaError_t sweep(const BackwardSweep& a, const Slices& cut, cudaStream_t stream) {
   CUtensorMap z, upstream, dz;
-  const auto encoded = [&](CUtensorMap* tensor, const Map& map) {
-    return encode_slices<T>(kLayout, tensor, map, a, cut);
+  const auto encoded = [&](CUtensorMap* tensor, const Map& map) {  // a box is what a warp has of a tile
+    return encode<T>(tensor, map, a.images, a.channels, a.positions, 16 * cut.blocks, cut.tile);
   };
   if (!encoded(&z, a.z) || !encoded(&dz, a.dz)) return cudaErrorInvalidValue;
   if (!encoded(&upstream, a.upstream.data == nullptr ? a.z : a.upstream)) return cudaErrorInvalidValue;
-  return launch<backward_kernel<T, kLayout, kBlocks, kTiles>>(programs_of(a, cut), 32 * cut.warps, cut.bytes, stream, z,
-                                                              upstream, dz, a, cut);
+  return launch<backward_kernel<T, kBlocks, kTiles>>(programs_of(a, cut), 32 * cut.warps, cut.bytes, stream, z,
+                                                     upstream, dz, a, cut);
 }
 
 template <class T>
 cudaError_t sweep(const BackwardSweep& a, cudaStream_t stream) {
   const Slices cut = backward_slices(a);
-  if (layout_of(a) == Layout::kNchw) {
-    if (cut.blocks == 1) return sweep<T, Layout::kNchw, 1, 4>(a, cut, stream);
-    if (cut.blocks == 2) return sweep<T, Layout::kNchw, 2, 4>(a, cut, stream);
-    return sweep<T, Layout::kNchw, 4, 4>(a, cut, stream);
-  }
-  if (cut.blocks == 8) return sweep<T, Layout::kChannelsLast, 8, 1>(a, cut, stream);
-  if (cut.sixteens == 1) return sweep<T, Layout::kChannelsLast, 4, 1>(a, cut, stream);
-  return sweep<T, Layout::kChannelsLast, 4, 2>(a, cut, stream);
+  if (cut.blocks == 8) return sweep<T, 8, 1>(a, cut, stream);
+  if (cut.sixteens == 1) return sweep<T, 4, 1>(a, cut, stream);
+  return sweep<T, 4, 2>(a, cut, stream);
 }
 
 }  // namespace
@@ -667,10 +624,8 @@ cudaError_t sweep(const BackwardSweep& a, cudaStream_t stream) {
 bool can_sweep_backward(const BackwardSweep& a) {
   if (a.kind != Kind::kHalf && a.kind != Kind::kBFloat16) return false;
   if (a.heads < 1 || a.heads > kHeads || a.images < 1 || a.dz.data == nullptr) return false;
-  const Layout layout = layout_of(a);
-  const Slices cut = backward_slices(a);
-  const bool upstream = a.upstream.data == nullptr || is_of(layout, a.upstream);
-  return is_of(layout, a.z) && upstream && is_of(layout, a.dz) && cut.stages > 0;
+  const bool upstream = a.upstream.data == nullptr || is_channels_last(a.upstream);
+  return is_channels_last(a.z) && upstream && is_channels_last(a.dz) && backward_slices(a).stages > 0;
 }
 
 int backward_programs(const BackwardSweep& a) { return programs_of(a, backward_slices(a)); }

@@ -1,4 +1,4 @@
-// The forward sweep on Hopper of tiles of all channels (sweep.cuh): one read of the map.
+// The forward sweep on Hopper of channels_last maps, in tiles of all channels (sweep.cuh): one read of the map.
 //
 //   l = W_H Z + b_H,  A = softmax over positions of l,  P = A Z^T,  lse = log sum exp l    (online: m, d, P rescaled)
 //   t_k = W_G[k] . P_k + b_G[k],  g = softmax over heads of tanh t,  x = g P
@@ -18,9 +18,10 @@ namespace ar_kernels {
 
 namespace {
 
+constexpr int kMostTile = 64;         // positions
 constexpr int kMostBlocks = 16;       // of 16 channels, of a warp
 constexpr int kWarps = 8;             // of a block, if so many suffice: each knows the softmax for itself
-constexpr int kFewBytes = 32 * 1024;  // of a tile of channels_last, if that has 16 positions or more
+constexpr int kFewBytes = 32 * 1024;  // of a tile, if that has 16 positions or more
 
 // What is divided by what a launch knows is divided before it: blocks begin at once.
 struct Share {
@@ -32,12 +33,11 @@ struct Share {
 // tile's one __syncthreads adds up all parts for itself, knows the softmax for itself, and adds to its channels of P.
 //
 // kBlocks: of 16 channels, of a warp. kTiles: of 16 positions, of a tile. What a tile has beyond its image are zeros.
-template <class T, Layout kLayout, int kBlocks, int kTiles>
+template <class T, int kBlocks, int kTiles>
 __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostWarps), 1)
     forward_kernel(const __grid_constant__ CUtensorMap z_map, const __grid_constant__ ForwardSweep a,
                    const __grid_constant__ Cut cut, const __grid_constant__ Share share) {
 #if AR_HOPPER
-  constexpr bool kLast = kLayout == Layout::kChannelsLast;
   constexpr int kTile = 16 * kTiles;
   constexpr int kPart = 16 * kHeads;  // logits of 16 positions
   constexpr int kMean = kHeads;       // the column of the mean
@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
   const auto load = [&](int stage) {
     if (--to_ask < 0) return;
     barrier_arrive_expect(full(stage), cut.stage_bytes);
-    load_tile<kLayout>(cut, a.channels, base + stage * cut.stage_bytes, &z_map, asked_image, asked_tile * kTile,
-                       full(stage));
+    tensor_load(base + stage * cut.stage_bytes, &z_map, 0, asked_tile * kTile, 0, asked_image, full(stage),
+                kEvictFirst);
     if (++asked_tile == cut.tiles) asked_tile = 0, ++asked_image;
   };
   if (threadIdx.x == 0) {  // in few instructions, which must come from memory first: all else waits for the first tile
@@ -89,14 +89,13 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
   // and 3 of the four are the second eight of a product's rows, 2 and 3 of what it sums over.
   const auto row_of = [&](bool over_channels) {
     const int of_rows = lane / 8 % 2, of_sum = lane / 16;
-    const bool straight = kLast == over_channels;
-    return swizzled(8 * (straight ? of_rows : of_sum) + lane % 8, straight ? of_sum : of_rows) +
+    return swizzled(8 * (over_channels ? of_rows : of_sum) + lane % 8, over_channels ? of_sum : of_rows) +
            512 * kBlocks * kTiles * warp;
   };
   const uint32_t over_channels = kept(row_of(true)), over_positions = kept(row_of(false));
   // The row of block b and tile t, where `at` is the first one's.
   const auto address = [&](uint32_t at, int b, int t) {
-    return kLast ? (at ^ b % 4 * 32) + b / 4 * kTile * 128 + t * 16 * 128 : (at ^ t * 32) + b * 16 * 128;
+    return (at ^ b % 4 * 32) + b / 4 * kTile * 128 + t * 16 * 128;
   };
 
   uint32_t masks[kBlocks][2];  // W_H
@@ -141,7 +140,7 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
         uint32_t fragment[4];
-        load_rows<kLayout, true>(fragment, address(z + over_channels, b, t));
+        load_matrix(fragment, address(z + over_channels, b, t));
         mma<T>(sums[t][b % kChains], fragment, masks[b][0], masks[b][1]);
       }
 #pragma unroll
@@ -272,7 +271,7 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
           uint32_t fragment[4];
-          load_rows<kLayout, false>(fragment, address(base + stage * cut.stage_bytes + over_positions, b, t));
+          load_matrix_transposed(fragment, address(base + stage * cut.stage_bytes + over_positions, b, t));
           mma<T>(sums[b], fragment, weights[t][0], weights[t][1]);
         }
 
@@ -397,26 +396,18 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
 #endif  // AR_HOPPER
 }
 
-Layout layout_of(const ForwardSweep& a) {
-  return is_of(Layout::kChannelsLast, a.z) ? Layout::kChannelsLast : Layout::kNchw;
-}
-
 // With so many blocks on a multiprocessor. No stages: it does not fit.
 Cut forward_cut(const ForwardSweep& a, int per_processor) {
-  const bool last = layout_of(a) == Layout::kChannelsLast;
-  const int unit = last ? kRow : 16, most_blocks = last ? kMostBlocks : 4;
   Cut cut = {};
-  if (a.channels < unit || a.channels % unit != 0 || a.positions < 1) return cut;
+  if (a.channels < kRow || a.channels % kRow != 0 || a.positions < 1) return cut;
   cut.per_processor = per_processor;
-  cut.blocks = unit / 16;
-  cut.warps = a.channels / unit;
-  while (cut.warps > kWarps && cut.warps % 2 == 0 && cut.blocks < most_blocks) cut.blocks *= 2, cut.warps /= 2;
+  cut.blocks = kRow / 16;
+  cut.warps = a.channels / kRow;
+  while (cut.warps > kWarps && cut.warps % 2 == 0 && cut.blocks < kMostBlocks) cut.blocks *= 2, cut.warps /= 2;
   if (cut.warps > kMostWarps / per_processor) return cut;
-  cut.tile = last ? 16 : kRow;
-  while (cut.tile < kRow && cut.tile < a.positions && 2 * cut.tile * 2 * a.channels <= kFewBytes) cut.tile *= 2;
+  cut.tile = 16;
+  while (cut.tile < kMostTile && cut.tile < a.positions && 2 * cut.tile * 2 * a.channels <= kFewBytes) cut.tile *= 2;
   cut.tiles = (a.positions + cut.tile - 1) / cut.tile;
-  cut.boxes = last ? 1 : (a.channels + kMostBoxRows - 1) / kMostBoxRows;
-  while (a.channels % cut.boxes != 0) ++cut.boxes;
   cut.stage_bytes = cut.map_bytes = cut.tile * 2 * a.channels;
   const int parts = 2 * cut.warps * cut.tile * kHeads * 4, scores = cut.warps * kHeads * 4;
   const int shared = (kSharedBytes + 1024) / per_processor - 1024;  // 1024 of each block's are the system's
@@ -440,30 +431,24 @@ Cut forward_cut(const ForwardSweep& a) {
 
 int tiles_of_split(const Cut& cut, int splits) { return (cut.tiles + splits - 1) / splits; }
 
-template <class T, Layout kLayout, int kBlocks, int kTiles>
+template <class T, int kBlocks, int kTiles>
 cudaError_t sweep(const ForwardSweep& a, const Cut& cut, cudaStream_t stream) {
   CUtensorMap z;
-  if (!encode<T>(kLayout, &z, a.z, a.images, a.channels, a.positions, cut)) return cudaErrorInvalidValue;
+  if (!encode<T>(&z, a.z, a.images, a.channels, a.positions, a.channels, cut.tile)) return cudaErrorInvalidValue;
   const int splits = std::max(a.splits, 1), in_all = a.images * splits;
   const int blocks = std::min(in_all, cut.per_processor * processors());
   const Share share = {tiles_of_split(cut, splits), in_all / blocks, in_all % blocks};
-  return launch<forward_kernel<T, kLayout, kBlocks, kTiles>>(blocks, 32 * cut.warps, cut.bytes, stream, z, a, cut,
-                                                             share);
+  return launch<forward_kernel<T, kBlocks, kTiles>>(blocks, 32 * cut.warps, cut.bytes, stream, z, a, cut, share);
 }
 
 template <class T>
 cudaError_t sweep(const ForwardSweep& a, cudaStream_t stream) {
   const Cut cut = forward_cut(a);
-  constexpr Layout kLast = Layout::kChannelsLast, kNchw = Layout::kNchw;
-  if (layout_of(a) == kNchw) {
-    if (cut.blocks == 1) return sweep<T, kNchw, 1, 4>(a, cut, stream);
-    return cut.blocks == 2 ? sweep<T, kNchw, 2, 4>(a, cut, stream) : sweep<T, kNchw, 4, 4>(a, cut, stream);
-  }
   // More than 4 blocks of channels a warp come with more than 512 channels, so with 16 positions a tile.
-  if (cut.blocks == 16) return sweep<T, kLast, 16, 1>(a, cut, stream);
-  if (cut.blocks == 8) return sweep<T, kLast, 8, 1>(a, cut, stream);
-  if (cut.tile == 16) return sweep<T, kLast, 4, 1>(a, cut, stream);
-  return cut.tile == 32 ? sweep<T, kLast, 4, 2>(a, cut, stream) : sweep<T, kLast, 4, 4>(a, cut, stream);
+  if (cut.blocks == 16) return sweep<T, 16, 1>(a, cut, stream);
+  if (cut.blocks == 8) return sweep<T, 8, 1>(a, cut, stream);
+  if (cut.tile == 16) return sweep<T, 4, 1>(a, cut, stream);
+  return cut.tile == 32 ? sweep<T, 4, 2>(a, cut, stream) : sweep<T, 4, 4>(a, cut, stream);
 }
 
 }  // namespace
@@ -474,7 +459,7 @@ bool can_sweep_forward(const ForwardSweep& a) {
   if (a.heads < 1 || a.heads > kHeads || a.images < 1) return false;
   const Cut cut = forward_cut(a);
   const int splits = std::max(a.splits, 1);
-  return is_of(layout_of(a), a.z) && cut.stages > 0 && (splits - 1) * tiles_of_split(cut, splits) < cut.tiles &&
+  return is_channels_last(a.z) && cut.stages > 0 && (splits - 1) * tiles_of_split(cut, splits) < cut.tiles &&
          static_cast<int64_t>(a.images) * cut.tiles < INT32_MAX;
 }
 
