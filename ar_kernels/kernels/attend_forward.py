@@ -57,7 +57,11 @@ def _softmax_step(logit, m, d, heads, real, HEADS: tl.constexpr):  # [S_tile, K_
 def _gate(t, heads, GATED: tl.constexpr):  # [K_tile] → [K_tile]
     """softmax over the first GATED heads of tanh t; no maximum is needed, tanh is bounded."""
     e = tl.where(heads < GATED, tl.exp(tanh(t)), 0.0)
-    return e / tl.sum(e, axis=0)
+    total = tl.sum(e, axis=0)
+    if e.dtype == tl.float32:  # an only head's gate is exactly 1, and its score's gradient 0
+        return tl.div_rn(e, total)
+    else:
+        return e / total
 
 
 @triton.jit

@@ -35,7 +35,8 @@ struct RowsCut {
   int classes, class_bits, tiles;  // of rows; its logarithm; of 16 columns, of a row
   int blocks, channels;            // of a cluster; of a block
   int chunk, chunks, chunk_bytes;  // channels of a chunk; chunks of a block
-  int slots, stay;                 // chunks that are still there after the first sweep
+  int slots, slot_bytes;           // a chunk, and as much as its last rows' columns reach beyond it
+  int stay;                        // chunks that are still there after the first sweep
   int teams;                       // of warps, that take chunks in turn in the second sweep
   int weights;                     // [weight_place] of 8 16-bit values
   int sums, columns, pitch;        // [classes, columns, pitch] floats
@@ -59,6 +60,7 @@ inline RowsCut rows_cut(int channels, int positions, int columns, int sums, int 
   if (channels < kUnit || channels % kUnit != 0 || cut.tiles > kColumnTiles * kWarps / cut.classes) return cut;
   cut.chunk = cut.classes < 8 && 2 * kUnit * positions > kChunkMost ? kUnit / 2 : kUnit;
   cut.chunk_bytes = 2 * cut.chunk * positions;
+  cut.slot_bytes = cut.chunk_bytes + 64;
   cut.blocks = channels / cut.chunk % 2 == 0 ? 2 : 1;
   cut.channels = channels / cut.blocks;
   cut.chunks = cut.channels / cut.chunk;
@@ -75,7 +77,7 @@ inline RowsCut rows_cut(int channels, int positions, int columns, int sums, int 
   };
   const auto lay_out = [&](int slots) {
     at = 0;
-    take(slots * cut.chunk_bytes + 64);  // the last rows' columns reach beyond their slot
+    take(slots * cut.slot_bytes);
     cut.weights = take(cut.chunks * (cut.chunk + cut.classes) * 16);
     cut.sums = take(sums);
     cut.given = take(given);
@@ -88,7 +90,7 @@ inline RowsCut rows_cut(int channels, int positions, int columns, int sums, int 
     cut.bytes = at;
   };
   lay_out(0);
-  const int slots = (kSharedBytes - cut.bytes) / cut.chunk_bytes;
+  const int slots = (kSharedBytes - cut.bytes) / cut.slot_bytes;
   cut.slots = slots < 1 ? 0 : slots < kLoads / 2 ? slots : kLoads / 2;
   if (cut.slots < 2 && cut.chunks > 1) cut.slots = 0;  // nothing could be on its way
   cut.stay = cut.slots < cut.chunks ? cut.slots : cut.chunks;
@@ -147,7 +149,7 @@ struct Slots {
       const int chunk = of_image < cut.chunks ? of_image : per_image - 1 - of_image;
       slot_of(next) = slot;
       barrier_arrive_expect(loaded(next), cut.chunk_bytes);
-      bulk_load(base + slot * cut.chunk_bytes, from + chunk * cut.chunk_bytes, cut.chunk_bytes, loaded(next),
+      bulk_load(base + slot * cut.slot_bytes, from + chunk * cut.chunk_bytes, cut.chunk_bytes, loaded(next),
                 kEvictNormal);
       ++next;
       if (++of_image < per_image) return;
@@ -167,7 +169,7 @@ struct Slots {
           fill(slot);
           continue;
         }
-        bulk_store(image_to + chunk * cut.chunk_bytes, base + slot * cut.chunk_bytes, cut.chunk_bytes, kEvictNormal);
+        bulk_store(image_to + chunk * cut.chunk_bytes, base + slot * cut.slot_bytes, cut.chunk_bytes, kEvictNormal);
         bulk_commit();
         if (leaving >= 0) {
           bulk_wait_read<1>();
@@ -191,7 +193,7 @@ struct Slots {
     const bool again = second_sweep && chunk < cut.chunks - cut.stay;
     const int load = image * per_image + (again ? per_image - 1 - chunk : chunk);
     barrier_wait(loaded(load), load / kLoads & 1);
-    return {load, base + slot_of(load) * cut.chunk_bytes};
+    return {load, base + slot_of(load) * cut.slot_bytes};
   }
 
   // A warp is done with it, for so many of the kWarps that it is awaited from.
