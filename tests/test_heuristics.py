@@ -139,7 +139,7 @@ def test_bands_of_3x3_heads_cover_every_line_and_their_scratch_is_no_larger_than
 def test_lines_that_are_tiles_are_shared_among_programs_that_run_at_once(images, height, width, monkeypatch):
     monkeypatch.setattr(attend3x3, "chip", lambda index: Chip(132, 9, 227 * 1024))
     size, strides = (images, 96, height, width), (96 * height * width, 1, 96 * width, 96)
-    launch, scratch = attend3x3._sums(
+    launch, scratch, _ = attend3x3._sums(
         attend3x3._cut(torch.Size(size), strides, torch.bfloat16, 0, 4, "ieee"), images, 4, True
     )
     all_lines, lines = launch.sizes[:2]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .attend_backward import weight_sums_kernel
 from .attend_forward import store_gates
-from .heuristics import MOST_REGISTERS, Chip, chip, next_power_of_2
+from .heuristics import MOST_REGISTERS, SUMS_OVER_LANES, Chip, chip, next_power_of_2
 from .launch import Launch
 from .tiles import (
     accumulator,
@@ -91,7 +91,8 @@ def _store_sums(
 ):  # fmt: skip
     """What becomes of Σ_τ rows[tap τ] · Z_{s+τ}, [K_tile, S_tile], where s is real. Forward: rows W_H, it is the
     logits. Backward (OF_IMAGE): rows dP of each image, it is dA; a and dℓ = a ⊙ (dA - δ + dlse) + direct, times scale,
-    go into maps [N, H+2, W+2, 2K]. dP and δ, whose parts lie in delta [N, PARTS, K], come scaled."""
+    go into maps [N, H+2, W+2, 2K]. dP and δ, whose parts lie in delta [N, PARTS, K], come scaled; where the tile has
+    the whole image, δ = Σ_s a dA and delta is None."""
     positions = height * width
     of_head = heads < HEADS
     real = of_head[:, None] & real[None, :]
@@ -106,9 +107,12 @@ def _store_sums(
         factor = 1.0
         if scale is not None:
             factor = tl.load(scale + n)
-        shift = tl.zeros([heads.shape[0]], ACC)
-        for part in range(PARTS):
-            shift += tl.load(delta + (n * PARTS + part) * HEADS + heads, mask=of_head, other=0.0)
+        if delta is None:
+            shift = tl.sum(tl.where(real, a * total, 0.0), axis=1)
+        else:
+            shift = tl.zeros([heads.shape[0]], ACC)
+            for part in range(PARTS):
+                shift += tl.load(delta + (n * PARTS + part) * HEADS + heads, mask=of_head, other=0.0)
         if grad_lse is not None:
             shift -= tl.load(grad_lse + row, mask=of_head, other=0.0).to(ACC) * factor
         dl = a * (total - shift[:, None])
@@ -466,10 +470,10 @@ def gate_gradient_kernel(
     C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, C_TILE: tl.constexpr, K_TILE: tl.constexpr,
     CHUNKS: tl.constexpr, CHUNK_TILE: tl.constexpr, TAPS_FIRST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One program: some channels of one head of one image. dt, dP_k = g_k dx_k + dt_k W_G[k] + direct, and a part of
-    δ_k = dP_k·P_k, delta [N, chunks, K]. scale: of a float16 image a power of two for dP, δ and dℓ: gradients of a mean
-    loss are below what float16 holds; largest_direct [N]: the largest direct |dℓ| and |dlse|, which take it too. What
-    is of an image every program of it stores, the same."""
+    """One program: some channels of one head of one image. dt, dP_k = g_k dx_k + dt_k W_G[k] + direct and, unless the
+    sums over taps make it, a part of δ_k = dP_k·P_k, delta [N, chunks, K]. scale: of a float16 image a power of two for
+    dP, δ and dℓ: gradients of a mean loss are below what float16 holds; largest_direct [N]: the largest direct |dℓ| and
+    |dlse|, which take it too. What is of an image every program of it stores, the same."""
     n, first, k = tl.program_id(0).to(tl.int64), tl.program_id(1) * C_TILE, tl.program_id(2)
     heads = tl.arange(0, K_TILE)
     c = first + tl.arange(0, C_TILE)
@@ -517,9 +521,10 @@ def gate_gradient_kernel(
     rows = dp + ((n * 9 + taps) * HEADS + k) * C + c[None, :]
     rounded = (grad * factor).to(dp.dtype.element_ty)
     tl.store(rows, rounded, mask=(taps < 9) & (c < C)[None, :])
-    # δ is made of dP as it was rounded, so that Σ_s dℓ stays 0 however much of dA all positions share.
-    part = _one_number(rounded.to(ACC) * _of_head(pooled, n, k, c, C, HEADS))
-    tl.store(delta + (n * CHUNKS + tl.program_id(1)) * HEADS + k, part)
+    if delta is not None:
+        # Of dP as it was rounded, so that Σ_s dℓ stays 0 however much of dA all positions share.
+        part = _one_number(rounded.to(ACC) * _of_head(pooled, n, k, c, C, HEADS))
+        tl.store(delta + (n * CHUNKS + tl.program_id(1)) * HEADS + k, part)
 
 
 @triton.jit
@@ -701,6 +706,7 @@ class _Sums(NamedTuple):
 
     launch: Launch
     scratch: tuple[int, int, int] | None
+    whole: bool  # a tile has the whole image
 
     def __call__(self, lse: Tensor, *tensors: Tensor | None) -> None:
         """lse: a tensor of the scratch's dtype and device, which is gone afterwards."""
@@ -723,7 +729,7 @@ def _line_sums(cut: _Cut, images: int, heads: int, of_image: bool, parts: int, t
         **cut.constants | {"R_TILE": rows}, OF_IMAGE=of_image, C_TILE=64, S_TILE=tile, K_TILE=next_power_of_2(heads),
         PARTS=parts, num_warps=4, num_stages=cut.stages, maxnreg=cut.maxnreg,
     )  # fmt: skip
-    return _Sums(launch, None)
+    return _Sums(launch, None, False)
 
 
 def _tap_sums(cut: _Cut, images: int, heads: int, of_image: bool, parts: int) -> _Sums:
@@ -756,14 +762,16 @@ def _tap_sums(cut: _Cut, images: int, heads: int, of_image: bool, parts: int) ->
     fewest = -(-height // -(-2048 // width))  # larger bands' scratches stay in L2 even less
     lines, programs, pitch = cut_into(min(filter(fits, range(fewest, height + 1)), key=work, default=height))
     bands = -(-height // lines)
+    whole = bands == 1 and height * width <= tile
     launch = Launch(
         tap_sums_kernel, (programs,), (images * bands, bands, lines, pitch, *cut.sizes), **cut.constants,
         OF_IMAGE=of_image, C_TILE=channel_tile, S_TILE=tile, K_TILE=next_power_of_2(heads), PARTS=parts,
         # The masks of all nine loads would spill AMD's scalar registers, and others' where NCHW's addresses are, too.
         UNROLL=not cut.chip.amd and cut.constants["UNIT"] == "c",
         num_warps=4 if cut.half and cut.row_tile <= 64 else 8, num_stages=cut.stages, maxnreg=cut.maxnreg,
+        **(SUMS_OVER_LANES if whole else {}),
     )  # fmt: skip
-    return _Sums(launch, (programs, TAPS * heads, pitch))
+    return _Sums(launch, (programs, TAPS * heads, pitch), whole)
 
 
 def _channel_chunks(channels: int) -> tuple[int, int]:
@@ -918,7 +926,7 @@ def _mask_weights(cut: _Cut, sizes: torch.Size, heads: int) -> Launch:
 class _Backward(NamedTuple):
     gate_sums: Launch
     parts: tuple[int, ...]
-    deltas: tuple[int, ...]
+    deltas: tuple[int, ...] | None  # None: the sums over taps need none from outside
     gates: Launch
     sums: _Sums | None
     gradient: Launch | None
@@ -945,7 +953,7 @@ def _backward_plan(
     images, channels = sizes[:2]
     acc = accumulator(dtype)
     tile, chunks = _channel_chunks(channels)
-    parts, deltas = (images, 4, chunks, heads), (images, chunks, heads)
+    parts = images, 4, chunks, heads
     constants = {"C": channels, "HEADS": heads, "GATED": gated, "C_TILE": tile, "TAPS_FIRST": taps_first, "ACC": acc}
     constants |= {"num_warps": 4, "maxnreg": MOST_REGISTERS}
     gate_sums = Launch(gradient_sums_kernel, (images, chunks, heads), (), MOST=dtype == torch.float16, **constants)
@@ -955,7 +963,7 @@ def _backward_plan(
     )  # fmt: skip
     sums = gradient = mask_weights = weights = None
     if has_dw or dz_strides is not None:
-        sums = _sums(cut, images, heads, True, deltas[1])
+        sums = _sums(cut, images, heads, True, chunks)
     if dz_strides is not None:
         gradient = _map_gradient(cut, sizes, up_strides, dz_strides, dtype, heads, precision)
     if has_dw:
@@ -967,6 +975,7 @@ def _backward_plan(
             (0 if mask_weights is None else mask_weights.grid[0], images),
             C=channels, HEADS=heads, TAPS=TAPS, C_TILE=tile, R_TILE=64, num_warps=4,
         )  # fmt: skip
+    deltas = None if sums is None or sums.whole else (images, chunks, heads)
     return _Backward(gate_sums, parts, deltas, gates, sums, gradient, mask_weights, weights)
 
 
@@ -1003,7 +1012,7 @@ def attend3x3_backward(
         float32_precision(z.dtype), taps_first,
     )  # fmt: skip
     dp = z.new_empty(images, TAPS, heads, channels)
-    delta = lse.new_empty(plan.deltas)
+    delta = None if plan.deltas is None else lse.new_empty(plan.deltas)
     dt = None if dscore_w is None else lse.new_empty(images, heads)
     scale = unscale = largest_direct = None
     if z.dtype == torch.float16:
