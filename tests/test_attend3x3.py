@@ -87,6 +87,26 @@ def test_error_budget_of_lines_that_are_tiles(shape, dtype, fused, device, monke
         assert ("line_gradients_kernel" in launched) == whole != ("mask_weight_gradient_kernel" in launched)
 
 
+@pytest.mark.parametrize("heads", [3, 4])
+def test_error_budget_of_both_weights_from_one_kernel(heads, fused, device, monkeypatch):
+    if fused == "triton":
+        from ar_kernels.kernels import attend3x3
+
+        monkeypatch.setattr(attend3x3, "LEAST_POOLED", 0)
+        sums_both, found = attend3x3._sums_both_weights, []
+        monkeypatch.setattr(attend3x3, "_sums_both_weights", lambda *cut: found.append(sums_both(*cut)) or found[-1])
+    draws = []
+    for seed in range(3):
+        layer = Layer(
+            n=5, c=136, h=3, w=7, k=heads, globals=1, kernel_size=3, dtype=torch.bfloat16, device=device, seed=seed
+        )
+        runs = layer.run(fused, layout=channels_last), layer.run("eager", layout=channels_last)
+        draws.append((*runs, layer.run("reference", exact=True)))
+    assert_within_budget(draws, torch.bfloat16)
+    if fused == "triton" and (device.type == "cpu" or torch.cuda.get_device_capability(device)[0] == 9):
+        assert any(found)
+
+
 @pytest.mark.parametrize(("channels", "gated"), [(24, True), (264, True), (264, False)])  # 264: in several programs
 def test_float16_gradients_of_a_mean_loss(channels, gated, fused, device):
     """Far below what float16 holds: their images' powers of two bring them back."""

@@ -599,33 +599,49 @@ def map_gradient_kernel(
 
 @triton.jit(do_not_specialize=["items", "splits", "split_length"])
 def mask_weight_gradient_kernel(
-    z, maps, unscale, shares,
+    z, maps, unscale, dt, shares,
     items, splits, split_length, height, width, z_n, z_c, z_h, z_w,
     C: tl.constexpr, HEADS: tl.constexpr, R_TILE: tl.constexpr, C_TILE: tl.constexpr, S_TILE: tl.constexpr,
     UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Shares [programs, 9, K, C] of dW_H = Σ_n Σ_s dℓ_{k,s-τ} Z_s. One program: some channels of some splits of images,
-    one after the other."""
+    one after the other. With dt, of images that are one tile: shares [programs, 18, K, C], the second half of
+    dW_G = Σ_n Σ_s dt_k a_{k,s-τ} Z_s, which then needs no P."""
     positions = height * width
     rows = tl.arange(0, R_TILE)
     c = tl.program_id(1) * C_TILE + tl.arange(0, C_TILE)
     share = tl.zeros([R_TILE, C_TILE], ACC)
-    for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        n = (item // splits).to(tl.int64)
-        begin = aligned(item % splits * split_length, S_TILE)
-        end = aligned(tl.minimum(begin + split_length, positions), VECTOR if UNIT == "s" else 1)
-        dl = maps + n * ((height + 2) * (width + 2) * (2 * HEADS)) + HEADS
-        for start in range(begin, end, S_TILE):
-            s = start + tl.arange(0, S_TILE)
+    own = shares + tl.program_id(0).to(tl.int64) * ((9 if dt is None else 18) * HEADS * C)
+    if dt is None:
+        for item in range(tl.program_id(0), items, tl.num_programs(0)):
+            n = (item // splits).to(tl.int64)
+            begin = aligned(item % splits * split_length, S_TILE)
+            end = aligned(tl.minimum(begin + split_length, positions), VECTOR if UNIT == "s" else 1)
+            dl = maps + n * ((height + 2) * (width + 2) * (2 * HEADS)) + HEADS
+            for start in range(begin, end, S_TILE):
+                s = start + tl.arange(0, S_TILE)
+                z_tile = load_tile(z + n * VECTOR * z_n, s, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
+                dl_rows = _shifted(dl, rows, s, height, width, HEADS, 2 * HEADS)
+                if unscale is None:
+                    share = tl.dot(dl_rows, z_tile, share, input_precision=PRECISION, out_dtype=ACC)
+                else:  # images have scales of their own
+                    share += tl.dot(dl_rows, z_tile, out_dtype=ACC) * tl.load(unscale + n)
+        tl.store(own + rows[:, None] * C + c[None, :], share, mask=(rows < 9 * HEADS)[:, None] & (c < C)[None, :])
+    else:
+        tap, j = rows // (2 * HEADS), rows % (2 * HEADS)  # a of all heads, then dℓ
+        s = tl.arange(0, S_TILE)
+        end = aligned(positions, VECTOR if UNIT == "s" else 1)
+        for item in range(tl.program_id(0), items, tl.num_programs(0)):
+            n = (item // splits).to(tl.int64)
+            of_image = maps + n * ((height + 2) * (width + 2) * (2 * HEADS))
             z_tile = load_tile(z + n * VECTOR * z_n, s, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
-            dl_rows = _shifted(dl, rows, s, height, width, HEADS, 2 * HEADS)
-            if unscale is None:
-                share = tl.dot(dl_rows, z_tile, share, input_precision=PRECISION, out_dtype=ACC)
-            else:  # images have scales of their own
-                share += tl.dot(dl_rows, z_tile, out_dtype=ACC) * tl.load(unscale + n)
-    at = shares + tl.program_id(0).to(tl.int64) * (9 * HEADS * C) + rows[:, None] * C + c[None, :]
-    tl.store(at, share, mask=(rows < 9 * HEADS)[:, None] & (c < C)[None, :])
+            both = _shifted(of_image, rows, s, height, width, 2 * HEADS, 2 * HEADS)
+            factor = tl.load(dt + n * HEADS + j, mask=j < HEADS, other=1.0)
+            both = (both * factor[:, None]).to(maps.dtype.element_ty)
+            share = tl.dot(both, z_tile, share, input_precision=PRECISION, out_dtype=ACC)
+        at = tl.where(j < HEADS, (9 + tap) * HEADS + j, tap * HEADS + j - HEADS)
+        tl.store(own + at[:, None] * C + c[None, :], share, mask=(tap < 9)[:, None] & (c < C)[None, :])
 
 
 @triton.jit
@@ -1160,9 +1176,29 @@ def _map_gradient(
     )  # fmt: skip
 
 
-def _mask_weights(cut: _Cut, sizes: torch.Size, heads: int) -> Launch:
-    """Programs of its first axis each have a share of dW_H."""
+LEAST_POOLED = 2**25
+"""Bytes of P from which on dW_G is summed with dW_H where an image is a tile: less is in L2 when it is read again."""
+
+
+def _sums_both_weights(cut: _Cut, images: int, dtype: torch.dtype, heads: int) -> bool:
+    """Not in float16, whose images have scales of their own."""
+    tile, positions = cut.pooling()[0], cut.sizes[0] * cut.sizes[1]
+    fits = positions <= tile and 64 < 18 * heads <= 128 and cut.constants["UNIT"] == "c"
+    pooled = images * TAPS * heads * cut.constants["C"] * 4
+    return fits and dtype == torch.bfloat16 and cut.hopper and pooled >= LEAST_POOLED
+
+
+def _mask_weights(cut: _Cut, sizes: torch.Size, heads: int, both: bool) -> Launch:
+    """Programs of its first axis each have a share of dW_H; both: of dW_G too."""
     images, channels = sizes[:2]
+    if both:
+        chunks = -(-channels // 128)
+        programs = min(images, max(1, 2 * cut.chip.processors // chunks))
+        return Launch(
+            mask_weight_gradient_kernel, (programs, chunks), (images, 1, cut.sizes[0] * cut.sizes[1], *cut.sizes),
+            **cut.constants | {"R_TILE": 128}, C_TILE=128, S_TILE=64, num_warps=8, num_stages=cut.stages,
+            maxnreg=cut.maxnreg,
+        )  # fmt: skip
     tile, channel_tile, warps = cut.pooling()
     chunks = -(-channels // channel_tile)
     splits, length = cut.splits(images, chunks, tile)
@@ -1189,6 +1225,7 @@ class _Backward(NamedTuple):
     gates: Launch
     sums: _Sums | None
     mask_weights: Launch | None
+    both: bool  # it sums dW_G too
     at_once: Launch | None  # in place of these two
     gradient: Launch | None
     weights: Launch | None
@@ -1226,8 +1263,9 @@ def _backward_plan(
         at_once = _line_gradients(cut, images, dtype, heads, chunks)
     if at_once is None and (has_dw or dz_strides is not None):
         sums = _sums(cut, images, heads, True, chunks)
+    both = has_dw and has_dt and at_once is None and _sums_both_weights(cut, images, dtype, heads)
     if at_once is None and has_dw:
-        mask_weights = _mask_weights(cut, sizes, heads)
+        mask_weights = _mask_weights(cut, sizes, heads, both)
     if dz_strides is not None:
         gradient = _map_gradient(cut, sizes, up_strides, dz_strides, dtype, heads, precision)
     if has_dw or has_dt:
@@ -1236,10 +1274,10 @@ def _backward_plan(
         weights = Launch(
             weight_sums_kernel, (TAPS * heads * (has_dw + has_dt), -(-channels // tile)),
             (0 if of_shares is None else of_shares.grid[0], images),
-            C=channels, HEADS=heads, TAPS=TAPS, C_TILE=tile, R_TILE=64, num_warps=4,
+            C=channels, HEADS=heads, TAPS=TAPS, BOTH=both, C_TILE=tile, R_TILE=64, num_warps=4,
         )  # fmt: skip
     deltas = None if sums is not None and sums.whole else (images, chunks, heads)
-    return _Backward(gate_sums, parts, deltas, gates, sums, mask_weights, at_once, gradient, weights)
+    return _Backward(gate_sums, parts, deltas, gates, sums, mask_weights, both, at_once, gradient, weights)
 
 
 def attend3x3_backward(
@@ -1292,7 +1330,7 @@ def attend3x3_backward(
     )  # fmt: skip
     shares, of_shares = None, plan.at_once or plan.mask_weights
     if of_shares is not None:
-        shares = lse.new_empty(of_shares.grid[0], TAPS, heads, channels)
+        shares = lse.new_empty(of_shares.grid[0], TAPS * (1 + plan.both), heads, channels)
     if plan.sums is not None or plan.at_once is not None:
         maps = framed_maps(z, 2 * heads)
     if plan.at_once is not None:
@@ -1300,9 +1338,9 @@ def attend3x3_backward(
     if plan.sums is not None:
         plan.sums(lse, z, dp, None, logits, lse, delta, grad_lse, grad_logits, scale, maps)
     if plan.mask_weights is not None:
-        plan.mask_weights(z, maps, unscale, shares)
+        plan.mask_weights(z, maps, unscale, dt if plan.both else None, shares)
     if plan.weights is not None:
-        plan.weights(shares, pooled, dt, dw, dscore_w, dscore_b)
+        plan.weights(shares, None if plan.both else pooled, dt, dw, dscore_w, dscore_b)
     if plan.gradient is None:
         return None
     del shares
