@@ -330,31 +330,27 @@ def masks_kernel(
         tl.store(target, a.to(masks.dtype.element_ty), mask=(at < frame)[:, None] & (heads < HEADS)[None, :])
 
 
-@triton.jit(do_not_specialize=["splits", "split_length"])
-def pool_kernel(
-    z, masks, score_w, pooled, mean, parts, splits, split_length, height, width, z_n, z_c, z_h, z_w,
-    C: tl.constexpr, HEADS: tl.constexpr, R_TILE: tl.constexpr, C_TILE: tl.constexpr, S_TILE: tl.constexpr,
-    K_TILE: tl.constexpr, UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit
+def _pool_tile(
+    sums, z, masks, n, s, end, c, mean, height, width, z_n, z_c, z_h, z_w,
+    C: tl.constexpr, HEADS: tl.constexpr, UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr,
+    WIDE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: some channels of one split of one image. P of all taps [splits, N, 9, K, C], the mean's sums
-    [splits, N, C], whose row of ones is the last of the tile, and its share of W_G[k]·P_k, parts [N, ..., K_tile]."""
-    positions = height * width
-    split, n = tl.program_id(0) % splits, (tl.program_id(0) // splits).to(tl.int64)
-    images = tl.num_programs(0) // splits
-    rows = tl.arange(0, R_TILE)
-    c = tl.program_id(1) * C_TILE + tl.arange(0, C_TILE)
-    begin = aligned(split * split_length, S_TILE)
-    end = aligned(tl.minimum(begin + split_length, positions), VECTOR if UNIT == "s" else 1)
-    sums = tl.zeros([R_TILE, C_TILE], ACC)
-    for start in range(begin, end, S_TILE):
-        s = start + tl.arange(0, S_TILE)
-        z_tile = load_tile(z + n * VECTOR * z_n, s, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
-        a = _shifted(masks + n * HEADS * ((height + 2) * (width + 2)), rows, s, height, width, HEADS, HEADS)
-        if mean is not None:
-            a = tl.where((rows == R_TILE - 1)[:, None], 1.0, a).to(masks.dtype.element_ty)  # past the end Z is 0
-        sums = tl.dot(a, z_tile, sums, input_precision=PRECISION, out_dtype=ACC)
-    row = split.to(tl.int64) * images + n
+    """Adds a tile's share of P, and of the mean's sums, to sums [R_tile, C_tile]."""
+    rows = tl.arange(0, sums.shape[0])
+    z_tile = load_tile(z + n * VECTOR * z_n, s, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
+    a = _shifted(masks + n * HEADS * ((height + 2) * (width + 2)), rows, s, height, width, HEADS, HEADS)
+    if mean is not None:
+        a = tl.where((rows == sums.shape[0] - 1)[:, None], 1.0, a).to(masks.dtype.element_ty)  # past the end Z is 0
+    return tl.dot(a, z_tile, sums, input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit
+def _store_pooled(
+    sums, score_w, pooled, mean, parts, row, part, c, positions,
+    C: tl.constexpr, HEADS: tl.constexpr, K_TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    rows = tl.arange(0, sums.shape[0])
     real = (rows < 9 * HEADS)[:, None] & (c < C)[None, :]
     tl.store(pooled + (row * (9 * HEADS) + rows[:, None]) * C + c[None, :], sums, mask=real)
     if parts is not None:
@@ -362,11 +358,48 @@ def pool_kernel(
         weights = _tap_rows(score_w, rows, c, C, 9 * HEADS).to(ACC)
         of_rows = tl.sum(tl.where((rows < 9 * HEADS)[:, None], weights * sums, 0.0), axis=1)
         t = tl.sum(tl.where((rows % HEADS)[:, None] == heads[None, :], of_rows[:, None], 0.0), axis=0)
-        part = (n * splits + split) * tl.num_programs(1) + tl.program_id(1)
         tl.store(parts + part * K_TILE + heads, t)
     if mean is not None:
-        average = tl.sum(tl.where((rows == R_TILE - 1)[:, None], sums, 0.0), axis=0) / positions
+        average = tl.sum(tl.where((rows == sums.shape[0] - 1)[:, None], sums, 0.0), axis=0) / positions
         tl.store(mean + row * C + c, average, mask=c < C)
+
+
+@triton.jit(do_not_specialize=["images", "splits", "split_length"])
+def pool_kernel(
+    z, masks, score_w, pooled, mean, parts, images, splits, split_length, height, width, z_n, z_c, z_h, z_w,
+    C: tl.constexpr, HEADS: tl.constexpr, R_TILE: tl.constexpr, C_TILE: tl.constexpr, S_TILE: tl.constexpr,
+    K_TILE: tl.constexpr, IN_TURN: tl.constexpr, UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr,
+    WIDE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: some channels of one split of one image. P of all taps [splits, N, 9, K, C], the mean's sums
+    [splits, N, C], whose row of ones is the last of the tile, and its share of W_G[k]·P_k, parts [N, ..., K_tile].
+    IN_TURN: of one image after the other, each of them a tile, so that loads run ahead over an image's end."""
+    positions = height * width
+    c = tl.program_id(1) * C_TILE + tl.arange(0, C_TILE)
+    if IN_TURN:
+        s = tl.arange(0, S_TILE)
+        end = aligned(positions, VECTOR if UNIT == "s" else 1)
+        for item in range(tl.program_id(0), images, tl.num_programs(0)):
+            n = (item // splits).to(tl.int64)
+            sums = _pool_tile(
+                tl.zeros([R_TILE, C_TILE], ACC), z, masks, n, s, end, c, mean, height, width, z_n, z_c, z_h, z_w,
+                C, HEADS, UNIT, VECTOR, FLAT, WIDE, ACC, PRECISION,
+            )  # fmt: skip
+            part = n * tl.num_programs(1) + tl.program_id(1)
+            _store_pooled(sums, score_w, pooled, mean, parts, n, part, c, positions, C, HEADS, K_TILE, ACC)
+    else:
+        split, n = tl.program_id(0) % splits, (tl.program_id(0) // splits).to(tl.int64)
+        begin = aligned(split * split_length, S_TILE)
+        end = aligned(tl.minimum(begin + split_length, positions), VECTOR if UNIT == "s" else 1)
+        sums = tl.zeros([R_TILE, C_TILE], ACC)
+        for start in range(begin, end, S_TILE):
+            sums = _pool_tile(
+                sums, z, masks, n, start + tl.arange(0, S_TILE), end, c, mean, height, width, z_n, z_c, z_h, z_w,
+                C, HEADS, UNIT, VECTOR, FLAT, WIDE, ACC, PRECISION,
+            )  # fmt: skip
+        row = split.to(tl.int64) * images + n
+        part = (n * splits + split) * tl.num_programs(1) + tl.program_id(1)
+        _store_pooled(sums, score_w, pooled, mean, parts, row, part, c, positions, C, HEADS, K_TILE, ACC)
 
 
 @triton.jit
@@ -1048,6 +1081,15 @@ def _channel_chunks(channels: int) -> tuple[int, int]:
     return tile, -(-channels // tile)
 
 
+LEAST_POOLED = 2**25
+"""Bytes of P that L2 no longer holds until it is read again. From there on, where an image is a tile, programs pool one
+image after the other, and dW_G is summed with dW_H."""
+
+
+def _pooled_bytes(cut: _Cut, images: int, heads: int) -> int:
+    return images * TAPS * heads * cut.constants["C"] * max(4, cut.itemsize)
+
+
 class _Forward(NamedTuple):
     sums: _Sums
     masks: Launch
@@ -1082,9 +1124,13 @@ def _forward_plan(
     chunks = -(-channels // channel_tile)
     # An image's sums are added in the same order in whatever batch it comes: not split at all, torch.sum has its own.
     splits, length = (1, positions) if alike else cut.splits(images, chunks, tile)
+    # Hopper's matrix units, for which loads run ahead, take 64 rows; registers of a multiprocessor hold two programs.
+    in_turn = warps == 4 and cut.row_tile == 64 and positions <= tile
+    in_turn = in_turn and _pooled_bytes(cut, images, heads) >= LEAST_POOLED
+    programs = min(images, max(1, 2 * cut.chip.processors // chunks)) if in_turn else images * splits
     pool = Launch(
-        pool_kernel, (images * splits, chunks), (splits, length, *cut.sizes), **cut.constants,
-        C_TILE=channel_tile, S_TILE=tile, K_TILE=head_tile,
+        pool_kernel, (programs, chunks), (images, splits, length, *cut.sizes), **cut.constants,
+        C_TILE=channel_tile, S_TILE=tile, K_TILE=head_tile, IN_TURN=in_turn,
         num_warps=warps, num_stages=cut.stages, maxnreg=cut.maxnreg,
     )  # fmt: skip
     # The batch decides it, and it adds an image's sums in another order.
@@ -1176,16 +1222,12 @@ def _map_gradient(
     )  # fmt: skip
 
 
-LEAST_POOLED = 2**25
-"""Bytes of P from which on dW_G is summed with dW_H where an image is a tile: less is in L2 when it is read again."""
-
-
 def _sums_both_weights(cut: _Cut, images: int, dtype: torch.dtype, heads: int) -> bool:
     """Not in float16, whose images have scales of their own."""
     tile, positions = cut.pooling()[0], cut.sizes[0] * cut.sizes[1]
     fits = positions <= tile and 64 < 18 * heads <= 128 and cut.constants["UNIT"] == "c"
-    pooled = images * TAPS * heads * cut.constants["C"] * 4
-    return fits and dtype == torch.bfloat16 and cut.hopper and pooled >= LEAST_POOLED
+    large = _pooled_bytes(cut, images, heads) >= LEAST_POOLED
+    return fits and large and dtype == torch.bfloat16 and cut.hopper
 
 
 def _mask_weights(cut: _Cut, sizes: torch.Size, heads: int, both: bool) -> Launch:
