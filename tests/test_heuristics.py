@@ -208,7 +208,7 @@ def test_shares_of_3x3_weights_take_no_more_than_an_eighth_of_dz_or_one_an_image
     size, strides = torch.Size((images, channels, side, side)), (channels * side**2, 1, channels * side, channels)
     plan = attend3x3._backward_plan.__wrapped__(
         size, strides, None, strides, {2: torch.bfloat16, 4: torch.float32}[itemsize], 0, heads, heads, True, True,
-        "ieee", True,
+        "ieee", True, False,
     )  # fmt: skip
     share, dz = 9 * heads * channels * 4, size.numel() * itemsize
     programs, chunks, _ = (plan.at_once or plan.mask_weights).grid

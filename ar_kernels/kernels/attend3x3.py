@@ -980,12 +980,12 @@ class _Sums(NamedTuple):
         self.launch(*tensors, *(() if self.scratch is None else (lse.new_empty(self.scratch),)))
 
 
-def _sums(cut: _Cut, images: int, heads: int, of_image: bool, parts: int = 1) -> _Sums:
+def _sums(cut: _Cut, images: int, heads: int, of_image: bool, parts: int = 1, alike: bool = False) -> _Sums:
     # Hopper's matrix units take 64 positions: of shorter lines the products take longer than the scratch does.
     tile, rows = next_power_of_2(cut.sizes[1]), max(16, 4 * next_power_of_2(heads))  # three columns, and one of zeros
     if cut.half and cut.hopper and cut.constants["UNIT"] == "c" and tile >= 64 and tile * rows <= 4096:
         return _line_sums(cut, images, heads, of_image, parts, tile, rows)
-    return _tap_sums(cut, images, heads, of_image, parts)
+    return _tap_sums(cut, images, heads, of_image, parts, alike)
 
 
 def _line_sums(cut: _Cut, images: int, heads: int, of_image: bool, parts: int, tile: int, rows: int) -> _Sums:
@@ -999,7 +999,7 @@ def _line_sums(cut: _Cut, images: int, heads: int, of_image: bool, parts: int, t
     return _Sums(launch, None, False)
 
 
-def _tap_sums(cut: _Cut, images: int, heads: int, of_image: bool, parts: int) -> _Sums:
+def _tap_sums(cut: _Cut, images: int, heads: int, of_image: bool, parts: int, alike: bool = False) -> _Sums:
     height, width = cut.sizes[:2]
     most = 128 if cut.hopper else 64
     tile = min(max(32, 8192 // cut.row_tile), most, max(32, next_power_of_2(height * width))) if cut.half else 32
@@ -1029,7 +1029,7 @@ def _tap_sums(cut: _Cut, images: int, heads: int, of_image: bool, parts: int) ->
     fewest = -(-height // -(-2048 // width))  # larger bands' scratches stay in L2 even less
     lines, programs, pitch = cut_into(min(filter(fits, range(fewest, height + 1)), key=work, default=height))
     bands = -(-height // lines)
-    whole = bands == 1 and height * width <= tile
+    whole = bands == 1 and height * width <= tile and not alike  # the batch decides how many bands there are
     launch = Launch(
         tap_sums_kernel, (programs,), (images * bands, bands, lines, pitch, *cut.sizes), **cut.constants,
         OF_IMAGE=of_image, C_TILE=channel_tile, S_TILE=tile, K_TILE=next_power_of_2(heads), PARTS=parts,
@@ -1287,6 +1287,7 @@ def _backward_plan(
     has_dt: bool,
     precision: str,
     taps_first: bool,
+    alike: bool,
 ) -> _Backward:
     cut = _cut(sizes, strides, dtype, device, heads, precision)
     images, channels = sizes[:2]
@@ -1301,10 +1302,10 @@ def _backward_plan(
         CHUNK_TILE=next_power_of_2(chunks), **constants,
     )  # fmt: skip
     sums = mask_weights = at_once = gradient = weights = None
-    if has_dw:
+    if has_dw and not alike:  # the batch decides it
         at_once = _line_gradients(cut, images, dtype, heads, chunks)
     if at_once is None and (has_dw or dz_strides is not None):
-        sums = _sums(cut, images, heads, True, chunks)
+        sums = _sums(cut, images, heads, True, chunks, alike)
     both = has_dw and has_dt and at_once is None and _sums_both_weights(cut, images, dtype, heads)
     if at_once is None and has_dw:
         mask_weights = _mask_weights(cut, sizes, heads, both)
@@ -1344,6 +1345,7 @@ def attend3x3_backward(
     dscore_w: Tensor | None,
     dscore_b: Tensor | None,
     taps_first: bool,
+    alike: bool,
 ) -> Tensor | None:
     """Launches into dw and dscore_w [K, C, 3, 3] and dscore_b [K]; returns dz with the strides asked for, contiguous or
     channels_last. What is None is not computed, the two scores' go together. pooled is [N, 9, K, C], grad_pooled
@@ -1352,7 +1354,7 @@ def attend3x3_backward(
     plan = _backward_plan(
         z.shape, z.stride(), None if upstream is None else upstream.stride(), dz_strides,
         z.dtype, z.get_device(), heads, 0 if gates is None else gates.shape[1], dw is not None, dscore_w is not None,
-        float32_precision(z.dtype), taps_first,
+        float32_precision(z.dtype), taps_first, alike,
     )  # fmt: skip
     dp = z.new_empty(images, TAPS, heads, channels)
     delta = None if plan.deltas is None else lse.new_empty(plan.deltas)
