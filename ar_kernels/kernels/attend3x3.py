@@ -1,5 +1,4 @@
-"""3×3 heads (docs/math.md): forward two sweeps over the map, backward two more and one write of dZ; no unfold of Z. Of
-maps with long lines and few channels one sweep each way sums over taps and pools (line_pool_kernel).
+"""3×3 heads (docs/math.md): forward two sweeps over the map, backward two more and one write of dZ; no unfold of Z.
 
 All wide work is a plain product of 9·K rows with Z, row tap·K + head. Logits are sums of nine such rows, each shifted
 by its tap. Where lines are long enough to be tiles, a program adds up three lines of rows where they stand, and shifts
@@ -404,12 +403,11 @@ def pool_kernel(
 
 
 @triton.jit
-def _of_head(rows, n, k, c, C: tl.constexpr, HEADS: tl.constexpr, POLICY: tl.constexpr = ""):
-    """[N, 9, K, C]: image n, head k → [16 taps, C_tile], 0 outside. POLICY: what L2 does with them."""
+def _of_head(rows, n, k, c, C: tl.constexpr, HEADS: tl.constexpr):
+    """[N, 9, K, C]: image n, head k → [16 taps, C_tile], 0 outside."""
     taps = tl.arange(0, 16)
     real = (taps < 9)[:, None] & (c < C)[None, :]
-    at = rows + ((n * 9 + taps[:, None]) * HEADS + k) * C + c[None, :]
-    return tl.load(at, mask=real, other=0.0, eviction_policy=POLICY)
+    return tl.load(rows + ((n * 9 + taps[:, None]) * HEADS + k) * C + c[None, :], mask=real, other=0.0)
 
 
 @triton.jit
@@ -490,10 +488,10 @@ def gate_kernel(
 def gradient_sums_kernel(
     pooled, score_w, grad_features, grad_pooled, parts,
     C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, C_TILE: tl.constexpr, TAPS_FIRST: tl.constexpr,
-    MOST: tl.constexpr, POLICY: tl.constexpr, ACC: tl.constexpr,
+    MOST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One program: some channels of one head of one image. parts [N, 4, chunks, K]: dx·P and, if MOST, the largest of
-    dx, W_G and the direct gradient. POLICY: L2's for P."""
+    dx, W_G and the direct gradient."""
     n, chunk, k = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     first = chunk * C_TILE
     c = first + tl.arange(0, C_TILE)
@@ -501,7 +499,7 @@ def gradient_sums_kernel(
     at = parts + (n * (4 * chunks) + chunk) * HEADS + k
     if grad_features is not None:
         dx = _load_features(grad_features, n, k, first, C, GATED, C_TILE, TAPS_FIRST).to(ACC)
-        tl.store(at, _one_number(dx * _of_head(pooled, n, k, c, C, HEADS, POLICY)))
+        tl.store(at, _one_number(dx * _of_head(pooled, n, k, c, C, HEADS)))
         if MOST:
             tl.store(at + chunks * HEADS, _most(dx))
     if MOST and score_w is not None:
@@ -1298,11 +1296,7 @@ def _backward_plan(
     parts = images, 4, chunks, heads
     constants = {"C": channels, "HEADS": heads, "GATED": gated, "C_TILE": tile, "TAPS_FIRST": taps_first, "ACC": acc}
     constants |= {"num_warps": 4, "maxnreg": MOST_REGISTERS}
-    # dx comes again right after; P, where so large, comes from memory again if at all.
-    policy = "evict_first" if _pooled_bytes(cut, images, heads) >= LEAST_POOLED else ""
-    gate_sums = Launch(
-        gradient_sums_kernel, (images, chunks, heads), (), MOST=dtype == torch.float16, POLICY=policy, **constants
-    )  # fmt: skip
+    gate_sums = Launch(gradient_sums_kernel, (images, chunks, heads), (), MOST=dtype == torch.float16, **constants)
     gates = Launch(
         gate_gradient_kernel, (images, chunks, heads), (), K_TILE=next_power_of_2(heads), CHUNKS=chunks,
         CHUNK_TILE=next_power_of_2(chunks), **constants,
