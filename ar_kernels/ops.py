@@ -421,6 +421,7 @@ def _gated_attend3x3_backward(
             dscore_w if scored else None,
             dscore_b if scored else None,
             taps_first,
+            are_deterministic_algorithms_enabled(),
         )
     return z.new_empty(0) if dz is None else dz, dw, dscore_w, dscore_b
 

@@ -87,7 +87,7 @@ def run(
     """
     if kernels.is_watched():
         return launch(*tensors, *options)
-    key = [number, *options]
+    key = [number, torch.are_deterministic_algorithms_enabled(), *options]
     if tensors[0].dtype == torch.float32:  # type: ignore[union-attr]
         key.append(torch.backends.cuda.matmul.fp32_precision == "tf32")
     outputs = _replay()(tensors, key)

@@ -215,6 +215,7 @@ LAYERS3X3 = [
     (384, 14, 16, False),
     (256, 56, 4, True),
     (96, 56, 16, True),
+    (2048, 7, 4, True),
 ]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

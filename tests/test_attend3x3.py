@@ -52,6 +52,7 @@ LINES = {
     "a line each": {"n": 2, "c": 72, "h": 3, "w": 36, "k": 3},
     "lines of several images": {"n": 3, "c": 16, "h": 9, "w": 40, "k": 4, "globals": 1},
     "one long line": {"n": 2, "c": 8, "h": 1, "w": 70, "k": 2},
+    "lines with all their channels": {"n": 3, "c": 136, "h": 4, "w": 34, "k": 3},
 }
 
 
@@ -60,8 +61,11 @@ LINES = {
 def test_error_budget_of_lines_that_are_tiles(shape, dtype, fused, device, monkeypatch):
     launched = set()
     if fused == "triton":
+        from ar_kernels.kernels import attend3x3
         from ar_kernels.kernels.launch import Launch
 
+        monkeypatch.setattr(attend3x3, "LEAST_LINES", 1)
+        monkeypatch.setattr(attend3x3, "LEAST_BUSY", 0.0)
         launch = Launch.__call__
 
         def recorded(self, *tensors):
@@ -76,7 +80,31 @@ def test_error_budget_of_lines_that_are_tiles(shape, dtype, fused, device, monke
         draws.append((*runs, layer.run("reference", exact=True)))
     assert_within_budget(draws, dtype)
     if fused == "triton" and (device.type == "cpu" or torch.cuda.get_device_capability(device)[0] == 9):
-        assert "line_sums_kernel" in launched and "tap_sums_kernel" not in launched
+        assert "tap_sums_kernel" not in launched
+        whole = shape == "lines with all their channels"
+        assert ("line_pool_kernel" in launched) == whole != ("pool_kernel" in launched)
+        whole = whole and dtype == torch.bfloat16
+        assert ("line_gradients_kernel" in launched) == whole != ("mask_weight_gradient_kernel" in launched)
+
+
+@pytest.mark.parametrize("heads", [3, 4])
+def test_error_budget_of_both_weights_from_one_kernel(heads, fused, device, monkeypatch):
+    if fused == "triton":
+        from ar_kernels.kernels import attend3x3
+
+        monkeypatch.setattr(attend3x3, "LEAST_POOLED", 0)
+        sums_both, found = attend3x3._sums_both_weights, []
+        monkeypatch.setattr(attend3x3, "_sums_both_weights", lambda *cut: found.append(sums_both(*cut)) or found[-1])
+    draws = []
+    for seed in range(3):
+        layer = Layer(
+            n=5, c=136, h=3, w=7, k=heads, globals=1, kernel_size=3, dtype=torch.bfloat16, device=device, seed=seed
+        )
+        runs = layer.run(fused, layout=channels_last), layer.run("eager", layout=channels_last)
+        draws.append((*runs, layer.run("reference", exact=True)))
+    assert_within_budget(draws, torch.bfloat16)
+    if fused == "triton" and (device.type == "cpu" or torch.cuda.get_device_capability(device)[0] == 9):
+        assert any(found)
 
 
 @pytest.mark.parametrize(("channels", "gated"), [(24, True), (264, True), (264, False)])  # 264: in several programs

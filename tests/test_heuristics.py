@@ -139,7 +139,7 @@ def test_bands_of_3x3_heads_cover_every_line_and_their_scratch_is_no_larger_than
 def test_lines_that_are_tiles_are_shared_among_programs_that_run_at_once(images, height, width, monkeypatch):
     monkeypatch.setattr(attend3x3, "chip", lambda index: Chip(132, 9, 227 * 1024))
     size, strides = (images, 96, height, width), (96 * height * width, 1, 96 * width, 96)
-    launch, scratch = attend3x3._sums(
+    launch, scratch, _ = attend3x3._sums(
         attend3x3._cut(torch.Size(size), strides, torch.bfloat16, 0, 4, "ieee"), images, 4, True
     )
     all_lines, lines = launch.sizes[:2]
@@ -164,6 +164,41 @@ def test_other_maps_sum_over_taps_in_bands(width, heads, dtype, monkeypatch):
     assert attend3x3._sums(cut, 2, heads, False).launch.kernel is attend3x3.tap_sums_kernel
 
 
+@pytest.mark.parametrize(
+    "images, channels, width, heads, dtype, forward, backward",
+    [
+        (256, 256, 56, 4, torch.bfloat16, True, True),
+        (120, 136, 33, 3, torch.bfloat16, True, True),
+        (256, 256, 56, 4, torch.float16, True, False),
+        (140, 256, 56, 4, torch.bfloat16, False, True),  # most multiprocessors would wait for the last images
+        (58, 136, 64, 3, torch.bfloat16, False, True),
+        (50, 256, 56, 4, torch.bfloat16, False, False),  # few lines a program
+        (256, 256, 32, 4, torch.bfloat16, False, False),
+        (256, 256, 65, 4, torch.bfloat16, False, False),
+        (256, 128, 56, 4, torch.bfloat16, False, False),
+        (256, 264, 56, 4, torch.bfloat16, False, False),
+        (256, 256, 56, 2, torch.bfloat16, False, False),
+        (256, 256, 56, 5, torch.bfloat16, False, False),
+        (256, 256, 56, 4, torch.float32, False, False),
+    ],
+)
+def test_lines_with_all_their_channels_are_summed_and_pooled_at_once(
+    images, channels, width, heads, dtype, forward, backward, monkeypatch
+):
+    monkeypatch.setattr(attend3x3, "chip", lambda index: Chip(132, 9, 227 * 1024))
+    size, strides = torch.Size((images, channels, 56, width)), (56 * width * channels, 1, width * channels, channels)
+    plan = attend3x3._forward_plan.__wrapped__(size, strides, dtype, 0, heads, heads, "ieee", False, False)
+    assert (plan.at_once is not None) == forward and plan.parts[1] == plan.gates.constants["PARTS"]
+    plan = attend3x3._forward_plan.__wrapped__(size, strides, dtype, 0, heads, heads, "ieee", True, False)
+    assert plan.at_once is None  # the batch may not decide how an image is summed
+    cut = attend3x3._cut(size, strides, dtype, 0, heads, "ieee")
+    launch = attend3x3._line_gradients(cut, images, dtype, heads, 1)
+    assert (launch is not None) == backward
+    if backward:
+        (programs, _, _), (all_lines, lines) = launch.grid, launch.sizes[:2]
+        assert programs <= 132 and (programs - 1) * lines < all_lines == images * 56 <= programs * lines
+
+
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("side", [1, 7, 14, 56])
 @pytest.mark.parametrize("images", [1, 8, 64, 256])
@@ -173,10 +208,10 @@ def test_shares_of_3x3_weights_take_no_more_than_an_eighth_of_dz_or_one_an_image
     size, strides = torch.Size((images, channels, side, side)), (channels * side**2, 1, channels * side, channels)
     plan = attend3x3._backward_plan.__wrapped__(
         size, strides, None, strides, {2: torch.bfloat16, 4: torch.float32}[itemsize], 0, heads, heads, True, True,
-        "ieee", True,
+        "ieee", True, False,
     )  # fmt: skip
     share, dz = 9 * heads * channels * 4, size.numel() * itemsize
-    programs, chunks, _ = plan.mask_weights.grid
+    programs, chunks, _ = (plan.at_once or plan.mask_weights).grid
     assert programs * share <= max(dz // 8, images * share) and plan.weights.sizes == (programs, images)
     assert programs >= min(images, 132 // chunks, dz // 8 // share)
     programs, chunks, _ = plan.gradient.grid

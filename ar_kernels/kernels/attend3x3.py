@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .attend_backward import weight_sums_kernel
 from .attend_forward import store_gates
-from .heuristics import MOST_REGISTERS, Chip, chip, next_power_of_2
+from .heuristics import MOST_REGISTERS, SUMS_OVER_LANES, Chip, chip, next_power_of_2
 from .launch import Launch
 from .tiles import (
     accumulator,
@@ -85,36 +85,60 @@ def _tap_row(own, tap, heads, s, y, x, first, end, pitch, height, width, HEADS: 
 
 
 @triton.jit
+def _image_shift(delta, grad_lse, n, heads, factor, HEADS: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr):
+    """δ - dlse of an image's heads, [K_tile]; δ comes scaled."""
+    shift = tl.zeros([heads.shape[0]], ACC)
+    for part in range(PARTS):
+        shift += tl.load(delta + (n * PARTS + part) * HEADS + heads, mask=heads < HEADS, other=0.0)
+    if grad_lse is not None:
+        shift -= tl.load(grad_lse + n * HEADS + heads, mask=heads < HEADS, other=0.0).to(ACC) * factor
+    return shift
+
+
+@triton.jit
+def _store_maps(
+    total, a, shift, n, heads, s, real, grad_logits, factor, maps, height, width, HEADS: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """a and, of dA = total, dℓ = a ⊙ (dA - shift) + direct, [K_tile, S_tile], into maps [N, H+2, W+2, 2K] where they
+    are real. Returns dℓ."""
+    of_image = maps + n * ((height + 2) * (width + 2) * (2 * HEADS))
+    place = heads[:, None] + (_framed(s, width) * (2 * HEADS))[None, :]
+    tl.store(of_image + place, a.to(maps.dtype.element_ty), mask=real)
+    dl = a * (total - shift[:, None])
+    if grad_logits is not None:
+        at = (n * HEADS + heads)[:, None] * (height * width) + s[None, :]
+        dl += tl.load(grad_logits + at, mask=real, other=0.0).to(ACC) * factor
+    tl.store(of_image + HEADS + place, dl.to(maps.dtype.element_ty), mask=real)
+    return dl
+
+
+@triton.jit
 def _store_sums(
     total, n, heads, s, real, b, logits, lse, delta, grad_lse, grad_logits, scale, maps, height, width,
     HEADS: tl.constexpr, OF_IMAGE: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """What becomes of Σ_τ rows[tap τ] · Z_{s+τ}, [K_tile, S_tile], where s is real. Forward: rows W_H, it is the
     logits. Backward (OF_IMAGE): rows dP of each image, it is dA; a and dℓ = a ⊙ (dA - δ + dlse) + direct, times scale,
-    go into maps [N, H+2, W+2, 2K]. dP and δ, whose parts lie in delta [N, PARTS, K], come scaled."""
+    go into maps [N, H+2, W+2, 2K]. dP and δ, whose parts lie in delta [N, PARTS, K], come scaled; where the tile has
+    the whole image, δ = Σ_s a dA and delta is None."""
     positions = height * width
     of_head = heads < HEADS
     real = of_head[:, None] & real[None, :]
     row = n * HEADS + heads
     at = row[:, None] * positions + s[None, :]
     if OF_IMAGE:
-        log_sum = tl.load(lse + row, mask=of_head, other=0.0)
-        a = tl.exp(tl.load(logits + at, mask=real, other=float("-inf")) - log_sum[:, None])
-        of_image = maps + n * ((height + 2) * (width + 2) * (2 * HEADS))
-        place = heads[:, None] + (_framed(s, width) * (2 * HEADS))[None, :]
-        tl.store(of_image + place, a.to(maps.dtype.element_ty), mask=real)
         factor = 1.0
         if scale is not None:
             factor = tl.load(scale + n)
-        shift = tl.zeros([heads.shape[0]], ACC)
-        for part in range(PARTS):
-            shift += tl.load(delta + (n * PARTS + part) * HEADS + heads, mask=of_head, other=0.0)
-        if grad_lse is not None:
-            shift -= tl.load(grad_lse + row, mask=of_head, other=0.0).to(ACC) * factor
-        dl = a * (total - shift[:, None])
-        if grad_logits is not None:
-            dl += tl.load(grad_logits + at, mask=real, other=0.0).to(ACC) * factor
-        tl.store(of_image + HEADS + place, dl.to(maps.dtype.element_ty), mask=real)
+        log_sum = tl.load(lse + row, mask=of_head, other=0.0)
+        a = tl.exp(tl.load(logits + at, mask=real, other=float("-inf")) - log_sum[:, None])
+        if delta is None:
+            shift = tl.sum(tl.where(real, a * total, 0.0), axis=1)
+            if grad_lse is not None:
+                shift -= tl.load(grad_lse + row, mask=of_head, other=0.0).to(ACC) * factor
+        else:
+            shift = _image_shift(delta, grad_lse, n, heads, factor, HEADS, PARTS, ACC)
+        _store_maps(total, a, shift, n, heads, s, real, grad_logits, factor, maps, height, width, HEADS, ACC)
     else:
         if b is not None:
             total += tl.load(b + heads, mask=of_head, other=0.0).to(ACC)[:, None]
@@ -306,31 +330,27 @@ def masks_kernel(
         tl.store(target, a.to(masks.dtype.element_ty), mask=(at < frame)[:, None] & (heads < HEADS)[None, :])
 
 
-@triton.jit(do_not_specialize=["splits", "split_length"])
-def pool_kernel(
-    z, masks, score_w, pooled, mean, parts, splits, split_length, height, width, z_n, z_c, z_h, z_w,
-    C: tl.constexpr, HEADS: tl.constexpr, R_TILE: tl.constexpr, C_TILE: tl.constexpr, S_TILE: tl.constexpr,
-    K_TILE: tl.constexpr, UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit
+def _pool_tile(
+    sums, z, masks, n, s, end, c, mean, height, width, z_n, z_c, z_h, z_w,
+    C: tl.constexpr, HEADS: tl.constexpr, UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr,
+    WIDE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: some channels of one split of one image. P of all taps [splits, N, 9, K, C], the mean's sums
-    [splits, N, C], whose row of ones is the last of the tile, and its share of W_G[k]·P_k, parts [N, ..., K_tile]."""
-    positions = height * width
-    split, n = tl.program_id(0) % splits, (tl.program_id(0) // splits).to(tl.int64)
-    images = tl.num_programs(0) // splits
-    rows = tl.arange(0, R_TILE)
-    c = tl.program_id(1) * C_TILE + tl.arange(0, C_TILE)
-    begin = aligned(split * split_length, S_TILE)
-    end = aligned(tl.minimum(begin + split_length, positions), VECTOR if UNIT == "s" else 1)
-    sums = tl.zeros([R_TILE, C_TILE], ACC)
-    for start in range(begin, end, S_TILE):
-        s = start + tl.arange(0, S_TILE)
-        z_tile = load_tile(z + n * VECTOR * z_n, s, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
-        a = _shifted(masks + n * HEADS * ((height + 2) * (width + 2)), rows, s, height, width, HEADS, HEADS)
-        if mean is not None:
-            a = tl.where((rows == R_TILE - 1)[:, None], 1.0, a).to(masks.dtype.element_ty)  # past the end Z is 0
-        sums = tl.dot(a, z_tile, sums, input_precision=PRECISION, out_dtype=ACC)
-    row = split.to(tl.int64) * images + n
+    """Adds a tile's share of P, and of the mean's sums, to sums [R_tile, C_tile]."""
+    rows = tl.arange(0, sums.shape[0])
+    z_tile = load_tile(z + n * VECTOR * z_n, s, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
+    a = _shifted(masks + n * HEADS * ((height + 2) * (width + 2)), rows, s, height, width, HEADS, HEADS)
+    if mean is not None:
+        a = tl.where((rows == sums.shape[0] - 1)[:, None], 1.0, a).to(masks.dtype.element_ty)  # past the end Z is 0
+    return tl.dot(a, z_tile, sums, input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit
+def _store_pooled(
+    sums, score_w, pooled, mean, parts, row, part, c, positions,
+    C: tl.constexpr, HEADS: tl.constexpr, K_TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    rows = tl.arange(0, sums.shape[0])
     real = (rows < 9 * HEADS)[:, None] & (c < C)[None, :]
     tl.store(pooled + (row * (9 * HEADS) + rows[:, None]) * C + c[None, :], sums, mask=real)
     if parts is not None:
@@ -338,11 +358,48 @@ def pool_kernel(
         weights = _tap_rows(score_w, rows, c, C, 9 * HEADS).to(ACC)
         of_rows = tl.sum(tl.where((rows < 9 * HEADS)[:, None], weights * sums, 0.0), axis=1)
         t = tl.sum(tl.where((rows % HEADS)[:, None] == heads[None, :], of_rows[:, None], 0.0), axis=0)
-        part = (n * splits + split) * tl.num_programs(1) + tl.program_id(1)
         tl.store(parts + part * K_TILE + heads, t)
     if mean is not None:
-        average = tl.sum(tl.where((rows == R_TILE - 1)[:, None], sums, 0.0), axis=0) / positions
+        average = tl.sum(tl.where((rows == sums.shape[0] - 1)[:, None], sums, 0.0), axis=0) / positions
         tl.store(mean + row * C + c, average, mask=c < C)
+
+
+@triton.jit(do_not_specialize=["images", "splits", "split_length"])
+def pool_kernel(
+    z, masks, score_w, pooled, mean, parts, images, splits, split_length, height, width, z_n, z_c, z_h, z_w,
+    C: tl.constexpr, HEADS: tl.constexpr, R_TILE: tl.constexpr, C_TILE: tl.constexpr, S_TILE: tl.constexpr,
+    K_TILE: tl.constexpr, IN_TURN: tl.constexpr, UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr,
+    WIDE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: some channels of one split of one image. P of all taps [splits, N, 9, K, C], the mean's sums
+    [splits, N, C], whose row of ones is the last of the tile, and its share of W_G[k]·P_k, parts [N, ..., K_tile].
+    IN_TURN: of one image after the other, each of them a tile, so that loads run ahead over an image's end."""
+    positions = height * width
+    c = tl.program_id(1) * C_TILE + tl.arange(0, C_TILE)
+    if IN_TURN:
+        s = tl.arange(0, S_TILE)
+        end = aligned(positions, VECTOR if UNIT == "s" else 1)
+        for item in range(tl.program_id(0), images, tl.num_programs(0)):
+            n = (item // splits).to(tl.int64)
+            sums = _pool_tile(
+                tl.zeros([R_TILE, C_TILE], ACC), z, masks, n, s, end, c, mean, height, width, z_n, z_c, z_h, z_w,
+                C, HEADS, UNIT, VECTOR, FLAT, WIDE, ACC, PRECISION,
+            )  # fmt: skip
+            part = n * tl.num_programs(1) + tl.program_id(1)
+            _store_pooled(sums, score_w, pooled, mean, parts, n, part, c, positions, C, HEADS, K_TILE, ACC)
+    else:
+        split, n = tl.program_id(0) % splits, (tl.program_id(0) // splits).to(tl.int64)
+        begin = aligned(split * split_length, S_TILE)
+        end = aligned(tl.minimum(begin + split_length, positions), VECTOR if UNIT == "s" else 1)
+        sums = tl.zeros([R_TILE, C_TILE], ACC)
+        for start in range(begin, end, S_TILE):
+            sums = _pool_tile(
+                sums, z, masks, n, start + tl.arange(0, S_TILE), end, c, mean, height, width, z_n, z_c, z_h, z_w,
+                C, HEADS, UNIT, VECTOR, FLAT, WIDE, ACC, PRECISION,
+            )  # fmt: skip
+        row = split.to(tl.int64) * images + n
+        part = (n * splits + split) * tl.num_programs(1) + tl.program_id(1)
+        _store_pooled(sums, score_w, pooled, mean, parts, row, part, c, positions, C, HEADS, K_TILE, ACC)
 
 
 @triton.jit
@@ -466,10 +523,10 @@ def gate_gradient_kernel(
     C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, C_TILE: tl.constexpr, K_TILE: tl.constexpr,
     CHUNKS: tl.constexpr, CHUNK_TILE: tl.constexpr, TAPS_FIRST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One program: some channels of one head of one image. dt, dP_k = g_k dx_k + dt_k W_G[k] + direct, and a part of
-    δ_k = dP_k·P_k, delta [N, chunks, K]. scale: of a float16 image a power of two for dP, δ and dℓ: gradients of a mean
-    loss are below what float16 holds; largest_direct [N]: the largest direct |dℓ| and |dlse|, which take it too. What
-    is of an image every program of it stores, the same."""
+    """One program: some channels of one head of one image. dt, dP_k = g_k dx_k + dt_k W_G[k] + direct and, unless the
+    sums over taps make it, a part of δ_k = dP_k·P_k, delta [N, chunks, K]. scale: of a float16 image a power of two for
+    dP, δ and dℓ: gradients of a mean loss are below what float16 holds; largest_direct [N]: the largest direct |dℓ| and
+    |dlse|, which take it too. What is of an image every program of it stores, the same."""
     n, first, k = tl.program_id(0).to(tl.int64), tl.program_id(1) * C_TILE, tl.program_id(2)
     heads = tl.arange(0, K_TILE)
     c = first + tl.arange(0, C_TILE)
@@ -517,9 +574,10 @@ def gate_gradient_kernel(
     rows = dp + ((n * 9 + taps) * HEADS + k) * C + c[None, :]
     rounded = (grad * factor).to(dp.dtype.element_ty)
     tl.store(rows, rounded, mask=(taps < 9) & (c < C)[None, :])
-    # δ is made of dP as it was rounded, so that Σ_s dℓ stays 0 however much of dA all positions share.
-    part = _one_number(rounded.to(ACC) * _of_head(pooled, n, k, c, C, HEADS))
-    tl.store(delta + (n * CHUNKS + tl.program_id(1)) * HEADS + k, part)
+    if delta is not None:
+        # Of dP as it was rounded, so that Σ_s dℓ stays 0 however much of dA all positions share.
+        part = _one_number(rounded.to(ACC) * _of_head(pooled, n, k, c, C, HEADS))
+        tl.store(delta + (n * CHUNKS + tl.program_id(1)) * HEADS + k, part)
 
 
 @triton.jit
@@ -574,33 +632,247 @@ def map_gradient_kernel(
 
 @triton.jit(do_not_specialize=["items", "splits", "split_length"])
 def mask_weight_gradient_kernel(
-    z, maps, unscale, shares,
+    z, maps, unscale, dt, shares,
     items, splits, split_length, height, width, z_n, z_c, z_h, z_w,
     C: tl.constexpr, HEADS: tl.constexpr, R_TILE: tl.constexpr, C_TILE: tl.constexpr, S_TILE: tl.constexpr,
     UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Shares [programs, 9, K, C] of dW_H = Σ_n Σ_s dℓ_{k,s-τ} Z_s. One program: some channels of some splits of images,
-    one after the other."""
+    one after the other. With dt, of images that are one tile: shares [programs, 18, K, C], the second half of
+    dW_G = Σ_n Σ_s dt_k a_{k,s-τ} Z_s, which then needs no P."""
     positions = height * width
     rows = tl.arange(0, R_TILE)
     c = tl.program_id(1) * C_TILE + tl.arange(0, C_TILE)
     share = tl.zeros([R_TILE, C_TILE], ACC)
-    for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        n = (item // splits).to(tl.int64)
-        begin = aligned(item % splits * split_length, S_TILE)
-        end = aligned(tl.minimum(begin + split_length, positions), VECTOR if UNIT == "s" else 1)
-        dl = maps + n * ((height + 2) * (width + 2) * (2 * HEADS)) + HEADS
-        for start in range(begin, end, S_TILE):
-            s = start + tl.arange(0, S_TILE)
+    own = shares + tl.program_id(0).to(tl.int64) * ((9 if dt is None else 18) * HEADS * C)
+    if dt is None:
+        for item in range(tl.program_id(0), items, tl.num_programs(0)):
+            n = (item // splits).to(tl.int64)
+            begin = aligned(item % splits * split_length, S_TILE)
+            end = aligned(tl.minimum(begin + split_length, positions), VECTOR if UNIT == "s" else 1)
+            dl = maps + n * ((height + 2) * (width + 2) * (2 * HEADS)) + HEADS
+            for start in range(begin, end, S_TILE):
+                s = start + tl.arange(0, S_TILE)
+                z_tile = load_tile(z + n * VECTOR * z_n, s, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
+                dl_rows = _shifted(dl, rows, s, height, width, HEADS, 2 * HEADS)
+                if unscale is None:
+                    share = tl.dot(dl_rows, z_tile, share, input_precision=PRECISION, out_dtype=ACC)
+                else:  # images have scales of their own
+                    share += tl.dot(dl_rows, z_tile, out_dtype=ACC) * tl.load(unscale + n)
+        tl.store(own + rows[:, None] * C + c[None, :], share, mask=(rows < 9 * HEADS)[:, None] & (c < C)[None, :])
+    else:
+        tap, j = rows // (2 * HEADS), rows % (2 * HEADS)  # a of all heads, then dℓ
+        s = tl.arange(0, S_TILE)
+        end = aligned(positions, VECTOR if UNIT == "s" else 1)
+        for item in range(tl.program_id(0), items, tl.num_programs(0)):
+            n = (item // splits).to(tl.int64)
+            of_image = maps + n * ((height + 2) * (width + 2) * (2 * HEADS))
             z_tile = load_tile(z + n * VECTOR * z_n, s, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
-            dl_rows = _shifted(dl, rows, s, height, width, HEADS, 2 * HEADS)
-            if unscale is None:
-                share = tl.dot(dl_rows, z_tile, share, input_precision=PRECISION, out_dtype=ACC)
-            else:  # images have scales of their own
-                share += tl.dot(dl_rows, z_tile, out_dtype=ACC) * tl.load(unscale + n)
-    at = shares + tl.program_id(0).to(tl.int64) * (9 * HEADS * C) + rows[:, None] * C + c[None, :]
-    tl.store(at, share, mask=(rows < 9 * HEADS)[:, None] & (c < C)[None, :])
+            both = _shifted(of_image, rows, s, height, width, 2 * HEADS, 2 * HEADS)
+            factor = tl.load(dt + n * HEADS + j, mask=j < HEADS, other=1.0)
+            both = (both * factor[:, None]).to(maps.dtype.element_ty)
+            share = tl.dot(both, z_tile, share, input_precision=PRECISION, out_dtype=ACC)
+        at = tl.where(j < HEADS, (9 + tap) * HEADS + j, tap * HEADS + j - HEADS)
+        tl.store(own + at[:, None] * C + c[None, :], share, mask=(tap < 9)[:, None] & (c < C)[None, :])
+
+
+@triton.jit
+def _lines_side_by_side(weights, channels, C: tl.constexpr, HEADS: tl.constexpr, K_TILE: tl.constexpr):
+    """[9, K, C] → [16·K_tile, C_tile], row (line·4 + column)·K_tile + head, 0 for the fourth line and column."""
+    rows = tl.arange(0, 16 * K_TILE)
+    line, column, head = rows // (4 * K_TILE), rows // K_TILE % 4, rows % K_TILE
+    real = ((line < 3) & (column < 3) & (head < HEADS))[:, None] & (channels < C)[None, :]
+    at = ((line * 3 + column) * HEADS + head) * C
+    return tl.load(weights + at[:, None] + channels[None, :], mask=real, other=0.0)
+
+
+@triton.jit
+def _split_lines(products, S_TILE: tl.constexpr, K_TILE: tl.constexpr):
+    """Products with the rows of _lines_side_by_side: those of each line, [S_tile, 4·K_tile]."""
+    by_line = tl.permute(tl.reshape(products, [S_TILE, 4, 4 * K_TILE]), [0, 2, 1])
+    even, odd = tl.split(tl.reshape(by_line, [S_TILE, 4 * K_TILE, 2, 2]))
+    first, third = tl.split(even)
+    second, _ = tl.split(odd)
+    return first, second, third
+
+
+@triton.jit
+def _sum_columns(sums, S_TILE: tl.constexpr, K_TILE: tl.constexpr, width):
+    """A line's sums of three columns and one of zeros [S_tile, 4·K_tile], each where it belongs: [S_tile, K_tile]."""
+    beside = tl.arange(0, S_TILE)[:, None] + (tl.arange(0, 4 * K_TILE) // K_TILE)[None, :] - 1
+    inside = (beside >= 0) & (beside < width)
+    beside = tl.minimum(tl.maximum(beside, 0), S_TILE - 1)
+    return tl.sum(tl.reshape(tl.where(inside, tl.gather(sums, beside, 0), 0.0), [S_TILE, 4, K_TILE]), axis=1)
+
+
+@triton.jit
+def _spread_columns(line, S_TILE: tl.constexpr, K_TILE: tl.constexpr, width):
+    """A line's numbers [S_tile, K_tile], as the map meets them at each of three columns: [S_tile, 4·K_tile]."""
+    column = (tl.arange(0, 4 * K_TILE) // K_TILE)[None, :]
+    beside = tl.arange(0, S_TILE)[:, None] + 1 - column
+    inside = (beside >= 0) & (beside < width) & (column < 3)
+    beside = tl.minimum(tl.maximum(beside, 0), S_TILE - 1)
+    columns = tl.reshape(tl.broadcast_to(line[:, None, :], [S_TILE, 4, K_TILE]), [S_TILE, 4 * K_TILE])
+    return tl.where(inside, tl.gather(columns, beside, 0), 0.0)
+
+
+@triton.jit
+def _push(four, first, last):
+    """The four [..., 2, 2]: first, the old first, the old second, last. In one piece, since Triton does not pipeline a
+    loop that hands a value on from one step to the next but one."""
+    even, odd = tl.split(four)
+    second, _ = tl.split(even)
+    third, _ = tl.split(odd)
+    return tl.join(tl.join(first, third), tl.join(second, last))
+
+
+@triton.jit
+def _four_of_rows(four, K_TILE: tl.constexpr):
+    """[K_tile, 2, 2] → [16·K_tile], the row (column·K_tile + head)·4 + i of the products with four lines."""
+    return tl.reshape(tl.broadcast_to(four[None, :, :, :], [4, K_TILE, 2, 2]), [16 * K_TILE])
+
+
+@triton.jit
+def _tap_of_rows(C: tl.constexpr, HEADS: tl.constexpr, K_TILE: tl.constexpr):
+    """Where such a row lies in [9, K, C], and whether it does."""
+    rows = tl.arange(0, 16 * K_TILE)
+    column, head = rows // (4 * K_TILE), rows // 4 % K_TILE
+    return ((rows % 4 * 3 + column) * HEADS + head) * C, (rows % 4 < 3) & (column < 3) & (head < HEADS)
+
+
+@triton.jit(do_not_specialize=["height"])
+def line_pool_kernel(
+    z, weights, b, score_w, logits, lse, pooled, mean, parts,
+    height, width, z_n, z_c, z_h, z_w,
+    C: tl.constexpr, HEADS: tl.constexpr, C_TILE: tl.constexpr, S_TILE: tl.constexpr, K_TILE: tl.constexpr,
+    UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """line_sums_kernel, masks_kernel and pool_kernel in one: the map comes from memory once. Line y completes the
+    logits of line y - 1, the last of three whose masks meet line y - 2: that one comes again, from L2, and is pooled in
+    the next step, so that neither product waits for the other. Masks count from the largest logit so far, and the sums
+    of a line of taps from the largest when the masks were made that they had last. One program: one image."""
+    positions = height * width
+    c = tl.arange(0, C_TILE)
+    heads = tl.arange(0, K_TILE)
+    x = tl.arange(0, S_TILE)
+    of_lines = _lines_side_by_side(weights, c, C, HEADS, K_TILE)
+    bias = tl.zeros([K_TILE], ACC)
+    if b is not None:
+        bias += tl.load(b + heads, mask=heads < HEADS, other=0.0).to(ACC)
+    of_mean = tl.full([S_TILE, 4 * K_TILE], 0.0 if mean is None else 1.0, ACC).to(z.dtype.element_ty)
+    unchanged = tl.full([K_TILE], 1.0, ACC)
+    n = tl.program_id(0).to(tl.int64)
+    z_image = z + n * VECTOR * z_n
+    of_last = tl.zeros([S_TILE, 4 * K_TILE], ACC)  # the line before y, which y completes
+    of_this = tl.zeros([S_TILE, 4 * K_TILE], ACC)
+    m = tl.full([K_TILE], float("-inf"), ACC)
+    d = tl.zeros([K_TILE, S_TILE], ACC)
+    masks = tl.zeros([S_TILE, 4 * K_TILE, 2, 2], z.dtype.element_ty)  # of lines y - 2, y - 3 and y - 4, spread
+    factors = tl.full([K_TILE, 2, 2], 1.0, ACC)  # of the sums, when these masks come
+    sums = tl.zeros([16 * K_TILE, C_TILE], ACC)
+    z_again = tl.zeros([S_TILE, C_TILE], z.dtype.element_ty)  # line y - 3
+    for y in range(0, height + 3):
+        end = tl.where(y < height, (y + 1) * width, 0)  # of a line that is not there: nothing
+        z_tile = load_tile(z_image, y * width + x, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
+        products = tl.dot(z_tile, tl.trans(of_lines), input_precision=PRECISION, out_dtype=ACC)
+        sums *= _four_of_rows(factors, K_TILE)[:, None]
+        mask_rows = tl.trans(tl.reshape(masks, [S_TILE, 16 * K_TILE]))
+        sums = tl.dot(mask_rows, z_again, sums, input_precision=PRECISION, out_dtype=ACC)
+        begin = (y - 2) * width
+        end = tl.where((y > 1) & (y < height + 2), begin + width, begin)
+        z_again = load_tile(z_image, begin + x, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
+        of_next, to_this, to_last = _split_lines(products, S_TILE, K_TILE)
+        total = tl.trans(_sum_columns(of_last + to_last, S_TILE, K_TILE, width)) + bias[:, None]
+        of_last = of_this + to_this
+        of_this = of_next
+        real = (heads < HEADS)[:, None] & ((x < width) & (y > 0) & (y <= height))[None, :]
+        at = (n * HEADS + heads)[:, None] * positions + ((y - 1) * width + x)[None, :]
+        tl.store(logits + at, total, mask=real)
+        total = tl.where(real, total, float("-inf"))
+        most = tl.maximum(m, tl.max(total, axis=1))
+        factor = tl.where(m == most, 1.0, tl.exp(m - most))
+        m = most
+        a = tl.exp(total - origin(m)[:, None])
+        d = d * factor[:, None] + a
+        masks = _push(masks, _spread_columns(tl.trans(a), S_TILE, K_TILE, width).to(z.dtype.element_ty), of_mean)
+        factors = _push(factors, factor, unchanged)
+    tap, is_tap = _tap_of_rows(C, HEADS, K_TILE)
+    rows = tl.arange(0, 16 * K_TILE)
+    if mean is not None:
+        average = tl.sum(tl.where((rows == 3)[:, None], sums, 0.0), axis=0) / positions
+        tl.store(mean + n * C + c, average, mask=c < C)
+    total = tl.sum(d, axis=1)
+    log_sum = origin(m) + tl.log(total)
+    tl.store(lse + n * HEADS + heads, log_sum, mask=heads < HEADS)
+    inverse = tl.where(tl.abs(log_sum) == float("inf"), float("nan"), 1.0 / total)  # then there is no softmax
+    factors *= inverse[:, None, None]  # the last line of taps has not met the last masks
+    sums *= _four_of_rows(factors, K_TILE)[:, None]
+    real = is_tap[:, None] & (c < C)[None, :]
+    at = tap[:, None] + c[None, :]
+    tl.store(pooled + n * (9 * HEADS * C) + at, sums, mask=real)
+    if parts is not None:
+        of_rows = tl.sum(tl.where(real, tl.load(score_w + at, mask=real, other=0.0).to(ACC) * sums, 0.0), axis=1)
+        t = tl.sum(tl.where((rows // 4 % K_TILE)[:, None] == heads[None, :], of_rows[:, None], 0.0), axis=0)
+        tl.store(parts + n * K_TILE + heads, t)
+
+
+@triton.jit(do_not_specialize=["all_lines", "lines", "height"])
+def line_gradients_kernel(
+    z, dp, logits, lse, delta, grad_lse, grad_logits, maps, shares,
+    all_lines, lines, height, width, z_n, z_c, z_h, z_w,
+    C: tl.constexpr, HEADS: tl.constexpr, C_TILE: tl.constexpr, S_TILE: tl.constexpr, K_TILE: tl.constexpr,
+    PARTS: tl.constexpr, UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """line_sums_kernel of dP and mask_weight_gradient_kernel in one, which reads the map as line_pool_kernel does. One
+    program: the `lines` lines of dℓ that follow each other, and their share [9, K, C] of dW_H."""
+    c = tl.arange(0, C_TILE)
+    heads = tl.arange(0, K_TILE)
+    x = tl.arange(0, S_TILE)
+    share = tl.zeros([16 * K_TILE, C_TILE], ACC)
+    none = tl.zeros([S_TILE, 4 * K_TILE], z.dtype.element_ty)
+    line = tl.program_id(0) * lines
+    stop = tl.minimum(line + lines, all_lines)
+    while line < stop:
+        n = (line // height).to(tl.int64)
+        top = line % height
+        bottom = tl.minimum(height, top + stop - line)
+        z_image = z + n * VECTOR * z_n
+        of_lines = _lines_side_by_side(dp + n * (9 * HEADS * C), c, C, HEADS, K_TILE)
+        log_sum = tl.load(lse + n * HEADS + heads, mask=heads < HEADS, other=0.0)
+        shift = _image_shift(delta, grad_lse, n, heads, 1.0, HEADS, PARTS, ACC)
+        of_last = tl.zeros([S_TILE, 4 * K_TILE], ACC)  # the line before y, which y completes
+        of_this = tl.zeros([S_TILE, 4 * K_TILE], ACC)
+        dl_rows = tl.zeros([S_TILE, 4 * K_TILE, 2, 2], z.dtype.element_ty)  # of lines y - 2, y - 3 and y - 4, spread
+        z_again = tl.zeros([S_TILE, C_TILE], z.dtype.element_ty)  # line y - 3
+        for y in range(tl.maximum(top - 1, 0), tl.minimum(bottom, height - 1) + 4):
+            s = (y - 1) * width + x
+            real = (heads < HEADS)[:, None] & ((x < width) & (y > top) & (y <= bottom))[None, :]
+            at = (n * HEADS + heads)[:, None] * (height * width) + s[None, :]
+            logit = tl.load(logits + at, mask=real, other=0.0)
+            end = tl.where(y < height, (y + 1) * width, 0)  # of a line that is not there: nothing
+            z_tile = load_tile(z_image, y * width + x, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
+            products = tl.dot(z_tile, tl.trans(of_lines), input_precision=PRECISION, out_dtype=ACC)
+            dl = tl.trans(tl.reshape(dl_rows, [S_TILE, 16 * K_TILE]))
+            share = tl.dot(dl, z_again, share, input_precision=PRECISION, out_dtype=ACC)
+            begin = (y - 2) * width
+            end = tl.where((y > 1) & (y < height + 2), begin + width, begin)
+            z_again = load_tile(z_image, begin + x, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
+            of_next, to_this, to_last = _split_lines(products, S_TILE, K_TILE)
+            total = tl.trans(_sum_columns(of_last + to_last, S_TILE, K_TILE, width))
+            of_last = of_this + to_this
+            of_this = of_next
+            a = tl.exp(logit - log_sum[:, None])
+            dl = _store_maps(total, a, shift, n, heads, s, real, grad_logits, 1.0, maps, height, width, HEADS, ACC)
+            dl = _spread_columns(tl.trans(tl.where(real, dl, 0.0)), S_TILE, K_TILE, width)
+            dl_rows = _push(dl_rows, dl.to(z.dtype.element_ty), none)
+        _store_frame(maps, n, heads, top, bottom, height, width, HEADS, S_TILE)
+        line += bottom - top
+    tap, is_tap = _tap_of_rows(C, HEADS, K_TILE)
+    at = tl.program_id(0) * (9 * HEADS * C) + tap[:, None] + c[None, :]
+    tl.store(shares + at, share, mask=is_tap[:, None] & (c < C)[None, :])
 
 
 # ---------------------------------------------------------------------------------------------- launching
@@ -701,18 +973,19 @@ class _Sums(NamedTuple):
 
     launch: Launch
     scratch: tuple[int, int, int] | None
+    whole: bool  # a tile has the whole image
 
     def __call__(self, lse: Tensor, *tensors: Tensor | None) -> None:
         """lse: a tensor of the scratch's dtype and device, which is gone afterwards."""
         self.launch(*tensors, *(() if self.scratch is None else (lse.new_empty(self.scratch),)))
 
 
-def _sums(cut: _Cut, images: int, heads: int, of_image: bool, parts: int = 1) -> _Sums:
+def _sums(cut: _Cut, images: int, heads: int, of_image: bool, parts: int = 1, alike: bool = False) -> _Sums:
     # Hopper's matrix units take 64 positions: of shorter lines the products take longer than the scratch does.
     tile, rows = next_power_of_2(cut.sizes[1]), max(16, 4 * next_power_of_2(heads))  # three columns, and one of zeros
     if cut.half and cut.hopper and cut.constants["UNIT"] == "c" and tile >= 64 and tile * rows <= 4096:
         return _line_sums(cut, images, heads, of_image, parts, tile, rows)
-    return _tap_sums(cut, images, heads, of_image, parts)
+    return _tap_sums(cut, images, heads, of_image, parts, alike)
 
 
 def _line_sums(cut: _Cut, images: int, heads: int, of_image: bool, parts: int, tile: int, rows: int) -> _Sums:
@@ -723,10 +996,10 @@ def _line_sums(cut: _Cut, images: int, heads: int, of_image: bool, parts: int, t
         **cut.constants | {"R_TILE": rows}, OF_IMAGE=of_image, C_TILE=64, S_TILE=tile, K_TILE=next_power_of_2(heads),
         PARTS=parts, num_warps=4, num_stages=cut.stages, maxnreg=cut.maxnreg,
     )  # fmt: skip
-    return _Sums(launch, None)
+    return _Sums(launch, None, False)
 
 
-def _tap_sums(cut: _Cut, images: int, heads: int, of_image: bool, parts: int) -> _Sums:
+def _tap_sums(cut: _Cut, images: int, heads: int, of_image: bool, parts: int, alike: bool = False) -> _Sums:
     height, width = cut.sizes[:2]
     most = 128 if cut.hopper else 64
     tile = min(max(32, 8192 // cut.row_tile), most, max(32, next_power_of_2(height * width))) if cut.half else 32
@@ -756,14 +1029,50 @@ def _tap_sums(cut: _Cut, images: int, heads: int, of_image: bool, parts: int) ->
     fewest = -(-height // -(-2048 // width))  # larger bands' scratches stay in L2 even less
     lines, programs, pitch = cut_into(min(filter(fits, range(fewest, height + 1)), key=work, default=height))
     bands = -(-height // lines)
+    whole = bands == 1 and height * width <= tile and not alike  # the batch decides how many bands there are
     launch = Launch(
         tap_sums_kernel, (programs,), (images * bands, bands, lines, pitch, *cut.sizes), **cut.constants,
         OF_IMAGE=of_image, C_TILE=channel_tile, S_TILE=tile, K_TILE=next_power_of_2(heads), PARTS=parts,
         # The masks of all nine loads would spill AMD's scalar registers, and others' where NCHW's addresses are, too.
         UNROLL=not cut.chip.amd and cut.constants["UNIT"] == "c",
         num_warps=4 if cut.half and cut.row_tile <= 64 else 8, num_stages=cut.stages, maxnreg=cut.maxnreg,
+        **(SUMS_OVER_LANES if whole else {}),
     )  # fmt: skip
-    return _Sums(launch, (programs, TAPS * heads, pitch))
+    return _Sums(launch, (programs, TAPS * heads, pitch), whole)
+
+
+LEAST_LINES = 24
+"""Of a program that makes dA and dW_H at once: it reads up to four lines more than it stores."""
+
+LEAST_BUSY = 0.9
+"""A program that pools at once has a whole image: how much of the rounds of all multiprocessors a batch must fill."""
+
+
+def _whole_lines(cut: _Cut, heads: int) -> dict | None:
+    """Constants of the kernels that sum over taps and pool at once, where a line with all its channels is a tile."""
+    fits = 32 < cut.sizes[1] <= 64 and 128 < cut.constants["C"] <= 256 and next_power_of_2(heads) == 4
+    if not (fits and cut.half and cut.hopper and cut.constants["UNIT"] == "c"):
+        return None
+    constants = {name: value for name, value in cut.constants.items() if name != "R_TILE"}
+    constants |= {"C_TILE": 256, "S_TILE": 64, "K_TILE": 4}
+    return constants | {"num_warps": 8, "num_stages": cut.stages, "maxnreg": cut.maxnreg}
+
+
+def _line_pool(cut: _Cut, images: int, heads: int) -> Launch | None:
+    constants, processors = _whole_lines(cut, heads), cut.chip.processors
+    if constants is None or images < LEAST_BUSY * -(-images // processors) * processors:
+        return None
+    return Launch(line_pool_kernel, (images,), cut.sizes, **constants)
+
+
+def _line_gradients(cut: _Cut, images: int, dtype: torch.dtype, heads: int, parts: int) -> Launch | None:
+    """Not in float16, whose images have scales of their own."""
+    constants, all_lines = _whole_lines(cut, heads), images * cut.sizes[0]
+    lines = -(-all_lines // cut.chip.processors)
+    if constants is None or dtype != torch.bfloat16 or lines < LEAST_LINES:
+        return None
+    grid = (-(-all_lines // lines),)
+    return Launch(line_gradients_kernel, grid, (all_lines, lines, *cut.sizes), **constants, PARTS=parts)
 
 
 def _channel_chunks(channels: int) -> tuple[int, int]:
@@ -772,10 +1081,20 @@ def _channel_chunks(channels: int) -> tuple[int, int]:
     return tile, -(-channels // tile)
 
 
+LEAST_POOLED = 2**25
+"""Bytes of P that L2 no longer holds until it is read again. From there on, where an image is a tile, programs pool one
+image after the other, and dW_G is summed with dW_H."""
+
+
+def _pooled_bytes(cut: _Cut, images: int, heads: int) -> int:
+    return images * TAPS * heads * cut.constants["C"] * max(4, cut.itemsize)
+
+
 class _Forward(NamedTuple):
     sums: _Sums
     masks: Launch
     pool: Launch
+    at_once: Launch | None  # in place of these three
     splits: int
     parts: tuple[int, ...]  # of the scores
     gates: Launch | None
@@ -805,12 +1124,18 @@ def _forward_plan(
     chunks = -(-channels // channel_tile)
     # An image's sums are added in the same order in whatever batch it comes: not split at all, torch.sum has its own.
     splits, length = (1, positions) if alike else cut.splits(images, chunks, tile)
+    # Hopper's matrix units, for which loads run ahead, take 64 rows; registers of a multiprocessor hold two programs.
+    in_turn = warps == 4 and cut.row_tile == 64 and positions <= tile
+    in_turn = in_turn and _pooled_bytes(cut, images, heads) >= LEAST_POOLED
+    programs = min(images, max(1, 2 * cut.chip.processors // chunks)) if in_turn else images * splits
     pool = Launch(
-        pool_kernel, (images * splits, chunks), (splits, length, *cut.sizes), **cut.constants,
-        C_TILE=channel_tile, S_TILE=tile, K_TILE=head_tile,
+        pool_kernel, (programs, chunks), (images, splits, length, *cut.sizes), **cut.constants,
+        C_TILE=channel_tile, S_TILE=tile, K_TILE=head_tile, IN_TURN=in_turn,
         num_warps=warps, num_stages=cut.stages, maxnreg=cut.maxnreg,
     )  # fmt: skip
-    gates, parts = None, splits * chunks
+    # The batch decides it, and it adds an image's sums in another order.
+    at_once = None if alike else _line_pool(cut, images, heads)
+    gates, parts = None, splits * chunks if at_once is None else 1
     if gated:
         channel_tile, chunks = _channel_chunks(channels)
         gates = Launch(
@@ -818,7 +1143,8 @@ def _forward_plan(
             K_TILE=head_tile, PARTS=parts, PARTS_TILE=next_power_of_2(parts), TAPS_FIRST=taps_first, ACC=acc,
             num_warps=4, maxnreg=MOST_REGISTERS,
         )  # fmt: skip
-    return _Forward(_sums(cut, images, heads, False), masks, pool, splits, (images, parts, head_tile), gates)
+    sums = _sums(cut, images, heads, False)
+    return _Forward(sums, masks, pool, at_once, splits, (images, parts, head_tile), gates)
 
 
 def attend3x3_forward(
@@ -844,11 +1170,14 @@ def attend3x3_forward(
         float32_precision(z.dtype), alike, taps_first,
     )  # fmt: skip
     rows, score_rows = weight_rows(w, None if plan.gates is None else score_w, z.dtype)
-    plan.sums(lse, z, rows, b, logits, None, None, None, None, None, None)
-    masks = framed_maps(z, heads)
-    plan.masks(logits, lse, masks)
     parts = None if score_rows is None else lse.new_empty(plan.parts)
-    if plan.splits == 1:
+    if plan.at_once is None:
+        plan.sums(lse, z, rows, b, logits, None, None, None, None, None, None)
+        masks = framed_maps(z, heads)
+        plan.masks(logits, lse, masks)
+    if plan.at_once is not None:
+        plan.at_once(z, rows, b, score_rows, logits, lse, pooled, mean, parts)
+    elif plan.splits == 1:
         plan.pool(z, masks, score_rows, pooled, mean, parts)
     else:
         sums = pooled.new_empty(plan.splits, *pooled.shape)
@@ -893,9 +1222,25 @@ def _map_gradient(
     )  # fmt: skip
 
 
-def _mask_weights(cut: _Cut, sizes: torch.Size, heads: int) -> Launch:
-    """Programs of its first axis each have a share of dW_H."""
+def _sums_both_weights(cut: _Cut, images: int, dtype: torch.dtype, heads: int) -> bool:
+    """Not in float16, whose images have scales of their own."""
+    tile, positions = cut.pooling()[0], cut.sizes[0] * cut.sizes[1]
+    fits = positions <= tile and 64 < 18 * heads <= 128 and cut.constants["UNIT"] == "c"
+    large = _pooled_bytes(cut, images, heads) >= LEAST_POOLED
+    return fits and large and dtype == torch.bfloat16 and cut.hopper
+
+
+def _mask_weights(cut: _Cut, sizes: torch.Size, heads: int, both: bool) -> Launch:
+    """Programs of its first axis each have a share of dW_H; both: of dW_G too."""
     images, channels = sizes[:2]
+    if both:
+        chunks = -(-channels // 128)
+        programs = min(images, max(1, 2 * cut.chip.processors // chunks))
+        return Launch(
+            mask_weight_gradient_kernel, (programs, chunks), (images, 1, cut.sizes[0] * cut.sizes[1], *cut.sizes),
+            **cut.constants | {"R_TILE": 128}, C_TILE=128, S_TILE=64, num_warps=8, num_stages=cut.stages,
+            maxnreg=cut.maxnreg,
+        )  # fmt: skip
     tile, channel_tile, warps = cut.pooling()
     chunks = -(-channels // channel_tile)
     splits, length = cut.splits(images, chunks, tile)
@@ -918,11 +1263,13 @@ def _mask_weights(cut: _Cut, sizes: torch.Size, heads: int) -> Launch:
 class _Backward(NamedTuple):
     gate_sums: Launch
     parts: tuple[int, ...]
-    deltas: tuple[int, ...]
+    deltas: tuple[int, ...] | None  # None: the sums over taps need none from outside
     gates: Launch
     sums: _Sums | None
-    gradient: Launch | None
     mask_weights: Launch | None
+    both: bool  # it sums dW_G too
+    at_once: Launch | None  # in place of these two
+    gradient: Launch | None
     weights: Launch | None
 
 
@@ -940,12 +1287,13 @@ def _backward_plan(
     has_dt: bool,
     precision: str,
     taps_first: bool,
+    alike: bool,
 ) -> _Backward:
     cut = _cut(sizes, strides, dtype, device, heads, precision)
     images, channels = sizes[:2]
     acc = accumulator(dtype)
     tile, chunks = _channel_chunks(channels)
-    parts, deltas = (images, 4, chunks, heads), (images, chunks, heads)
+    parts = images, 4, chunks, heads
     constants = {"C": channels, "HEADS": heads, "GATED": gated, "C_TILE": tile, "TAPS_FIRST": taps_first, "ACC": acc}
     constants |= {"num_warps": 4, "maxnreg": MOST_REGISTERS}
     gate_sums = Launch(gradient_sums_kernel, (images, chunks, heads), (), MOST=dtype == torch.float16, **constants)
@@ -953,21 +1301,26 @@ def _backward_plan(
         gate_gradient_kernel, (images, chunks, heads), (), K_TILE=next_power_of_2(heads), CHUNKS=chunks,
         CHUNK_TILE=next_power_of_2(chunks), **constants,
     )  # fmt: skip
-    sums = gradient = mask_weights = weights = None
-    if has_dw or dz_strides is not None:
-        sums = _sums(cut, images, heads, True, deltas[1])
+    sums = mask_weights = at_once = gradient = weights = None
+    if has_dw and not alike:  # the batch decides it
+        at_once = _line_gradients(cut, images, dtype, heads, chunks)
+    if at_once is None and (has_dw or dz_strides is not None):
+        sums = _sums(cut, images, heads, True, chunks, alike)
+    both = has_dw and has_dt and at_once is None and _sums_both_weights(cut, images, dtype, heads)
+    if at_once is None and has_dw:
+        mask_weights = _mask_weights(cut, sizes, heads, both)
     if dz_strides is not None:
         gradient = _map_gradient(cut, sizes, up_strides, dz_strides, dtype, heads, precision)
-    if has_dw:
-        mask_weights = _mask_weights(cut, sizes, heads)
     if has_dw or has_dt:
         tile = min(64, next_power_of_2(channels))
+        of_shares = at_once or mask_weights
         weights = Launch(
             weight_sums_kernel, (TAPS * heads * (has_dw + has_dt), -(-channels // tile)),
-            (0 if mask_weights is None else mask_weights.grid[0], images),
-            C=channels, HEADS=heads, TAPS=TAPS, C_TILE=tile, R_TILE=64, num_warps=4,
+            (0 if of_shares is None else of_shares.grid[0], images),
+            C=channels, HEADS=heads, TAPS=TAPS, BOTH=both, C_TILE=tile, R_TILE=64, num_warps=4,
         )  # fmt: skip
-    return _Backward(gate_sums, parts, deltas, gates, sums, gradient, mask_weights, weights)
+    deltas = None if sums is not None and sums.whole else (images, chunks, heads)
+    return _Backward(gate_sums, parts, deltas, gates, sums, mask_weights, both, at_once, gradient, weights)
 
 
 def attend3x3_backward(
@@ -992,6 +1345,7 @@ def attend3x3_backward(
     dscore_w: Tensor | None,
     dscore_b: Tensor | None,
     taps_first: bool,
+    alike: bool,
 ) -> Tensor | None:
     """Launches into dw and dscore_w [K, C, 3, 3] and dscore_b [K]; returns dz with the strides asked for, contiguous or
     channels_last. What is None is not computed, the two scores' go together. pooled is [N, 9, K, C], grad_pooled
@@ -1000,10 +1354,10 @@ def attend3x3_backward(
     plan = _backward_plan(
         z.shape, z.stride(), None if upstream is None else upstream.stride(), dz_strides,
         z.dtype, z.get_device(), heads, 0 if gates is None else gates.shape[1], dw is not None, dscore_w is not None,
-        float32_precision(z.dtype), taps_first,
+        float32_precision(z.dtype), taps_first, alike,
     )  # fmt: skip
     dp = z.new_empty(images, TAPS, heads, channels)
-    delta = lse.new_empty(plan.deltas)
+    delta = None if plan.deltas is None else lse.new_empty(plan.deltas)
     dt = None if dscore_w is None else lse.new_empty(images, heads)
     scale = unscale = largest_direct = None
     if z.dtype == torch.float16:
@@ -1018,15 +1372,19 @@ def attend3x3_backward(
         pooled, score_rows, scores, gates, grad_features, grad_gates, grad_scores, direct, parts, largest_direct,
         dp, delta, dt, scale, unscale,
     )  # fmt: skip
-    shares = None
-    if plan.sums is not None:
+    shares, of_shares = None, plan.at_once or plan.mask_weights
+    if of_shares is not None:
+        shares = lse.new_empty(of_shares.grid[0], TAPS * (1 + plan.both), heads, channels)
+    if plan.sums is not None or plan.at_once is not None:
         maps = framed_maps(z, 2 * heads)
+    if plan.at_once is not None:
+        plan.at_once(z, dp, logits, lse, delta, grad_lse, grad_logits, maps, shares)
+    if plan.sums is not None:
         plan.sums(lse, z, dp, None, logits, lse, delta, grad_lse, grad_logits, scale, maps)
     if plan.mask_weights is not None:
-        shares = lse.new_empty(plan.mask_weights.grid[0], TAPS, heads, channels)
-        plan.mask_weights(z, maps, unscale, shares)
+        plan.mask_weights(z, maps, unscale, dt if plan.both else None, shares)
     if plan.weights is not None:
-        plan.weights(shares, pooled, dt, dw, dscore_w, dscore_b)
+        plan.weights(shares, None if plan.both else pooled, dt, dw, dscore_w, dscore_b)
     if plan.gradient is None:
         return None
     del shares

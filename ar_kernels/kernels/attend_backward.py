@@ -396,15 +396,15 @@ def chunked_kernel(
 
 @triton.jit
 def _sum_rows(
-    rows, weight, count, row, c, C: tl.constexpr, HEADS: tl.constexpr, TAPS: tl.constexpr, R_TILE: tl.constexpr
+    rows, weight, count, row, c, C: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, R_TILE: tl.constexpr
 ):
-    """Of row tap·K + k: Σ_r weight[r, k] rows[r, tap, k, c] (weight None: 1) and Σ_r weight[r, k], always in the same
-    order."""
+    """Of row tap·K + k among ROWS: Σ_r weight[r, k] rows[r, tap, k, c] (weight None: 1) and Σ_r weight[r, k], always in
+    the same order."""
     sums = tl.zeros([c.shape[0]], rows.dtype.element_ty)
     weights = tl.zeros([R_TILE], rows.dtype.element_ty)
     for first in range(0, count, R_TILE):
         r = (first + tl.arange(0, R_TILE)).to(tl.int64)
-        offsets = (r * (TAPS * HEADS) + row)[:, None] * C + c[None, :]
+        offsets = (r * ROWS + row)[:, None] * C + c[None, :]
         tile = tl.load(rows + offsets, mask=(r < count)[:, None] & (c < C)[None, :], other=0.0)
         if weight is not None:
             row_weight = tl.load(weight + r * HEADS + row % HEADS, mask=r < count, other=0.0)
@@ -417,21 +417,29 @@ def _sum_rows(
 @triton.jit(do_not_specialize=["programs", "images"])
 def weight_sums_kernel(
     shares, pooled, dt, dw, dscore_w, dscore_b, programs, images,
-    C: tl.constexpr, HEADS: tl.constexpr, TAPS: tl.constexpr, C_TILE: tl.constexpr, R_TILE: tl.constexpr,
+    C: tl.constexpr, HEADS: tl.constexpr, TAPS: tl.constexpr, BOTH: tl.constexpr, C_TILE: tl.constexpr,
+    R_TILE: tl.constexpr,
 ):  # fmt: skip
-    """dW_H [K, C, TAPS] = Σ shares [programs, TAPS, K, C]; dW_G = Σ_n dt ⊙ P, db_G = Σ_n dt. One program: some c of one
-    row tap·K + k."""
+    """dW_H [K, C, TAPS] = Σ shares [programs, TAPS, K, C]; dW_G = Σ_n dt ⊙ P, db_G = Σ_n dt. BOTH: shares are
+    [programs, 2·TAPS, K, C], the second half of them dW_G's. One program: some c of one row tap·K + k."""
     row = tl.program_id(0)
     c = tl.program_id(1) * C_TILE + tl.arange(0, C_TILE)
+    ROWS: tl.constexpr = TAPS * HEADS
+    SHARED: tl.constexpr = 2 * ROWS if BOTH else ROWS
     if shares is not None:
-        if row < TAPS * HEADS:
-            sums, _ = _sum_rows(shares, None, programs, row, c, C, HEADS, TAPS, R_TILE)
+        if row < ROWS:
+            sums, _ = _sum_rows(shares, None, programs, row, c, C, HEADS, SHARED, R_TILE)
             at = (row % HEADS * C + c) * TAPS + row // HEADS
             tl.store(dw + at, sums.to(dw.dtype.element_ty), mask=c < C)
-        row -= TAPS * HEADS
+        row -= ROWS
     if dt is not None:
         if row >= 0:
-            sums, weights = _sum_rows(pooled, dt, images, row, c, C, HEADS, TAPS, R_TILE)
+            if BOTH:
+                sums, _ = _sum_rows(shares, None, programs, ROWS + row, c, C, HEADS, SHARED, R_TILE)
+                # db_G: dt itself is what is summed, as rows of one channel.
+                _, weights = _sum_rows(dt, dt, images, row % HEADS, c, 1, HEADS, HEADS, R_TILE)
+            else:
+                sums, weights = _sum_rows(pooled, dt, images, row, c, C, HEADS, ROWS, R_TILE)
             at = (row % HEADS * C + c) * TAPS + row // HEADS
             tl.store(dscore_w + at, sums.to(dscore_w.dtype.element_ty), mask=c < C)
             tl.store(dscore_b + row, weights, mask=(row < HEADS) & (tl.program_id(1) == 0))
@@ -515,7 +523,7 @@ def _plan(
         tile = min(16, next_power_of_2(channels))
         sums = Launch(
             weight_sums_kernel, (heads * (has_dw + has_dt), -(-channels // tile)), (programs, images),
-            C=channels, HEADS=heads, TAPS=1, C_TILE=tile, R_TILE=256, num_warps=4,
+            C=channels, HEADS=heads, TAPS=1, BOTH=False, C_TILE=tile, R_TILE=256, num_warps=4,
         )  # fmt: skip
     return _Plan(pooled, sweep, operator, sums, programs)
 
