@@ -89,6 +89,8 @@ __device__ __forceinline__ void make_weights(const BackwardSweep& a, const RowsC
         dg[k] += values.x * p[k].x + values.y * p[k].y;
       }
     }
+#pragma unroll
+    for (int k = 0; k < kHeads; ++k) dg[k] = warp_sum(dg[k]);
     give_part(dg, parts, of_gates, turn);
     workers_sync();
     take_sums(parts, of_gates, turn, dg);
@@ -134,6 +136,8 @@ __device__ __forceinline__ void make_weights(const BackwardSweep& a, const RowsC
     }
     store_weights(cut, channel, w_words, dp_words, weights);
   }
+#pragma unroll
+  for (int k = 0; k < kHeads; ++k) delta[k] = warp_sum(delta[k]);
   give_part(delta, parts + kWarps, of_deltas, turn);
 }
 
@@ -198,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     float delta = head < a.heads && !makes ? a.delta[image * a.heads + head] : 0.f;
     if (makes && head < a.heads && a.of.grad_lse != nullptr) delta = -a.of.grad_lse[image * a.heads + head];
     workers_sync();
-    sum_over_channels<T>(slots, of_sums, image - begin, positions);
+    sum_over_channels<T, 2 * kHeads>(slots, of_sums, image - begin, positions);
     if (makes) {
       float deltas[kHeads];
       take_sums(parts + kWarps, of_deltas, image - begin, deltas);

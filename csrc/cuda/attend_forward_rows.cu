@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   for (int64_t image = begin; image < end; ++image) {
     const int turn = static_cast<int>(image) - begin;
-    sum_over_channels<T>(slots, of_sums, turn, positions);
+    sum_over_channels<T, kHeads>(slots, of_sums, turn, positions);
     if (a.gated > 0 && turn > 0) finish(image - 1);  // while the other block's sums are on their way
     const float* others = of_sums.take(turn);
     workers_sync();
@@ -162,7 +162,11 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       if (group > 0) workers_sync();
     }
-    if (a.gated > 0) give_part(score, scores, of_scores, turn);
+    if (a.gated > 0) {
+#pragma unroll
+      for (int k = 0; k < kHeads; ++k) score[k] = warp_sum(score[k]);
+      give_part(score, scores, of_scores, turn);
+    }
   }
   workers_sync();
   if (a.gated > 0 && end > begin) finish(end - 1);

@@ -135,9 +135,9 @@ struct Slots {
     fence_barrier_init();
   }
 
-  __device__ uint32_t loaded(int load) const { return base + cut.loaded + load % kLoads * 8; }
-  __device__ uint32_t used(int load) const { return base + cut.used + load % kLoads * 8; }
-  __device__ int& slot_of(int load) const { return reinterpret_cast<int*>(memory + cut.table)[load % kLoads]; }
+  __device__ uint32_t loaded(uint32_t load) const { return base + cut.loaded + load % kLoads * 8; }
+  __device__ uint32_t used(uint32_t load) const { return base + cut.used + load % kLoads * 8; }
+  __device__ int& slot_of(uint32_t load) const { return reinterpret_cast<int*>(memory + cut.table)[load % kLoads]; }
 
   // One thread: all of a block's loads, and stores of what became of its chunks, where `to` is not null.
   __device__ void move(const void* map, int64_t image_bytes, int images, void* to, int64_t image_bytes_to) const {
@@ -162,7 +162,7 @@ struct Slots {
       int leaving = -1;  // the slot that a store still reads
       for (int i = 0; i < per_image; ++i) {
         const int chunk = i < early ? i : cut.chunks - 1 - (i - early);
-        const int load = first + (i < cut.chunks ? chunk : i);
+        const uint32_t load = first + (i < cut.chunks ? chunk : i);
         barrier_wait(used(load), load / kLoads & 1);
         const int slot = slot_of(load);
         if (i < early || to == nullptr) {
@@ -185,13 +185,12 @@ struct Slots {
 
   // A worker's chunk; image counts from this block's first.
   struct Chunk {
-    int load;
-    uint32_t address;
+    uint32_t load, address;
   };
 
   __device__ Chunk wait(int image, int chunk, bool second_sweep) const {
     const bool again = second_sweep && chunk < cut.chunks - cut.stay;
-    const int load = image * per_image + (again ? per_image - 1 - chunk : chunk);
+    const uint32_t load = image * per_image + (again ? per_image - 1 - chunk : chunk);
     barrier_wait(loaded(load), load / kLoads & 1);
     return {load, base + slot_of(load) * cut.slot_bytes};
   }
@@ -248,13 +247,10 @@ struct Exchange {
   }
 };
 
-// Sums of a number of each head over all threads of the cluster: each warp gives its part to `parts`, [kWarps] of this
-// block, and to the other block. They are taken after a barrier of the workers.
-__device__ __forceinline__ void give_part(const float (&values)[kHeads], float4* parts, const Exchange& exchange,
+// Sums of a number of each head over all warps of the cluster: each gives its part to `parts`, [kWarps] of this block,
+// and to the other block. They are taken after a barrier of the workers.
+__device__ __forceinline__ void give_part(const float (&sums)[kHeads], float4* parts, const Exchange& exchange,
                                           int turn) {
-  float sums[kHeads];
-#pragma unroll
-  for (int k = 0; k < kHeads; ++k) sums[k] = warp_sum(values[k]);
   if (threadIdx.x % 32 != 0) return;
   const int warp = threadIdx.x / 32;
   parts[warp] = make_float4(sums[0], sums[1], sums[2], sums[3]);
@@ -263,19 +259,15 @@ __device__ __forceinline__ void give_part(const float (&values)[kHeads], float4*
 
 __device__ __forceinline__ void take_sums(const float4* parts, const Exchange& exchange, int turn,
                                           float (&sums)[kHeads]) {
-  const auto add = [](const float4* from) {
-    float4 sum = from[0];
-    for (int warp = 1; warp < kWarps; ++warp)
-      sum = make_float4(sum.x + from[warp].x, sum.y + from[warp].y, sum.z + from[warp].z, sum.w + from[warp].w);
-    return sum;
-  };
-  float4 sum = add(parts);
+  // Half a warp looks at this block's parts, the other half at the other's: of two numbers it is the same sum in both.
   const float4* others = reinterpret_cast<const float4*>(exchange.take(turn));
-  if (others != nullptr) {  // of two numbers it is the same sum in both blocks
-    const float4 more = add(others);
-    sum = make_float4(sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w);
-  }
-  sums[0] = sum.x, sums[1] = sum.y, sums[2] = sum.z, sums[3] = sum.w;
+  const int lane = threadIdx.x % 32;
+  float4 part = make_float4(0, 0, 0, 0);
+  if (lane < kWarps)
+    part = parts[lane];
+  else if (others != nullptr)
+    part = others[lane - kWarps];
+  sums[0] = warp_sum(part.x), sums[1] = warp_sum(part.y), sums[2] = warp_sum(part.z), sums[3] = warp_sum(part.w);
 }
 
 // Elements between a 16-byte block's begin and that of a row of a class.
@@ -295,65 +287,67 @@ __device__ __forceinline__ int weight_place(const RowsCut& cut, int channel) {
 }
 
 // The first sweep: sums[i, position] = Σ_c weights[c, i] z[c, position] of this block's channels, given to the other
-// block too. After a barrier of the workers; one must follow.
-template <class T>
+// block too. After a barrier of the workers since such sums were read; one must follow.
+template <class T, int kColumns>
 __device__ __forceinline__ void sum_over_channels(const Slots& slots, const Exchange& exchange, int image,
                                                   int positions) {
+  static_assert(kWarps % kColumns == 0);
   const RowsCut& cut = slots.cut;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
   const int row_class = warp & (cut.classes - 1), group = warp >> cut.class_bits, groups = kWarps >> cut.class_bits;
-  const int blocks = cut.chunk / 16 >> cut.class_bits;  // of 16 channels, of a class in a chunk
+  // A warp has columns' tiles `group` and, after `groups` of them, a second one, or none.
+  const bool has_one = group < cut.tiles, has_two = group + groups < cut.tiles;
   float both[kColumnTiles][4] = {};
   // Matrices 0 and 1 of a fragment are columns 0 to 7 and 8 to 15 of the first eight channels, 2 and 3 of the others.
   const uint32_t lane_row = cut.classes * (lane % 8 + lane / 16 * 8) + row_class;
   const uint32_t lane_offset =
       2 * (lane_row * positions - shift_of(row_class, positions)) + lane / 8 % 2 * 16 + 32 * group;
-  const uint32_t block_bytes = 32 * cut.classes * positions;
+  const uint32_t block_bytes = kept(32 * cut.classes * positions), to_second = kept(32 * groups);
+  const uint32_t chunk_weights = kept(16 * (cut.chunk + cut.classes));
+  const uint32_t end_of_weights = kept(256 * (cut.chunk / 16 >> cut.class_bits));  // of this class in a chunk
   uint32_t weights = slots.base + cut.weights + 16 * (weight_place(cut, 0, row_class) + lane % 16);
   for (int chunk = 0; chunk < cut.chunks; ++chunk) {
     const Slots::Chunk z = slots.wait(image, chunk, false);
     uint32_t fragments = z.address + lane_offset;
-    for (int block = 0; block < blocks; ++block) {
-      uint32_t weight[2];
-      load_matrix_transposed(weight, weights + 256 * block);
-      uint32_t fragment[kColumnTiles][4];
-#pragma unroll
-      for (int u = 0; u < kColumnTiles; ++u)
-        if (group + groups * u < cut.tiles) load_matrix_transposed(fragment[u], fragments + 32 * groups * u);
-#pragma unroll
-      for (int u = 0; u < kColumnTiles; ++u)
-        if (group + groups * u < cut.tiles) mma<T>(both[u], fragment[u], weight[0], weight[1]);
-      fragments += block_bytes;
-    }
-    weights += 16 * (cut.chunk + cut.classes);
+    if (has_one)
+      for (uint32_t block = 0; block < end_of_weights; block += 256) {  // of 16 channels
+        uint32_t weight[2], fragment[kColumnTiles][4];
+        load_matrix_transposed(weight, weights + block);
+        load_matrix_transposed(fragment[0], fragments);
+        if (has_two) load_matrix_transposed(fragment[1], fragments + to_second);
+        mma<T>(both[0], fragment[0], weight[0], weight[1]);
+        if (has_two) mma<T>(both[1], fragment[1], weight[0], weight[1]);
+        fragments += block_bytes;
+      }
+    weights += chunk_weights;
     if (chunk < cut.chunks - cut.stay) slots.release(z, 1);  // the others stay
   }
   workers_sync();  // what was where the sums belong is not used any more
-  float* sums = reinterpret_cast<float*>(slots.memory + cut.sums);  // [classes, columns, pitch]
+  float* sums = reinterpret_cast<float*>(slots.memory + cut.sums);  // [classes, kColumns, pitch]
+  const int class_sums = kColumns * cut.pitch;
 #pragma unroll
   for (int u = 0; u < kColumnTiles; ++u) {
-    const int tile = group + groups * u;
-    if (tile >= cut.tiles) continue;
+    if (u == 0 ? !has_one : !has_two) continue;
+    float* to = sums + row_class * class_sums + 2 * column * cut.pitch + 16 * (group + groups * u) + row;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (2 * column + i % 2 < cut.columns)
-        sums[(row_class * cut.columns + 2 * column + i % 2) * cut.pitch + 16 * tile + i / 2 * 8 + row] = both[u][i];
+      if (2 * column + i % 2 < kColumns) to[i % 2 * cut.pitch + i / 2 * 8] = both[u][i];
   }
   workers_sync();
-  // Of all classes, four positions a thread. The result lies where the first class's sums were, which nobody else
-  // reads.
-  for (int entry = threadIdx.x; entry < cut.columns * cut.quads; entry += kWorkers) {
-    const int at = entry / cut.quads * cut.pitch + entry % cut.quads * 4;
-    float total[4] = {};
+  // Of all classes, a position a thread. The result lies where the first class's sum was, which nobody else reads.
+  const int own = warp % kColumns * cut.pitch;
+  for (int first = warp / kColumns * 32; first < 4 * cut.quads; first += 32 * (kWarps / kColumns)) {
+    const int at = own + first + lane;
+    const bool is_one = first + lane < 4 * cut.quads;
+    float total = 0;
 #pragma unroll
     for (int of_class = 0; of_class < 8; ++of_class)
-      if (of_class < cut.classes)
+      if (of_class < cut.classes && is_one) total += sums[of_class * class_sums + at + shift_of(of_class, positions)];
+    if (is_one) sums[at] = total;
+    float next[3];
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          total[i] += sums[of_class * cut.columns * cut.pitch + at + shift_of(of_class, positions) + i];
-    const float4 values = make_float4(total[0], total[1], total[2], total[3]);
-    *reinterpret_cast<float4*>(sums + at) = values;
-    exchange.give(image, at, values);
+    for (int i = 0; i < 3; ++i) next[i] = __shfl_down_sync(kAll, total, i + 1);
+    if (is_one && lane % 4 == 0) exchange.give(image, at, make_float4(total, next[0], next[1], next[2]));
   }
 }
 
