@@ -197,6 +197,9 @@ def test_lines_with_all_their_channels_are_summed_and_pooled_at_once(
     if backward:
         (programs, _, _), (all_lines, lines) = launch.grid, launch.sizes[:2]
         assert programs <= 132 and (programs - 1) * lines < all_lines == images * 56 <= programs * lines
+    fast = Chip(132, 9, 227 * 1024, bandwidth=4.9e12)
+    monkeypatch.setattr(attend3x3, "chip", lambda index: fast)
+    assert attend3x3._whole_lines(attend3x3._cut(size, strides, dtype, 0, heads, "ieee"), heads) is None
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])

@@ -1048,10 +1048,17 @@ LEAST_BUSY = 0.9
 """A program that pools at once has a whole image: how much of the rounds of all multiprocessors a batch must fill."""
 
 
+MOST_BANDWIDTH = 4e12
+"""Bytes a second of a memory whose reads are worth saving. Sums over taps and pooling as one kernel each way are bound
+by arithmetic: 571 µs at 256 × 56² on an H100 (3.35e12), where a layer takes 818 so and 884 with the three apart. On an
+H200 (4.9e12) the three take 472."""
+
+
 def _whole_lines(cut: _Cut, heads: int) -> dict | None:
     """Constants of the kernels that sum over taps and pool at once, where a line with all its channels is a tile."""
     fits = 32 < cut.sizes[1] <= 64 and 128 < cut.constants["C"] <= 256 and next_power_of_2(heads) == 4
-    if not (fits and cut.half and cut.hopper and cut.constants["UNIT"] == "c"):
+    slow = cut.hopper and cut.chip.bandwidth < MOST_BANDWIDTH
+    if not (fits and slow and cut.half and cut.constants["UNIT"] == "c"):
         return None
     constants = {name: value for name, value in cut.constants.items() if name != "R_TILE"}
     constants |= {"C_TILE": 256, "S_TILE": 64, "K_TILE": 4}

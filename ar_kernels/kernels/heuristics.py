@@ -50,6 +50,7 @@ class Chip(NamedTuple):
     processors: int  # multiprocessors
     capability: int  # major compute capability: 8 Ampere and Ada, 9 Hopper, 10 and more Blackwell; 0: of AMD
     shared: int  # bytes of shared memory that one program may take
+    bandwidth: float = 3.35e12  # bytes a second that its memory could move at most; an H100's where it is not known
 
     @property
     def amd(self) -> bool:
@@ -63,8 +64,10 @@ def chip(device_index: int) -> Chip:
         return Chip(4, 9, 227 * 1024)
     properties = torch.cuda.get_device_properties(device_index)
     capability = properties.major if torch.version.hip is None else 0  # there `major` counts AMD's generations
-    shared = driver.active.utils.get_device_properties(device_index)["max_shared_mem"]
-    return Chip(properties.multi_processor_count, capability, shared)
+    known = driver.active.utils.get_device_properties(device_index)
+    chip = Chip(properties.multi_processor_count, capability, known["max_shared_mem"])
+    kilohertz, bits = known.get("mem_clock_rate", 0), known.get("mem_bus_width", 0)
+    return chip._replace(bandwidth=2e3 * kilohertz * bits / 8) if kilohertz * bits else chip  # twice a clock
 
 
 def channel_parts(channels: int, most: int) -> tuple[int, int]:
