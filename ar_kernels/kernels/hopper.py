@@ -26,8 +26,9 @@ _library = torch.library.Library(native.NAMESPACE, "IMPL")
 _ALIGNMENT = 16
 """Of addresses that the copy engine takes, in bytes."""
 
-FEWEST_CHANNELS_FORWARD, FEWEST_CHANNELS_BACKWARD = 384, 768
-"""Of half-precision channels_last maps that go here."""
+FEWEST_CHANNELS = 768
+"""Of half-precision channels_last maps that go here. A forward sweep here before a backward sweep of Triton's is slower
+than two of Triton's: it leaves less of the map in L2."""
 
 
 @functools.cache
@@ -54,13 +55,13 @@ def can_read(z: Tensor, w: Tensor, *others: Tensor | None) -> bool:
     )
 
 
-def _is_faster(z: MapStrides, channels: int, fewest: int, itemsize: int, chip: heuristics.Chip) -> bool:
+def _is_faster(z: MapStrides, channels: int, itemsize: int, chip: heuristics.Chip) -> bool:
     """Where this replaces Triton; docs/performance.md has the measurements."""
     if chip.capability != 9:
         return False
     if itemsize == 4:  # Triton makes three products of one
         return True
-    return z.vector < 8 if z.unit == "s" else channels >= fewest
+    return z.vector < 8 if z.unit == "s" else channels >= FEWEST_CHANNELS
 
 
 def forward_sweep(
@@ -74,7 +75,7 @@ def forward_sweep(
 ) -> tuple[Any, int]:
     """The operator for such maps and into how many splits it cuts an image, whose parts are then to be merged; or None
     and 0: the Triton kernel is faster, or there is none. alike: as in heuristics.sweep_config."""
-    if not _is_faster(z, sizes[1], FEWEST_CHANNELS_FORWARD, itemsize, chip):
+    if not _is_faster(z, sizes[1], itemsize, chip):
         return None, 0
     splits = _operators().sweep_forward_splits(sizes, strides, heads, itemsize, alike)
     return (_operators().sweep_forward_.default, splits) if splits else (None, 0)
@@ -91,7 +92,7 @@ def backward_sweep(
     chip: heuristics.Chip,
 ) -> tuple[Any, int]:
     """The operator for such maps and the number of its shares of dW_H, or None and 0."""
-    if not _is_faster(z, sizes[1], FEWEST_CHANNELS_BACKWARD, itemsize, chip):
+    if not _is_faster(z, sizes[1], itemsize, chip):
         return None, 0
     programs = _operators().sweep_backward_programs(sizes, strides, up_strides, dz_strides, heads, itemsize)
     return (_operators().sweep_backward_.default, programs) if programs else (None, 0)
