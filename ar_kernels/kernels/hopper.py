@@ -27,8 +27,8 @@ _ALIGNMENT = 16
 """Of addresses that the copy engine takes, in bytes."""
 
 FEWEST_CHANNELS = 768
-"""Of half-precision channels_last maps that go here. A forward sweep here before a backward sweep of Triton's is slower
-than two of Triton's: it leaves less of the map in L2."""
+"""Of half-precision channels_last maps that go here, in both directions: a forward sweep here with a backward sweep of
+Triton's takes longer than two of Triton's (64 × 384 × 14² on an H100: 22.6 µs for 21.5)."""
 
 
 @functools.cache
