@@ -7,7 +7,7 @@ shared memory by byte count, whatever the length of rows, and registers hold sum
 
 And float32 maps with up to 4 heads, by plain multiply-adds, whatever PyTorch's matmul precision allows: dense
 channels_last of up to 2,560 channels in whole 4s; NCHW of up to 1,024 channels in whole 8s whose positions come in
-whole 4s, or there are up to 256 of them and channels come in whole 128s or so. These do without dZ too.
+whole 4s; NCHW of up to 2,048 channels in whole 128s and up to 225 positions. These do without dZ too.
 """
 
 import functools

@@ -27,38 +27,6 @@ __device__ __forceinline__ float gate_tanh(float t) {
   return t < 0 ? -y : y;
 }
 
-// Four adjacent values.
-__device__ __forceinline__ float4 four_of(const Values& values, int64_t index) {
-  if (values.kind == Kind::kFloat)
-    return *reinterpret_cast<const float4*>(static_cast<const float*>(values.data) + index);
-  const uint2 words = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(values.data) + index);
-  const bool is_half = values.kind == Kind::kHalf;
-  const float2 low = is_half ? unpacked<__half>(words.x) : unpacked<__nv_bfloat16>(words.x);
-  const float2 high = is_half ? unpacked<__half>(words.y) : unpacked<__nv_bfloat16>(words.y);
-  return make_float4(low.x, low.y, high.x, high.y);
-}
-
-// Four channels of one row of P, a head's or, after them, the mean's, to where they belong. Returns their part of the
-// head's score.
-__device__ __forceinline__ float store_pooled(const ForwardSweep& a, int64_t image, int row, int channel,
-                                              float4 values) {
-  if (row == a.heads) {
-    *reinterpret_cast<float4*>(a.mean + image * a.channels + channel) = values;
-    return 0;
-  }
-  *reinterpret_cast<float4*>(a.pooled + (image * a.heads + row) * a.channels + channel) = values;
-  if (a.gated == 0) return 0;
-  const float4 weights = four_of(a.score_w, row * a.channels + channel);
-  return values.x * weights.x + values.y * weights.y + values.z * weights.z + values.w * weights.w;
-}
-
-template <class T>
-__device__ __forceinline__ void store_features(const ForwardSweep& a, int64_t image, int row, int channel,
-                                               float4 values, float gate) {
-  *reinterpret_cast<uint2*>(static_cast<T*>(a.features) + (image * a.gated + row) * a.channels + channel) =
-      make_uint2(packed<T>(gate * values.x, gate * values.y), packed<T>(gate * values.z, gate * values.w));
-}
-
 // Scores, from `count` parts of each head's, and gates of an image, 0 beyond `gated`; thread 0 stores them.
 __device__ __forceinline__ void make_gates(const ForwardSweep& a, int64_t image, const float* score_parts, int count,
                                            float (&gates)[kHeads]) {

@@ -84,23 +84,8 @@ __device__ __forceinline__ float value_of(const Values& values, int index) {
   }
 }
 
-// Two adjacent values, of float32 or the map's dtype.
-template <class T>
-__device__ __forceinline__ float2 pair_of(const Values& values, int index) {
-  if (values.kind != Kind::kFloat)
-    return unpacked<T>(*reinterpret_cast<const uint32_t*>(static_cast<const T*>(values.data) + index));
-  return *reinterpret_cast<const float2*>(static_cast<const float*>(values.data) + index);
-}
-
-// The same, rounded to the map's dtype.
-template <class T>
-__device__ __forceinline__ uint32_t weight_pair(const Values& w, int index) {
-  if (w.kind != Kind::kFloat) return *reinterpret_cast<const uint32_t*>(static_cast<const T*>(w.data) + index);
-  const float2 pair = pair_of<T>(w, index);
-  return packed<T>(pair.x, pair.y);
-}
-
-// The same where the kind is known: loads that follow each other then don't wait for each other.
+// Two adjacent values, rounded to the map's dtype. What kind they are is known: loads that follow each other then don't
+// wait for each other.
 template <class T>
 __device__ __forceinline__ uint32_t weight_pair(const T* from) {
   return *reinterpret_cast<const uint32_t*>(from);
@@ -116,11 +101,6 @@ __device__ __forceinline__ float2 float_pair(const T* from) {
     return *reinterpret_cast<const float2*>(from);
   else
     return unpacked<T>(*reinterpret_cast<const uint32_t*>(from));
-}
-
-template <class T>
-__device__ __forceinline__ uint16_t bits_of(T value) {
-  return *reinterpret_cast<const uint16_t*>(&value);
 }
 
 // A number as memory has it, and what it is: apart, so that several loads are under way at a time.
