@@ -179,10 +179,6 @@ __device__ __forceinline__ void tensor_store(const CUtensorMap* map, uint32_t fr
       : "memory");
 }
 
-__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 // A line of global memory that ordinary loads will want, into L1.
 __device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefetch.L1 [%0];" ::"l"(from)); }
 
@@ -192,16 +188,6 @@ __device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefe
 __device__ __forceinline__ void named_sync(int name, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
-
-// Comes without waiting; others wait for it by named_sync with the same count of both together.
-__device__ __forceinline__ void named_arrive(int name, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
-}
-
-// Programmatic dependent launch: wait until the kernel before has finished and its results can be seen; let the kernel
-// after start already. Both do nothing in a kernel that was launched without the attribute.
-__device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void start_kernel_after() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // ------------------------------------------------------------------------------------------------ clusters
 
@@ -216,22 +202,6 @@ __device__ __forceinline__ uint32_t cluster_address(uint32_t address, uint32_t r
   uint32_t there;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
   return there;
-}
-
-// What is at such an address. The block there must have reached a cluster_wait since it wrote it, and not have left.
-__device__ __forceinline__ float load_from_cluster(uint32_t address) {
-  float value;
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-  return value;
-}
-
-__device__ __forceinline__ float4 load_four_from_cluster(uint32_t address) {
-  float4 value;
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
-               : "r"(address)
-               : "memory");
-  return value;
 }
 
 // Four floats to another block, counted as 16 bytes on a barrier of that block: no fence is needed.
@@ -288,12 +258,6 @@ __device__ __forceinline__ void load_matrix_transposed(uint32_t (&to)[1], uint32
 // The reverse of load_matrix.
 __device__ __forceinline__ void store_matrix(uint32_t row, const uint32_t (&from)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(from[0]),
-               "r"(from[1]), "r"(from[2]), "r"(from[3])
-               : "memory");
-}
-
-__device__ __forceinline__ void store_matrix_transposed(uint32_t row, const uint32_t (&from)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(from[0]),
                "r"(from[1]), "r"(from[2]), "r"(from[3])
                : "memory");
 }

@@ -995,7 +995,7 @@ void block_sync() {
   sleep_until_met();
 }
 
-void named_sync(int name, int threads, bool waits) {
+void named_sync(int name, int threads) {
   Fiber& fiber = *m.current;
   Block& block = *fiber.block;
   if (name < 1 || name > 15) fail("named barriers are 1 to 15, got %d", name);
@@ -1013,9 +1013,9 @@ void named_sync(int name, int threads, bool waits) {
   if ((lanes & bit_of(fiber)) != 0) fail("named barrier %d: this thread comes twice before all have come", name);
   lanes |= bit_of(fiber);
   ++barrier.came;
-  if (waits) barrier.waiters.push_back(&fiber);
+  barrier.waiters.push_back(&fiber);
   complete_named(block, name);
-  if (waits) sleep_until_met();
+  sleep_until_met();
 }
 
 uint32_t cluster_rank() { return m.current->block->rank; }
@@ -1024,11 +1024,6 @@ uint32_t cluster_address(uint32_t address, uint32_t rank) {
   if (rank >= m.blocks.size()) fail("the cluster has %zu blocks, not one of rank %u", m.blocks.size(), rank);
   if (address >> kRankShift != 0) fail("%#x is an address of the cluster already", address);
   return (rank + 1) << kRankShift | address;
-}
-
-void load_from_cluster(void* to, uint32_t address, uint32_t bytes) {
-  const Place from = place_in_cluster("load_from_cluster", address, bytes, bytes);
-  memcpy(to, from.block->memory + from.offset, bytes);
 }
 
 void store_to_cluster(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
@@ -1115,10 +1110,10 @@ uint32_t spread(const Matrix& matrix, int lane, bool transposed) {
   return low | high << 16;
 }
 
-void gather(Matrix& matrix, int lane, bool transposed, uint32_t word) {
+void gather(Matrix& matrix, int lane, uint32_t word) {
   const int i = lane / 4, j = lane % 4 * 2;
-  (transposed ? matrix[j][i] : matrix[i][j]) = static_cast<uint16_t>(word);
-  (transposed ? matrix[j + 1][i] : matrix[i][j + 1]) = static_cast<uint16_t>(word >> 16);
+  matrix[i][j] = static_cast<uint16_t>(word);
+  matrix[i][j + 1] = static_cast<uint16_t>(word >> 16);
 }
 
 struct Matrices {
@@ -1180,8 +1175,8 @@ void load_matrices(uint32_t* to, int count, uint32_t row, bool transposed) {
   memcpy(to, own.words, static_cast<size_t>(count) * 4);
 }
 
-void store_matrices(uint32_t row, const uint32_t* from, int count, bool transposed) {
-  Matrices own{{}, count, row_offset(row, count), transposed};
+void store_matrices(uint32_t row, const uint32_t* from, int count) {
+  Matrices own{{}, count, row_offset(row, count), false};
   memcpy(own.words, from, static_cast<size_t>(count) * 4);
   together(
       m.current->name, ~0u, &own,
@@ -1193,7 +1188,7 @@ void store_matrices(uint32_t row, const uint32_t* from, int count, bool transpos
         for (int i = 0; i < first.count; ++i) {
           Matrix matrix;
           for (int lane = 0; lane < kLanes; ++lane)
-            gather(matrix, lane, first.transposed, static_cast<const Matrices*>(arguments[lane])->words[i]);
+            gather(matrix, lane, static_cast<const Matrices*>(arguments[lane])->words[i]);
           for (int r = 0; r < 8; ++r) {
             const uint32_t offset = static_cast<const Matrices*>(arguments[8 * i + r])->offset;
             Chunk& chunk = block.chunks[offset / 16];
@@ -1215,8 +1210,7 @@ uint32_t move_matrix(uint32_t word) {
       m.current->name, ~0u, &word,
       [](void* const(&arguments)[kLanes], uint32_t) {
         Matrix matrix;
-        for (int lane = 0; lane < kLanes; ++lane)
-          gather(matrix, lane, false, *static_cast<const uint32_t*>(arguments[lane]));
+        for (int lane = 0; lane < kLanes; ++lane) gather(matrix, lane, *static_cast<const uint32_t*>(arguments[lane]));
         for (int lane = 0; lane < kLanes; ++lane) *static_cast<uint32_t*>(arguments[lane]) = spread(matrix, lane, true);
       },
       true);

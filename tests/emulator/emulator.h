@@ -58,11 +58,10 @@ void bulk_commit();
 void bulk_wait(int pending, bool read);
 
 void block_sync();
-void named_sync(int name, int threads, bool waits);
+void named_sync(int name, int threads);
 
 uint32_t cluster_rank();
 uint32_t cluster_address(uint32_t address, uint32_t rank);
-void load_from_cluster(void* to, uint32_t address, uint32_t bytes);
 void store_to_cluster(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier);
 void cluster_arrive();
 void cluster_wait();
@@ -73,7 +72,7 @@ using Operation = void (*)(void* const (&arguments)[32], uint32_t mask);
 void together(const char* name, uint32_t mask, void* argument, Operation operation, bool one_instruction);
 
 void load_matrices(uint32_t* to, int count, uint32_t row, bool transposed);
-void store_matrices(uint32_t row, const uint32_t* from, int count, bool transposed);
+void store_matrices(uint32_t row, const uint32_t* from, int count);
 uint32_t move_matrix(uint32_t matrix);
 void multiply(float* c, const uint32_t* a, const uint32_t* b, int k, bool is_half);
 

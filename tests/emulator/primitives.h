@@ -103,13 +103,6 @@ inline void tensor_load(uint32_t to, const CUtensorMap* map, int32_t x, int32_t 
   emulator::tensor_load(to, map, 4, at, barrier);
 }
 
-inline void tensor_load(uint32_t to, const CUtensorMap* map, int32_t x, int32_t y, int32_t z, int32_t v, int32_t u,
-                        uint32_t barrier, uint64_t, Site site = Site::here()) {
-  emulator::enter("tensor_load", site);
-  const int32_t at[] = {x, y, z, v, u};
-  emulator::tensor_load(to, map, 5, at, barrier);
-}
-
 inline void tensor_store(const CUtensorMap* map, uint32_t from, int32_t x, int32_t y, int32_t z, uint64_t,
                          Site site = Site::here()) {
   emulator::enter("tensor_store", site);
@@ -124,32 +117,15 @@ inline void tensor_store(const CUtensorMap* map, uint32_t from, int32_t x, int32
   emulator::tensor_store(map, from, 4, at);
 }
 
-inline void tensor_store(const CUtensorMap* map, uint32_t from, int32_t x, int32_t y, int32_t z, int32_t v, int32_t u,
-                         uint64_t, Site site = Site::here()) {
-  emulator::enter("tensor_store", site);
-  const int32_t at[] = {x, y, z, v, u};
-  emulator::tensor_store(map, from, 5, at);
-}
-
 inline void prefetch_line(const void*) {}
-inline void prefetch_tensor_map(const CUtensorMap*) {}
-
 inline void prefetch(const void*) {}
 
 // ------------------------------------------------------------------------------------------------ barriers of warps
 
 inline void named_sync(int name, int threads, Site site = Site::here()) {
   emulator::enter("named_sync", site);
-  emulator::named_sync(name, threads, true);
+  emulator::named_sync(name, threads);
 }
-
-inline void named_arrive(int name, int threads, Site site = Site::here()) {
-  emulator::enter("named_arrive", site);
-  emulator::named_sync(name, threads, false);
-}
-
-inline void wait_for_kernel_before() {}
-inline void start_kernel_after() {}
 
 // ------------------------------------------------------------------------------------------------ clusters
 
@@ -158,20 +134,6 @@ inline uint32_t cluster_rank() { return emulator::cluster_rank(); }
 inline uint32_t cluster_address(uint32_t address, uint32_t rank, Site site = Site::here()) {
   emulator::enter("cluster_address", site);
   return emulator::cluster_address(address, rank);
-}
-
-inline float load_from_cluster(uint32_t address, Site site = Site::here()) {
-  emulator::enter("load_from_cluster", site);
-  float value;
-  emulator::load_from_cluster(&value, address, 4);
-  return value;
-}
-
-inline float4 load_four_from_cluster(uint32_t address, Site site = Site::here()) {
-  emulator::enter("load_four_from_cluster", site);
-  float4 value;
-  emulator::load_from_cluster(&value, address, 16);
-  return value;
 }
 
 inline void store_to_cluster(uint32_t to, float4 value, uint32_t barrier, Site site = Site::here()) {
@@ -209,14 +171,7 @@ template <int kMatrices>
 void store_matrix(uint32_t row, const uint32_t (&from)[kMatrices], Site site = Site::here()) {
   static_assert(kMatrices == 1 || kMatrices == 2 || kMatrices == 4);
   emulator::enter("store_matrix", site);
-  emulator::store_matrices(row, from, kMatrices, false);
-}
-
-template <int kMatrices>
-void store_matrix_transposed(uint32_t row, const uint32_t (&from)[kMatrices], Site site = Site::here()) {
-  static_assert(kMatrices == 1 || kMatrices == 2 || kMatrices == 4);
-  emulator::enter("store_matrix_transposed", site);
-  emulator::store_matrices(row, from, kMatrices, true);
+  emulator::store_matrices(row, from, kMatrices);
 }
 
 inline uint32_t transposed(uint32_t matrix, Site site = Site::here()) {

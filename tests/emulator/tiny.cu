@@ -77,9 +77,6 @@ __global__ void transpose_kernel(const uint16_t* from, uint16_t* to, int how) {
     load_matrix(f, as_it_is);
     for (uint32_t& matrix : f) matrix = transposed(matrix);
     store_matrix(swapped, f);
-  } else if (how == 2) {  // on the way out
-    load_matrix(f, as_it_is);
-    store_matrix_transposed(swapped, f);
   } else {  // one matrix after another
     for (int i = 0; i < 4; ++i) {
       uint32_t one[1];
@@ -244,20 +241,15 @@ __global__ void __launch_bounds__(96) pipeline_kernel(const __grid_constant__ CU
 
 // ------------------------------------------------------------------------------------------------ barriers
 
-// Warp 0 writes a number, the others read it, in turns; named barriers 1 and 2 say whose turn it is.
+// One thread writes a number, all read it, in turns; named barriers 1 and 2 say whose turn it is.
 __global__ void turns_kernel(int* to, int turns) {
   volatile int* number = reinterpret_cast<int*>(shared_memory());
   const int threads = blockDim.x;
   for (int turn = 0; turn < turns; ++turn) {
-    if (threadIdx.x < 32) {
-      if (turn > 0) named_sync(2, threads);
-      if (threadIdx.x == 0) *number = turn * turn;
-      named_arrive(1, threads);
-    } else {
-      named_sync(1, threads);
-      to[turn * threads + threadIdx.x] = *number;
-      if (turn + 1 < turns) named_arrive(2, threads);
-    }
+    if (threadIdx.x == 0) *number = turn * turn;
+    named_sync(1, threads);
+    to[turn * threads + threadIdx.x] = *number;
+    named_sync(2, threads);
   }
 }
 
@@ -274,15 +266,14 @@ __global__ void early_kernel(int* to) {
 
 // ------------------------------------------------------------------------------------------------ clusters
 
-enum ClusterMistake { kNoneOfCluster, kNoFirstWait, kNoLastWait, kWaitOfBlock, kNoSuchRank };
+enum ClusterMistake { kNoneOfCluster, kNoFirstWait, kLeaves, kWaitOfBlock, kNoSuchRank };
 
-// Every block gets the sum over the blocks of its cluster, of one float each by loads and of four by stores.
-__global__ void cluster_kernel(float* by_loads, float4* by_stores, int blocks, int mistake) {
+// Every block gets the sums over the blocks of its cluster, which send it four floats each.
+__global__ void cluster_kernel(float4* sums, int blocks, int mistake) {
   float* memory = reinterpret_cast<float*>(shared_memory());
   const uint32_t own = shared_address(memory), barrier = own + 512;
   const uint32_t rank = cluster_rank();
   if (threadIdx.x == 0) {
-    memory[0] = blockIdx.x + 1.f;
     barrier_init(barrier, 1);
     fence_barrier_init();
     barrier_arrive_expect(barrier, 16 * blocks);
@@ -291,17 +282,12 @@ __global__ void cluster_kernel(float* by_loads, float4* by_stores, int blocks, i
     cluster_arrive();
     cluster_wait();
   }
-  if (threadIdx.x < blocks) {
+  if (threadIdx.x < blocks + (mistake == kNoSuchRank)) {
     const float x = blockIdx.x + 1.f;
     store_to_cluster(cluster_address(own + 16 + 16 * rank, threadIdx.x), make_float4(x, 2 * x, 3 * x, 4 * x),
                      cluster_address(barrier, threadIdx.x));
   }
-  if (threadIdx.x == 0) {
-    float sum = 0;
-    for (int other = 0; other < blocks + (mistake == kNoSuchRank); ++other)
-      sum += load_from_cluster(cluster_address(own, other));
-    by_loads[blockIdx.x] = sum;
-  }
+  if (mistake == kLeaves) return;
   if (mistake == kWaitOfBlock)
     barrier_wait(barrier, 0);
   else
@@ -312,11 +298,7 @@ __global__ void cluster_kernel(float* by_loads, float4* by_stores, int blocks, i
       const float4 part = *reinterpret_cast<const float4*>(memory + 4 + 4 * other);
       sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
     }
-    by_stores[blockIdx.x] = sum;
-  }
-  if (mistake != kNoLastWait) {
-    cluster_arrive();
-    cluster_wait();
+    sums[blockIdx.x] = sum;
   }
 }
 
@@ -387,8 +369,8 @@ AR_EXPORT int early(int* to, int64_t blocks, int64_t bytes) {
   return launch(early_kernel, static_cast<int>(blocks), 100, bytes, 1, to);
 }
 
-AR_EXPORT int cluster(float* by_loads, void* by_stores, int64_t clusters, int64_t blocks, int64_t mistake) {
+AR_EXPORT int cluster(void* sums, int64_t clusters, int64_t blocks, int64_t mistake) {
   const int size = static_cast<int>(blocks);
-  return launch(cluster_kernel, static_cast<int>(clusters) * size, 64, 1024, size, by_loads,
-                static_cast<float4*>(by_stores), size, static_cast<int>(mistake));
+  return launch(cluster_kernel, static_cast<int>(clusters) * size, 64, 1024, size, static_cast<float4*>(sums), size,
+                static_cast<int>(mistake));
 }
