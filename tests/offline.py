@@ -132,7 +132,7 @@ def record_layer(chip, dtype, channels, side, heads, channels_last, mean=False, 
     """The launches of a whole layer, forward and backward, of one shape: tapped, its logits with a gradient."""
     torch.backends.cuda.matmul.allow_tf32 = tf32
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    z = torch.empty(128, channels, side, side, dtype=dtype, device="cpu").to(memory_format=layout)
+    z = torch.empty(128, channels, side, side, dtype=dtype, device="cpu", memory_format=layout)
     w = torch.empty(heads, channels, dtype=dtype)
     with recording(chip) as launches:
         for maps in (z[:1], z):  # one image alone is split, and its parts are merged
@@ -149,7 +149,7 @@ def record_layer3x3(chip, dtype, channels, side, heads, channels_last, tf32=Fals
     """The launches of 3×3 heads with a mean, forward and backward, tapped."""
     torch.backends.cuda.matmul.allow_tf32 = tf32
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    z = torch.empty(128, channels, side, side, dtype=dtype, device="cpu").to(memory_format=layout)
+    z = torch.empty(256, channels, side, side, dtype=dtype, device="cpu", memory_format=layout)
     w = torch.empty(heads, channels, 3, 3, dtype=dtype)
     with recording(chip) as launches:
         outputs = ops._gated_attend3x3(z, w, None, w, None, heads, True)

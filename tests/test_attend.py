@@ -1,13 +1,14 @@
 """Forward and backward of every implementation against the reference: dtypes, layouts, odd sizes, error budgets."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from layers import BUDGETS, LAYOUTS, Layer, assert_within_budget, slice_of_cat
 
 import ar_kernels
-from ar_kernels import eager, native, ops
+from ar_kernels import eager, functional, native, ops
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -384,6 +385,16 @@ def test_explain_says_what_runs_and_why(device):
     assert spatial.reasons["reference"] == "can run"
     assert f"→ {spatial.chosen}" in str(spatial)
     assert ar_kernels.explain(z, w, implementation="reference").chosen == "reference"
+
+
+@pytest.mark.parametrize("swept", [False, True])
+def test_float32_maps_of_1x1_heads_alone_have_sweeps_to_explain(swept, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(native, "sweeps_float32", lambda data, heads: swept)
+    data, mask_weights = SimpleNamespace(device=torch.device("cuda", 0)), (torch.empty(4, 8), torch.empty(4, 8, 3, 3))
+    for capability, expected in (((9, 0), [swept, False]), ((8, 0), [False, False]), ((10, 0), [False, False])):
+        monkeypatch.setattr(functional, "_capability", lambda device, it=capability: it)
+        assert [functional._is_swept(data, mask_weight) for mask_weight in mask_weights] == expected
 
 
 def test_a_named_implementation_raises_where_it_cannot_run(device):

@@ -107,6 +107,42 @@ def test_error_budget_of_both_weights_from_one_kernel(heads, fused, device, monk
         assert any(found)
 
 
+@pytest.mark.parametrize("by_head", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"c": 152, "h": 3, "w": 7, "k": 4},
+        {"c": 164, "h": 9, "w": 1, "k": 2, "mean": False, "tap": False},
+        {"c": 64, "h": 1, "w": 2, "k": 1, "bias": False},
+        {"c": 72, "h": 9, "w": 8, "k": 2},
+    ],
+    ids=lambda shape: f"{shape['k']} of {shape['c']}x{shape['h']}x{shape['w']}",
+)
+def test_error_budget_of_sums_that_need_neither_p_nor_dp(shape, by_head, fused, device, monkeypatch):
+    launched = set()
+    if fused == "triton":
+        from ar_kernels.kernels import attend3x3
+        from ar_kernels.kernels.launch import Launch
+
+        small = attend3x3.chip(-1 if device.type == "cpu" else 0)._replace(processors=2)  # nor are images cut up
+        monkeypatch.setattr(attend3x3, "chip", lambda index: small)
+        launch = Launch.__call__
+        monkeypatch.setattr(
+            Launch, "__call__", lambda self, *tensors: launched.add(self.kernel.__name__) or launch(self, *tensors)
+        )
+    draws = []
+    for seed in range(3):
+        layer = Layer(**shape, n=8, kernel_size=3, dtype=torch.bfloat16, device=device, seed=seed)
+        if by_head:  # as a network's channels_last weights lie
+            weight = layer.tensors["output_weight"].view(layer.labels, layer.k, layer.c, 3, 3).transpose(0, 1)
+            layer.tensors["output_weight"] = weight.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+        runs = layer.run(fused, layout=channels_last), layer.run("eager", layout=channels_last)
+        draws.append((*runs, layer.run("reference", exact=True)))
+    assert_within_budget(draws, torch.bfloat16)
+    if fused == "triton" and (device.type == "cpu" or torch.cuda.get_device_capability(device)[0] == 9):
+        assert "gated_sums_kernel" in launched and ("taps_first_kernel" in launched) != by_head
+
+
 @pytest.mark.parametrize(("channels", "gated"), [(24, True), (264, True), (264, False)])  # 264: in several programs
 def test_float16_gradients_of_a_mean_loss(channels, gated, fused, device):
     """Far below what float16 holds: their images' powers of two bring them back."""

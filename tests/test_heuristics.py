@@ -202,6 +202,35 @@ def test_lines_with_all_their_channels_are_summed_and_pooled_at_once(
     assert attend3x3._whole_lines(attend3x3._cut(size, strides, dtype, 0, heads, "ieee"), heads) is None
 
 
+@pytest.mark.parametrize(
+    ("images", "channels", "side", "heads", "dtype", "gated_alone", "alike", "expected"),
+    [
+        (256, 2048, 7, 4, torch.bfloat16, True, False, True),
+        (256, 2048, 7, 4, torch.bfloat16, False, False, False),  # P has a gradient of its own
+        (256, 2048, 7, 4, torch.bfloat16, True, True, False),  # the batch decides whether an image is a tile
+        (256, 2048, 7, 4, torch.float16, True, False, False),
+        (256, 2048, 7, 3, torch.bfloat16, True, False, False),
+        (256, 1024, 14, 4, torch.bfloat16, True, False, False),
+        (8, 2048, 7, 4, torch.bfloat16, True, False, False),  # images are shared by several programs
+    ],
+)
+def test_images_that_are_tiles_need_neither_p_nor_dp(
+    images, channels, side, heads, dtype, gated_alone, alike, expected, monkeypatch
+):
+    monkeypatch.setattr(attend3x3, "chip", lambda index: Chip(132, 9, 227 * 1024))
+    size, strides = torch.Size((images, channels, side, side)), (channels * side**2, 1, channels * side, channels)
+
+    def plan(taps_first):
+        return attend3x3._backward_plan.__wrapped__(
+            size, strides, None, strides, dtype, 0, heads, heads, True, True, "ieee", taps_first, alike, gated_alone
+        )
+
+    assert (plan(False).gated_sums is not None) == expected
+    assert plan(False).gradient.constants["GATED"] == (heads if expected else 0)
+    if expected:
+        assert plan(False).gated_sums.turn is not None and plan(True).gated_sums.turn is None
+
+
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("side", [1, 7, 14, 56])
 @pytest.mark.parametrize("images", [1, 8, 64, 256])
@@ -211,7 +240,7 @@ def test_shares_of_3x3_weights_take_no_more_than_an_eighth_of_dz_or_one_an_image
     size, strides = torch.Size((images, channels, side, side)), (channels * side**2, 1, channels * side, channels)
     plan = attend3x3._backward_plan.__wrapped__(
         size, strides, None, strides, {2: torch.bfloat16, 4: torch.float32}[itemsize], 0, heads, heads, True, True,
-        "ieee", True, False,
+        "ieee", True, False, True,
     )  # fmt: skip
     share, dz = 9 * heads * channels * 4, size.numel() * itemsize
     programs, chunks, _ = (plan.at_once or plan.mask_weights).grid

@@ -454,6 +454,14 @@ def _store_features(
 
 
 @triton.jit
+def taps_first_kernel(features, turned, C: tl.constexpr, GATED: tl.constexpr, C_TILE: tl.constexpr):
+    """[N, K', C, 9] → [N, K', 9, C]. One program: some channels of one head of one image."""
+    n, first, k = tl.program_id(0).to(tl.int64), tl.program_id(1) * C_TILE, tl.program_id(2)
+    tile = _load_features(features, n, k, first, C, GATED, C_TILE, False)
+    _store_features(turned, tile, n, k, first, C, GATED, C_TILE, True)
+
+
+@triton.jit
 def _one_number(tile):
     return tl.sum(tl.sum(tile, axis=1), axis=0)
 
@@ -517,6 +525,26 @@ def _of_chunks(parts, n, which, heads, HEADS: tl.constexpr, CHUNKS: tl.constexpr
 
 
 @triton.jit
+def _score_gradient(
+    of_features, scores, gates, grad_gates, grad_scores, n, heads,
+    HEADS: tl.constexpr, GATED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """g and dt of an image, [K_tile], where of_features is dx·P; 0 for heads that are not gated."""
+    g = tl.zeros([heads.shape[0]], ACC)
+    d = tl.zeros([heads.shape[0]], ACC)
+    if grad_scores is not None:
+        d += tl.load(grad_scores + n * HEADS + heads, mask=heads < HEADS, other=0.0).to(ACC)
+    if gates is not None:
+        g += tl.load(gates + n * GATED + heads, mask=heads < GATED, other=0.0)
+        dg = of_features
+        if grad_gates is not None:
+            dg += tl.load(grad_gates + n * GATED + heads, mask=heads < GATED, other=0.0).to(ACC)
+        hyperbolic = tanh(tl.load(scores + n * HEADS + heads, mask=heads < HEADS, other=0.0))
+        d += g * (dg - tl.sum(g * dg, axis=0)) * (1.0 - hyperbolic * hyperbolic)
+    return g, d
+
+
+@triton.jit
 def gate_gradient_kernel(
     pooled, score_w, scores, gates, grad_features, grad_gates, grad_scores, grad_pooled, parts, largest_direct,
     dp, delta, dt, scale, unscale,
@@ -531,19 +559,9 @@ def gate_gradient_kernel(
     heads = tl.arange(0, K_TILE)
     c = first + tl.arange(0, C_TILE)
     of_features = tl.zeros([K_TILE], ACC)
-    g = tl.zeros([K_TILE], ACC)
-    d = tl.zeros([K_TILE], ACC)
     if grad_features is not None:
         of_features += tl.sum(_of_chunks(parts, n, 0, heads, HEADS, CHUNKS, CHUNK_TILE), axis=0)
-    if grad_scores is not None:
-        d += tl.load(grad_scores + n * HEADS + heads, mask=heads < HEADS, other=0.0).to(ACC)
-    if gates is not None:
-        g += tl.load(gates + n * GATED + heads, mask=heads < GATED, other=0.0)
-        dg = of_features
-        if grad_gates is not None:
-            dg += tl.load(grad_gates + n * GATED + heads, mask=heads < GATED, other=0.0).to(ACC)
-        hyperbolic = tanh(tl.load(scores + n * HEADS + heads, mask=heads < HEADS, other=0.0))
-        d += g * (dg - tl.sum(g * dg, axis=0)) * (1.0 - hyperbolic * hyperbolic)
+    g, d = _score_gradient(of_features, scores, gates, grad_gates, grad_scores, n, heads, HEADS, GATED, ACC)
     if dt is not None:
         tl.store(dt + n * HEADS + heads, d, mask=heads < HEADS)
     factor = 1.0
@@ -581,21 +599,95 @@ def gate_gradient_kernel(
 
 
 @triton.jit
-def _gradient_rows(dp, w, rows, channels, C: tl.constexpr, HEADS: tl.constexpr, LAST: tl.constexpr):
-    """Row tap·2K + j, as maps have it: dP of head j, or W_H of head j - K. [R_tile, C_tile], 0 past tap LAST."""
+def _sum_taps(products, s, height, width, HEADS: tl.constexpr):
+    """Products of rows k·16 + tap with an image that is a tile, each where it belongs: [K, S_tile]."""
+    tap = tl.arange(0, 16 * HEADS) % 16
+    y, x = (s // width)[None, :] + (tap // 3 - 1)[:, None], (s % width)[None, :] + (tap % 3 - 1)[:, None]
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width) & (tap < 9)[:, None]
+    beside = tl.minimum(tl.maximum(y * width + x, 0), products.shape[1] - 1)
+    shifted = tl.where(inside, tl.gather(products, beside, 1), 0.0)
+    return tl.sum(tl.reshape(shifted, [HEADS, 16, products.shape[1]]), axis=1)
+
+
+@triton.jit(do_not_specialize=["images"])
+def gated_sums_kernel(
+    z, score_w, grad_features, logits, lse, scores, gates, grad_gates, grad_scores, grad_lse, grad_logits, dt, maps,
+    images, height, width, z_n, z_c, z_h, z_w,
+    C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, C_TILE: tl.constexpr, S_TILE: tl.constexpr,
+    UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """gradient_sums_kernel, gate_gradient_kernel and tap_sums_kernel in one, of images that are tiles and reach the
+    loss by gates and gated features alone, whose gradient dx is [N, K', 9, C]: with X = Σ_τ dx_τ·Z_{s+τ} and
+    Y = Σ_τ W_Gτ·Z_{s+τ}, dA is g X + dt Y and dx·P is Σ_s a X. P is not read, and dP not made. One program: one image
+    after the other."""
+    heads = tl.arange(0, HEADS)
+    k, tap = tl.arange(0, 16 * HEADS) // 16, tl.arange(0, 16 * HEADS) % 16
+    s = tl.arange(0, S_TILE)
+    positions = height * width
+    end = aligned(positions, VECTOR if UNIT == "s" else 1)
+    real = tl.broadcast_to((s < positions)[None, :], [HEADS, S_TILE])
+    for image in range(tl.program_id(0), images, tl.num_programs(0)):
+        n = tl.cast(image, tl.int64)
+        of_features = tl.zeros([16 * HEADS, S_TILE], ACC)
+        of_scores = tl.zeros([16 * HEADS, S_TILE], ACC)
+        for first in range(0, C, C_TILE):
+            c = first + tl.arange(0, C_TILE)
+            z_tile = load_tile(z + n * VECTOR * z_n, s, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
+            z_tile = tl.trans(z_tile)
+            at = grad_features + n * (GATED * 9 * C) + ((k * 9 + tap) * C)[:, None] + c[None, :]
+            dx = tl.load(at, mask=((k < GATED) & (tap < 9))[:, None] & (c < C)[None, :], other=0.0)
+            of_features = tl.dot(dx, z_tile, of_features, input_precision=PRECISION, out_dtype=ACC)
+            at = score_w + ((tap * HEADS + k) * C)[:, None] + c[None, :]
+            w_tile = tl.load(at, mask=(tap < 9)[:, None] & (c < C)[None, :], other=0.0)
+            w_tile = w_tile.to(z.dtype.element_ty)
+            of_scores = tl.dot(w_tile, z_tile, of_scores, input_precision=PRECISION, out_dtype=ACC)
+        x = _sum_taps(of_features, s, height, width, HEADS)
+        y = _sum_taps(of_scores, s, height, width, HEADS)
+        row = n * HEADS + heads
+        log_sum = tl.load(lse + row)
+        at = row[:, None] * positions + s[None, :]
+        a = tl.exp(tl.load(logits + at, mask=real, other=float("-inf")) - log_sum[:, None])
+        of_head = tl.sum(tl.where(real, a * x, 0.0), axis=1)
+        g, d = _score_gradient(of_head, scores, gates, grad_gates, grad_scores, n, heads, HEADS, GATED, ACC)
+        tl.store(dt + row, d)
+        shift = g * of_head + d * tl.sum(tl.where(real, a * y, 0.0), axis=1)
+        if grad_lse is not None:
+            shift -= tl.load(grad_lse + row).to(ACC)
+        total = g[:, None] * x + d[:, None] * y
+        _store_maps(total, a, shift, n, heads, s, real, grad_logits, 1.0, maps, height, width, HEADS, ACC)
+        _store_frame(maps, n, heads, 0, height, height, width, HEADS, S_TILE)
+
+
+@triton.jit
+def _gradient_rows(
+    w, dp, score_w, grad_features, gates, dt, n, rows, channels,
+    C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """Row tap·2K + j, as maps have it: dP of head j, or W_H of head j - K. [R_tile, C_tile], 0 past tap LAST. Where dP
+    was not made it is made here, g dx + dt W_G."""
     tap, j = rows // (2 * HEADS), rows % (2 * HEADS)
     real = (tap <= LAST)[:, None] & (channels < C)[None, :]
     of_pooled = (j < HEADS)[:, None]
     at = ((tap * HEADS + j % HEADS) * C)[:, None] + channels[None, :]
-    return tl.load(dp + at, mask=real & of_pooled, other=0.0) + tl.load(w + at, mask=real & ~of_pooled, other=0.0)
+    if dp is not None:
+        pooled = tl.load(dp + n * (9 * HEADS * C) + at, mask=real & of_pooled, other=0.0)
+    else:
+        g = tl.load(gates + n * GATED + j, mask=j < GATED, other=0.0)
+        d = tl.load(dt + n * HEADS + j, mask=j < HEADS, other=0.0)
+        of_features = grad_features + n * (GATED * 9 * C) + ((j * 9 + tap) * C)[:, None] + channels[None, :]
+        dx = tl.load(of_features, mask=real & (j < GATED)[:, None], other=0.0)
+        of_scores = tl.load(score_w + at, mask=real & of_pooled, other=0.0)
+        pooled = (g[:, None] * dx + d[:, None] * of_scores).to(w.dtype.element_ty)
+    return pooled + tl.load(w + at, mask=real & ~of_pooled, other=0.0)
 
 
 @triton.jit(do_not_specialize=["items", "splits", "split_length"])
 def map_gradient_kernel(
-    w, dp, maps, unscale, grad_mean, upstream, dz,
+    w, dp, score_w, grad_features, gates, dt, maps, unscale, grad_mean, upstream, dz,
     items, splits, split_length, height, width, up_n, up_c, up_h, up_w, dz_n, dz_c, dz_w,
-    C: tl.constexpr, HEADS: tl.constexpr, R_TILE: tl.constexpr, LAST_TILE: tl.constexpr, C_TILE: tl.constexpr,
-    S_TILE: tl.constexpr, UP_UNIT: tl.constexpr, UP_VECTOR: tl.constexpr, UP_FLAT: tl.constexpr,
+    C: tl.constexpr, HEADS: tl.constexpr, GATED: tl.constexpr, R_TILE: tl.constexpr, LAST_TILE: tl.constexpr,
+    C_TILE: tl.constexpr, S_TILE: tl.constexpr, UP_UNIT: tl.constexpr, UP_VECTOR: tl.constexpr, UP_FLAT: tl.constexpr,
     DZ_UNIT: tl.constexpr, DZ_VECTOR: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dZ_s = Σ_k Σ_τ (a_{k,s-τ} dP_kτ + dℓ_{k,s-τ} W_kτ) + upstream + dmean/S. One program: some channels of some
@@ -608,8 +700,8 @@ def map_gradient_kernel(
         n = (item // splits).to(tl.int64)
         begin = aligned(item % splits * split_length, S_TILE)
         end = aligned(tl.minimum(begin + split_length, positions), DZ_VECTOR if DZ_UNIT == "s" else 1)
-        weights = _gradient_rows(dp + n * (9 * HEADS * C), w, rows, c, C, HEADS, 7)
-        last_weights = _gradient_rows(dp + n * (9 * HEADS * C), w, last_rows, c, C, HEADS, 8)
+        weights = _gradient_rows(w, dp, score_w, grad_features, gates, dt, n, rows, c, C, HEADS, GATED, 7)
+        last_weights = _gradient_rows(w, dp, score_w, grad_features, gates, dt, n, last_rows, c, C, HEADS, GATED, 8)
         of_image = maps + n * ((height + 2) * (width + 2) * (2 * HEADS))
         for start in range(begin, end, S_TILE):
             s = start + tl.arange(0, S_TILE)
@@ -1041,6 +1133,37 @@ def _tap_sums(cut: _Cut, images: int, heads: int, of_image: bool, parts: int, al
     return _Sums(launch, (programs, TAPS * heads, pitch), whole)
 
 
+class _GatedSums(NamedTuple):
+    """What takes the place of the gates' kernels and of the sums over taps."""
+
+    turn: Launch | None  # where the features' taps are last
+    sums: Launch
+
+
+def _gated_sums(
+    cut: _Cut, images: int, heads: int, gated: int, dtype: torch.dtype, taps_first: bool, sums: _Sums
+) -> _GatedSums | None:
+    """Where an image is a tile, on Hopper alone. Not in float16, whose images have scales of their own that depend on
+    dP, nor where heads are counted by division, which takes dZ's kernel too many registers."""
+    channels = cut.constants["C"]
+    if not (sums.whole and dtype == torch.bfloat16 and cut.hopper and heads in (1, 2, 4)):
+        return None
+    turn = None
+    if not taps_first:
+        tile, chunks = _channel_chunks(channels)
+        turn = Launch(
+            taps_first_kernel, (images, chunks, gated), (), C=channels, GATED=gated, C_TILE=tile, num_warps=4,
+            maxnreg=MOST_REGISTERS,
+        )  # fmt: skip
+    constants = {name: value for name, value in cut.constants.items() if name != "R_TILE"}
+    launch = Launch(
+        gated_sums_kernel, (min(images, 2 * cut.chip.processors),), (images, *cut.sizes), **constants, GATED=gated,
+        C_TILE=64, S_TILE=sums.launch.constants["S_TILE"], num_warps=4, num_stages=cut.stages, maxnreg=cut.maxnreg,
+        **SUMS_OVER_LANES,
+    )  # fmt: skip
+    return _GatedSums(turn, launch)
+
+
 LEAST_LINES = 24
 """Of a program that makes dA and dW_H at once: it reads up to four lines more than it stores."""
 
@@ -1204,8 +1327,10 @@ def _map_gradient(
     dz_strides: tuple[int, ...],
     dtype: torch.dtype,
     heads: int,
+    gated: int,
     precision: str,
 ) -> Launch:
+    """gated: 0 where dP was made."""
     images, channels = sizes[:2]
     dz = map_strides(sizes, dz_strides, dtype.itemsize)
     up = dz if up_strides is None else map_strides(sizes, up_strides, dtype.itemsize)
@@ -1221,9 +1346,9 @@ def _map_gradient(
     return Launch(
         map_gradient_kernel, (min(images * splits, max(1, 2 * cut.chip.processors // chunks)), chunks),
         (images * splits, splits, length, *sizes[2:], up.n, up.c, up.h, up.w, dz.n, dz.c, dz.w),
-        C=channels, HEADS=heads, R_TILE=row_tile, LAST_TILE=max(16, next_power_of_2(2 * heads)), C_TILE=channel_tile,
-        S_TILE=tile, UP_UNIT=up.unit, UP_VECTOR=up.vector, UP_FLAT=up.flat, DZ_UNIT=dz.unit, DZ_VECTOR=dz.vector,
-        WIDE=up.wide or dz.wide, ACC=accumulator(dtype),
+        C=channels, HEADS=heads, GATED=gated, R_TILE=row_tile, LAST_TILE=max(16, next_power_of_2(2 * heads)),
+        C_TILE=channel_tile, S_TILE=tile, UP_UNIT=up.unit, UP_VECTOR=up.vector, UP_FLAT=up.flat, DZ_UNIT=dz.unit,
+        DZ_VECTOR=dz.vector, WIDE=up.wide or dz.wide, ACC=accumulator(dtype),
         PRECISION=matmul_precision(dtype, precision, row_tile, cut.chip),
         num_warps=4 if cut.hopper and cut.half and row_tile <= 64 else 8, num_stages=cut.stages, maxnreg=cut.maxnreg,
     )  # fmt: skip
@@ -1273,6 +1398,7 @@ class _Backward(NamedTuple):
     deltas: tuple[int, ...] | None  # None: the sums over taps need none from outside
     gates: Launch
     sums: _Sums | None
+    gated_sums: _GatedSums | None  # in place of these three, and of dP
     mask_weights: Launch | None
     both: bool  # it sums dW_G too
     at_once: Launch | None  # in place of these two
@@ -1295,6 +1421,7 @@ def _backward_plan(
     precision: str,
     taps_first: bool,
     alike: bool,
+    gated_alone: bool,
 ) -> _Backward:
     cut = _cut(sizes, strides, dtype, device, heads, precision)
     images, channels = sizes[:2]
@@ -1308,16 +1435,19 @@ def _backward_plan(
         gate_gradient_kernel, (images, chunks, heads), (), K_TILE=next_power_of_2(heads), CHUNKS=chunks,
         CHUNK_TILE=next_power_of_2(chunks), **constants,
     )  # fmt: skip
-    sums = mask_weights = at_once = gradient = weights = None
+    sums = gated_sums = mask_weights = at_once = gradient = weights = None
     if has_dw and not alike:  # the batch decides it
         at_once = _line_gradients(cut, images, dtype, heads, chunks)
     if at_once is None and (has_dw or dz_strides is not None):
         sums = _sums(cut, images, heads, True, chunks, alike)
+        if gated_alone:
+            gated_sums = _gated_sums(cut, images, heads, gated, dtype, taps_first, sums)
     both = has_dw and has_dt and at_once is None and _sums_both_weights(cut, images, dtype, heads)
     if at_once is None and has_dw:
         mask_weights = _mask_weights(cut, sizes, heads, both)
     if dz_strides is not None:
-        gradient = _map_gradient(cut, sizes, up_strides, dz_strides, dtype, heads, precision)
+        of_gates = 0 if gated_sums is None else gated
+        gradient = _map_gradient(cut, sizes, up_strides, dz_strides, dtype, heads, of_gates, precision)
     if has_dw or has_dt:
         tile = min(64, next_power_of_2(channels))
         of_shares = at_once or mask_weights
@@ -1327,7 +1457,9 @@ def _backward_plan(
             C=channels, HEADS=heads, TAPS=TAPS, BOTH=both, C_TILE=tile, R_TILE=64, num_warps=4,
         )  # fmt: skip
     deltas = None if sums is not None and sums.whole else (images, chunks, heads)
-    return _Backward(gate_sums, parts, deltas, gates, sums, mask_weights, both, at_once, gradient, weights)
+    return _Backward(
+        gate_sums, parts, deltas, gates, sums, gated_sums, mask_weights, both, at_once, gradient, weights
+    )  # fmt: skip
 
 
 def attend3x3_backward(
@@ -1358,43 +1490,57 @@ def attend3x3_backward(
     channels_last. What is None is not computed, the two scores' go together. pooled is [N, 9, K, C], grad_pooled
     [N, K, C, 9]."""
     (images, channels), heads = z.shape[:2], w.shape[0]
+    gated_alone = grad_pooled is None and all(each is not None for each in (gates, score_w, grad_features))
     plan = _backward_plan(
         z.shape, z.stride(), None if upstream is None else upstream.stride(), dz_strides,
         z.dtype, z.get_device(), heads, 0 if gates is None else gates.shape[1], dw is not None, dscore_w is not None,
-        float32_precision(z.dtype), taps_first, alike,
+        float32_precision(z.dtype), taps_first, alike, gated_alone,
     )  # fmt: skip
-    dp = z.new_empty(images, TAPS, heads, channels)
-    delta = None if plan.deltas is None else lse.new_empty(plan.deltas)
-    dt = None if dscore_w is None else lse.new_empty(images, heads)
-    scale = unscale = largest_direct = None
-    if z.dtype == torch.float16:
-        scale, unscale = lse.new_empty(images), lse.new_empty(images)
-        found = [grad.abs().flatten(1).amax(dim=1) for grad in (grad_lse, grad_logits) if grad is not None]
-        largest_direct = torch.stack(found).amax(dim=0) if found else None
     rows, score_rows = weight_rows(w, score_w, z.dtype)
-    direct = None if grad_pooled is None else tap_rows(grad_pooled)
-    parts = lse.new_empty(plan.parts)
-    plan.gate_sums(pooled, score_rows, grad_features, direct, parts)
-    plan.gates(
-        pooled, score_rows, scores, gates, grad_features, grad_gates, grad_scores, direct, parts, largest_direct,
-        dp, delta, dt, scale, unscale,
-    )  # fmt: skip
-    shares, of_shares = None, plan.at_once or plan.mask_weights
-    if of_shares is not None:
-        shares = lse.new_empty(of_shares.grid[0], TAPS * (1 + plan.both), heads, channels)
+    dp = delta = scale = unscale = maps = shares = None
+    of_gates = (None,) * 4
+    dt = None if dscore_w is None and plan.gated_sums is None else lse.new_empty(images, heads)
     if plan.sums is not None or plan.at_once is not None:
         maps = framed_maps(z, 2 * heads)
+    if plan.gated_sums is not None:
+        dx = grad_features
+        if plan.gated_sums.turn is not None:
+            dx = torch.empty_like(grad_features)
+            plan.gated_sums.turn(grad_features, dx)
+        plan.gated_sums.sums(
+            z, score_rows, dx, logits, lse, scores, gates, grad_gates, grad_scores, grad_lse, grad_logits, dt, maps
+        )
+        of_gates = score_rows, dx, gates, dt
+    else:
+        largest_direct = None
+        if z.dtype == torch.float16:
+            scale, unscale = lse.new_empty(images), lse.new_empty(images)
+            found = [grad.abs().flatten(1).amax(dim=1) for grad in (grad_lse, grad_logits) if grad is not None]
+            largest_direct = torch.stack(found).amax(dim=0) if found else None
+        dp = z.new_empty(images, TAPS, heads, channels)
+        delta = None if plan.deltas is None else lse.new_empty(plan.deltas)
+        direct = None if grad_pooled is None else tap_rows(grad_pooled)
+        parts = lse.new_empty(plan.parts)
+        plan.gate_sums(pooled, score_rows, grad_features, direct, parts)
+        plan.gates(
+            pooled, score_rows, scores, gates, grad_features, grad_gates, grad_scores, direct, parts, largest_direct,
+            dp, delta, dt, scale, unscale,
+        )  # fmt: skip
+    of_shares = plan.at_once or plan.mask_weights
+    if of_shares is not None:
+        shares = lse.new_empty(of_shares.grid[0], TAPS * (1 + plan.both), heads, channels)
     if plan.at_once is not None:
         plan.at_once(z, dp, logits, lse, delta, grad_lse, grad_logits, maps, shares)
-    if plan.sums is not None:
+    elif plan.sums is not None and plan.gated_sums is None:
         plan.sums(lse, z, dp, None, logits, lse, delta, grad_lse, grad_logits, scale, maps)
     if plan.mask_weights is not None:
         plan.mask_weights(z, maps, unscale, dt if plan.both else None, shares)
     if plan.weights is not None:
-        plan.weights(shares, None if plan.both else pooled, dt, dw, dscore_w, dscore_b)
+        of_scores = None if dscore_w is None else dt
+        plan.weights(shares, None if plan.both else pooled, of_scores, dw, dscore_w, dscore_b)
     if plan.gradient is None:
         return None
     del shares
     dz = z.new_empty_strided(z.shape, dz_strides)
-    plan.gradient(rows, dp, maps, unscale, grad_mean, upstream, dz)
+    plan.gradient(rows, dp, *of_gates, maps, unscale, grad_mean, upstream, dz)
     return dz
