@@ -7,6 +7,9 @@
 
 namespace ar_kernels {
 
+// Of a tile that stays in the first-level cache between two products.
+constexpr int64_t kSmallTileBytes = 24 << 10;
+
 // A feature map [N, C, H, W] of any strides (in elements), or what has its shape.
 struct Map {
   const void* data;

@@ -14,10 +14,8 @@ namespace {
 
 template <class A>
 void clear(const ForwardArguments& a, const Sums<A>& sums) {
-  for (int64_t k = 0; k < a.layer.heads; ++k) {
-    sums.m[k] = -A(INFINITY);
-    sums.d[k] = 0;
-  }
+  for (int64_t k = 0; k < a.layer.heads; ++k) sums.m[k] = -A(INFINITY);
+  memset(sums.d, 0, a.layer.heads * kLanes<A> * sizeof(A));
   memset(sums.p, 0, (a.layer.heads + 1) * channel_step<A>(a.layer) * sizeof(A));
 }
 
@@ -34,17 +32,20 @@ A softmax_step(A* row, int64_t count, A bias, A* logits, A* m, A* d) {
     top = maximum<A>(top, l);
   }
   if (logits != nullptr) memcpy(logits, row, count * sizeof(A));
-  A largest = top[0];
-  for (int lane = 1; lane < kLanes<A>; ++lane) largest = top[lane] > largest ? top[lane] : largest;
-  const A start = origin(largest), shrink = exponential(*m - start);
-  Vector<A> total = {};
+  A largest = *m, shrink = 1;
+  if (any_above<A>(top, *m)) {
+    for (int lane = 0; lane < kLanes<A>; ++lane) largest = top[lane] > largest ? top[lane] : largest;
+    shrink = exponential(*m - origin(largest));
+    *m = largest;
+  }
+  const A start = origin(largest);
+  Vector<A> total = load(d) * shrink;
   for (int64_t i = 0; i <= last; i += kLanes<A>) {
     const Vector<A> p = exponential<A>(load(row + i) - start);
     store(row + i, p);
     total += p;
   }
-  *m = largest;
-  *d = *d * shrink + sum<A>(total);
+  store(d, total);
   return shrink;
 }
 
@@ -62,7 +63,7 @@ void sweep(const ForwardArguments& a, int64_t n, int64_t begin, int64_t end, con
     for (int64_t k = 0; k < heads; ++k) {
       A* logits = a.logits == nullptr ? nullptr : (A*)a.logits + (n * heads + k) * layer.positions() + start;
       const A bias = a.b == nullptr ? A(0) : ((const A*)a.b)[k];
-      const A shrink = softmax_step(masks + k * s_step, count, bias, logits, sums.m + k, sums.d + k);
+      const A shrink = softmax_step(masks + k * s_step, count, bias, logits, sums.m + k, sums.d + k * kLanes<A>);
       if (start > begin && shrink != 1) scale(sums.p + k * c_step, c_step, shrink);
     }
     pool<T, A>(layer, masks, heads + (a.mean != nullptr), z, sums.p);
@@ -75,8 +76,9 @@ void finish(const ForwardArguments& a, int64_t n, const Sums<Accumulator<T>>& su
   using A = Accumulator<T>;
   const int64_t heads = a.layer.heads, c_step = channel_step<A>(a.layer);
   for (int64_t k = 0; k < heads; ++k) {
-    scale(sums.p + k * c_step, c_step, 1 / sums.d[k]);
-    ((A*)a.lse)[n * heads + k] = origin(sums.m[k]) + logarithm(sums.d[k]);
+    const A d = sum<A>(load(sums.d + k * kLanes<A>));
+    scale(sums.p + k * c_step, c_step, 1 / d);
+    ((A*)a.lse)[n * heads + k] = origin(sums.m[k]) + logarithm(d);
   }
   store_pooled<T>(a, n, sums.p);
 }
@@ -132,7 +134,8 @@ void merge(const ForwardArguments& a, int64_t first, int64_t last) {
           mine = exponential(sums.m[k] - origin(largest));
           theirs = exponential(part.m[k] - origin(largest));
           sums.m[k] = largest;
-          sums.d[k] = sums.d[k] * mine + part.d[k] * theirs;
+          A* d = sums.d + k * kLanes<A>;
+          store(d, load(d) * mine + load(part.d + k * kLanes<A>) * theirs);
         }
         for (int64_t c = k * c_step; c < (k + 1) * c_step; c += kLanes<A>)
           store(sums.p + c, load(sums.p + c) * mine + load(part.p + c) * theirs);

@@ -41,13 +41,13 @@ A origin(A m) {
 template <class A>
 struct Sums {
   A* m;  // [K] largest logit
-  A* d;  // [K] sum of exp(l - m)
+  A* d;  // [K, lanes] sums of exp(l - m), to be added up
   A* p;  // [K taps + mean, channel_step] sum of exp(l - m) Z; of the mean's row, sum of Z
 
   static Sums take(Scratch& scratch, const ForwardArguments& a) {
     const int64_t heads = a.layer.heads;
     A* m = scratch.take<A>(heads);
-    A* d = scratch.take<A>(heads);
+    A* d = scratch.take<A>(heads * kLanes<A>);
     return {m, d, scratch.take<A>((a.layer.rows() + 1) * channel_step<A>(a.layer))};
   }
 

@@ -101,24 +101,34 @@ Tile<const T> read_tile(const Layer& layer, const Map& map, int64_t n, int64_t b
   return {tile.data, tile.row_step, tile.rows, tile.columns};
 }
 
-// out[k][s] = sum over c of weights[k][c] Z[c][s]
+// Whether a tile of channels_last, of which products send for the next one, stays in the first-level cache.
+template <class T>
+bool is_small(const Tile<const T>& z) {
+  return z.rows * z.row_step * (int64_t)sizeof(T) <= kSmallTileBytes;
+}
+
+// out[k][s] = sum over c of weights[k][c] Z[c][s], of a tile that comes from memory
 template <class T, class A>
 void project(const Layer& layer, const A* weights, int64_t rows, const Tile<const T>& z, A* out) {
   const int64_t c_step = channel_step<A>(layer), s_step = position_step<A>(layer);
   if (layer.positions_adjacent)
-    sum_rows<T, A>(weights, c_step, rows, z, out, s_step, false, true);
+    sum_rows<Ahead::kSoon>(weights, c_step, rows, z, out, s_step, false);
+  else if (is_small(z))
+    dot_rows<Ahead::kNextTile>(weights, c_step, rows, z, out, s_step, false);
   else
-    dot_rows<T, A>(weights, c_step, rows, z, out, s_step, false, true);
+    dot_rows<Ahead::kSoon>(weights, c_step, rows, z, out, s_step, false);
 }
 
-// out[k][c] += sum over s of masks[k][s] Z[c][s]
+// out[k][c] += sum over s of masks[k][s] Z[c][s], of a tile that was read just before
 template <class T, class A>
 void pool(const Layer& layer, const A* masks, int64_t rows, const Tile<const T>& z, A* out) {
   const int64_t c_step = channel_step<A>(layer), s_step = position_step<A>(layer);
   if (layer.positions_adjacent)
-    dot_rows<T, A>(masks, s_step, rows, z, out, c_step, true, false);
+    dot_rows<Ahead::kNothing>(masks, s_step, rows, z, out, c_step, true);
+  else if (is_small(z))
+    sum_rows<Ahead::kNextTile>(masks, s_step, rows, z, out, c_step, true);
   else
-    sum_rows<T, A>(masks, s_step, rows, z, out, c_step, true, false);
+    sum_rows<Ahead::kNothing>(masks, s_step, rows, z, out, c_step, true);
 }
 
 // dZ[c][s] = sum over k of weights[k][c] masks[k][s] + upstream[c][s]

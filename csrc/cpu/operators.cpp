@@ -25,10 +25,8 @@ namespace {
 
 using MaybeTensor = std::optional<Tensor>;
 
-// Bytes of a tile, which stays in the second-level cache. Of channels_last, one that fits the first level is slower: a
-// tile costs every head a maximum, a rescaled sum and some exponentials.
-constexpr int64_t kTileBytes = 1 << 18;
-constexpr int64_t kFewestPositions = 16;  // of a tile, if the map has them
+constexpr int64_t kTileBytes = 1 << 18;   // of a tile, which stays in the second-level cache
+constexpr int64_t kFewestPositions = 16;  // of a tile, if the map has them; a vector's lanes
 constexpr int64_t kMostPositions = 128;   // of channels_last, where one sum runs over all of them: it rounds less so
 // Parts that the work is cut into for threads to share: by shape alone, so that sums don't depend on the threads.
 constexpr int64_t kItems = 32;
@@ -81,6 +79,7 @@ Layer layer_of(const Tensor& z, const Tensor& w, int64_t gated, bool alike) {
   if (!layer.positions_adjacent) {  // nor longer than the splits of few images
     const int64_t items = kItems / std::min(images, kItems);
     layer.tile = std::min({layer.tile, kMostPositions, (positions + items * step - 1) / (items * step) * step});
+    if (layer.taps == 1 && step * layer.channels * element <= kSmallTileBytes) layer.tile = std::min(layer.tile, step);
   }
   if (layer.taps > 1) {  // whole lines, and not so few that those around them, which are read too, outweigh them
     const int64_t wanted = (kItems + images - 1) / images;

@@ -6,7 +6,7 @@
 //
 //   sum_rows     out[k][x]  = sum over i of u[k][i] z[i][x]         (adds to out where `add`)
 //   dot_rows     out[k][i] += sum over x of v[k][x] z[i][x]         (sets out where not `add`)
-//   (z is `fresh` where it comes from memory and not from cache: then what is needed soon is sent for)
+//   (where z comes from memory and not from cache, what is needed soon is sent for: Ahead)
 //   outer_rows   dz[i][x]   = sum over k of u[k][i] v[k][x] + upstream[i][x]   (past the caches where `streams`)
 #pragma once
 
@@ -14,12 +14,17 @@
 
 namespace ar_kernels::AR_TARGET {
 
-// Sends for the lines of `Bytes` bytes; to memory that is not there too, nothing comes of it then.
-template <int Bytes>
+// Sends for the lines of `Bytes` bytes, into the cache of that level; to memory that is not there too, nothing comes of
+// it then.
+template <int Bytes, int Level>
 inline void fetch(const void* from) {
   AR_UNROLL for (int i = 0; i < Bytes; i += 64)
-    __builtin_prefetch((const char*)from + i, 0, 2);
+    __builtin_prefetch((const char*)from + i, 0, 4 - Level);
 }
+
+// What a product sends for while it is at a tile. A tile that fits the first-level cache is read by two products, which
+// send for half of the next tile each: so memory never waits for a product that needs nothing of it.
+enum class Ahead { kNothing, kSoon, kNextTile };
 
 inline constexpr int kBlockVectors = kManyRegisters ? 4 : 2;  // of a block of columns
 inline constexpr int kBlockSums = kManyRegisters ? 16 : 8;    // of a block of dot products
@@ -39,18 +44,21 @@ struct Block {
   int64_t begin, end, x;
 };
 
-template <class T, class A, int Heads, int Vectors, bool Tail>
+template <class T, class A, int Heads, Ahead Sends, int Vectors, bool Tail>
 inline void sum_rows_block(const A* u, int64_t u_step, const Tile<const T>& z, const Block& block, A* out,
-                           int64_t out_step, bool add, bool fresh) {
+                           int64_t out_step, bool add) {
   constexpr int kStep = kLanes<A>;
-  constexpr int64_t kAhead = 32;  // rows
+  constexpr int64_t kSoonRows = 32;  // the same columns that much further down, at the end those beside them
+  [[maybe_unused]] const int64_t below = kSoonRows * z.row_step;
+  [[maybe_unused]] const int64_t beside = below - z.rows * z.row_step + Vectors * kStep;
   const int last = (int)(z.columns - block.x - (Vectors - 1) * kStep);
   Vector<A> sums[Heads][Vectors] = {};
   const T* row = z.data + block.begin * z.row_step + block.x;
   for (int64_t i = block.begin; i < block.end; ++i, row += z.row_step) {
-    if (fresh) {  // the same columns some rows on, then the next columns
-      const int64_t rows = i + kAhead < z.rows ? kAhead : kAhead - z.rows;
-      fetch<Vectors * kStep * sizeof(T)>(row + rows * z.row_step + (rows < 0 ? Vectors * kStep : 0));
+    if constexpr (Sends == Ahead::kSoon) {
+      fetch<Vectors * kStep * sizeof(T), 2>(row + (i + kSoonRows < z.rows ? below : beside));
+    } else if constexpr (Sends == Ahead::kNextTile) {
+      if (i % 2 == 1) fetch<Vectors * kStep * sizeof(T), 1>(row + z.rows * z.row_step);
     }
     Vector<A> values[Vectors];
     AR_UNROLL for (int j = 0; j < Vectors; ++j) {
@@ -71,63 +79,69 @@ inline void sum_rows_block(const A* u, int64_t u_step, const Tile<const T>& z, c
 }
 
 // As many vectors as are left, the last one perhaps in part.
-template <class T, class A, int Heads, int Vectors>
+template <class T, class A, int Heads, Ahead Sends, int Vectors>
 inline void sum_rows_end(const A* u, int64_t u_step, const Tile<const T>& z, const Block& block, A* out,
-                         int64_t out_step, bool add, bool fresh) {
+                         int64_t out_step, bool add) {
   if (z.columns - block.x > (Vectors - 1) * kLanes<A>)
-    sum_rows_block<T, A, Heads, Vectors, true>(u, u_step, z, block, out, out_step, add, fresh);
+    sum_rows_block<T, A, Heads, Sends, Vectors, true>(u, u_step, z, block, out, out_step, add);
   else if constexpr (Vectors > 1)
-    sum_rows_end<T, A, Heads, Vectors - 1>(u, u_step, z, block, out, out_step, add, fresh);
+    sum_rows_end<T, A, Heads, Sends, Vectors - 1>(u, u_step, z, block, out, out_step, add);
 }
 
-template <class T, class A, int Heads>
-inline void sum_rows_of(const A* u, int64_t u_step, const Tile<const T>& z, const Block& block, A* out,
-                        int64_t out_step, bool add, bool fresh) {
+template <class T, class A, int Heads, Ahead Sends>
+inline void sum_rows_columns(const A* u, int64_t u_step, const Tile<const T>& z, const Block& block, A* out,
+                             int64_t out_step, bool add) {
   if (block.x + kBlockVectors * kLanes<A> <= z.columns)
-    sum_rows_block<T, A, Heads, kBlockVectors, false>(u, u_step, z, block, out, out_step, add, fresh);
+    sum_rows_block<T, A, Heads, Sends, kBlockVectors, false>(u, u_step, z, block, out, out_step, add);
   else
-    sum_rows_end<T, A, Heads, kBlockVectors>(u, u_step, z, block, out, out_step, add, fresh);
+    sum_rows_end<T, A, Heads, Sends, kBlockVectors>(u, u_step, z, block, out, out_step, add);
 }
 
-template <class T, class A>
-void sum_rows(const A* u, int64_t u_step, int64_t heads, const Tile<const T>& z, A* out, int64_t out_step, bool add,
-              bool fresh) {
+// Heads from k on, of which the first ones' product sends for all; returns how many.
+template <class T, class A, int Heads, Ahead Sends>
+inline int sum_rows_of(const A* u, int64_t u_step, int64_t k, const Tile<const T>& z, const Block& block, A* out,
+                       int64_t out_step, bool add) {
+  u += k * u_step;
+  out += k * out_step;
+  if (k == 0)
+    sum_rows_columns<T, A, Heads, Sends>(u, u_step, z, block, out, out_step, add);
+  else
+    sum_rows_columns<T, A, Heads, Ahead::kNothing>(u, u_step, z, block, out, out_step, add);
+  return Heads;
+}
+
+template <Ahead Sends, class T, class A>
+void sum_rows(const A* u, int64_t u_step, int64_t heads, const Tile<const T>& z, A* out, int64_t out_step, bool add) {
   constexpr int64_t kRows = 128;  // as many as one sum runs over: a longer one would round worse
   for (int64_t x = 0; x < z.columns; x += kBlockVectors * kLanes<A>) {
     for (int64_t begin = 0; begin < z.rows; begin += kRows) {
       const Block block = {begin, begin + kRows < z.rows ? begin + kRows : z.rows, x};
       const bool adds = add || begin > 0;
       int64_t k = 0;
-      const auto next = [&](auto&& product, int count) {
-        product(u + k * u_step, u_step, z, block, out + k * out_step, out_step, adds, fresh && k == 0);
-        k += count;
-      };
-      while (k + 4 <= heads) next(sum_rows_of<T, A, 4>, 4);
-      if (k + 2 <= heads) next(sum_rows_of<T, A, 2>, 2);
-      if (k < heads) next(sum_rows_of<T, A, 1>, 1);
+      while (k + 4 <= heads) k += sum_rows_of<T, A, 4, Sends>(u, u_step, k, z, block, out, out_step, adds);
+      if (k + 2 <= heads) k += sum_rows_of<T, A, 2, Sends>(u, u_step, k, z, block, out, out_step, adds);
+      if (k < heads) k += sum_rows_of<T, A, 1, Sends>(u, u_step, k, z, block, out, out_step, adds);
     }
   }
 }
 
 // ------------------------------------------------------------------------------------------- dot_rows
 
-template <class T, class A, int Heads, int Rows>
-inline void dot_rows_block(const A* v, int64_t v_step, const Tile<const T>& z, int64_t i, A* out, int64_t out_step,
-                           bool add, bool fresh) {
+// Rows from i on; where there are fewer than Rows, the last one stands for those that are missing. It sends for what is
+// `ahead` elements further on.
+template <class T, class A, int Heads, Ahead Sends, int Rows>
+inline void dot_rows_block(const A* v, int64_t v_step, const Tile<const T>& z, int64_t i, int64_t ahead, A* out,
+                           int64_t out_step, bool add) {
   constexpr int kStep = kLanes<A>;
   const int64_t real = z.rows - i < Rows ? z.rows - i : Rows;
   const T* rows[Rows];
   AR_UNROLL for (int j = 0; j < Rows; ++j)
     rows[j] = z.data + (i + (j < real ? j : real - 1)) * z.row_step;
-  // So far ahead that memory has answered when the sweep gets there: some rows of every group of Rows.
-  constexpr int64_t kAheadBytes = 8192;
-  const int64_t group = Rows * z.row_step;
-  const int64_t ahead = group * (kAheadBytes / (group * (int64_t)sizeof(T) + 1) + 1);
   Vector<A> sums[Heads * Rows] = {};
   const auto step = [&](int64_t x, auto&& loaded) {
-    if (fresh) {
-      AR_UNROLL for (int j = 0; j < Rows; ++j)
-        fetch<1>(rows[j] + x + ahead);
+    if constexpr (Sends != Ahead::kNothing) {
+      AR_UNROLL for (int j = 0; j < Rows; j += Sends == Ahead::kNextTile ? 2 : 1)
+        fetch<1, 1>(rows[j] + x + ahead);
     }
     Vector<A> values[Rows];
     AR_UNROLL for (int j = 0; j < Rows; ++j)
@@ -148,30 +162,56 @@ inline void dot_rows_block(const A* v, int64_t v_step, const Tile<const T>& z, i
   A totals[Heads * Rows];
   AR_UNROLL for (int j = 0; j < Heads * Rows / kStep; ++j)
     store(totals + j * kStep, sums[j]);
+  if (real == Rows) {  // of a size that the compiler knows
+    typedef A Few __attribute__((vector_size(Rows * sizeof(A))));
+    AR_UNROLL for (int k = 0; k < Heads; ++k) {
+      Few total, before = {};
+      memcpy(&total, totals + k * Rows, sizeof(Few));
+      if (add) memcpy(&before, out + k * out_step + i, sizeof(Few));
+      total += before;
+      memcpy(out + k * out_step + i, &total, sizeof(Few));
+    }
+    return;
+  }
   for (int k = 0; k < Heads; ++k) {
     A* target = out + k * out_step + i;
     for (int64_t j = 0; j < real; ++j) target[j] = add ? target[j] + totals[k * Rows + j] : totals[k * Rows + j];
   }
 }
 
-template <class T, class A>
-void dot_rows(const A* v, int64_t v_step, int64_t heads, const Tile<const T>& z, A* out, int64_t out_step, bool add,
-              bool fresh) {
+// Heads from k on, of which the first ones' product sends for all.
+template <class T, class A, int Heads, Ahead Sends>
+inline void dot_rows_of(const A* v, int64_t v_step, int64_t k, const Tile<const T>& z, int64_t i, int64_t ahead, A* out,
+                        int64_t out_step, bool add) {
+  constexpr int kRows = kBlockSums / Heads;
+  v += k * v_step;
+  out += k * out_step;
+  if (k == 0)
+    dot_rows_block<T, A, Heads, Sends, kRows>(v, v_step, z, i, ahead, out, out_step, add);
+  else
+    dot_rows_block<T, A, Heads, Ahead::kNothing, kRows>(v, v_step, z, i, ahead, out, out_step, add);
+}
+
+template <Ahead Sends, class T, class A>
+void dot_rows(const A* v, int64_t v_step, int64_t heads, const Tile<const T>& z, A* out, int64_t out_step, bool add) {
   constexpr int kSums = kBlockSums;
+  // Some rows of every block on, so far that memory has answered when the sweep gets there; or the next tile's.
+  constexpr int64_t kSoonBytes = 8192;
+  const int64_t block = kSums / 4 * z.row_step;
+  const int64_t soon = block * (kSoonBytes / (block * (int64_t)sizeof(T) + 1) + 1);
+  const int64_t ahead = Sends == Ahead::kNextTile ? z.rows * z.row_step : soon;
   for (int64_t i = 0; i < z.rows; i += kSums / 4)
     for (int64_t k = 0; k + 4 <= heads; k += 4)
-      dot_rows_block<T, A, 4, kSums / 4>(v + k * v_step, v_step, z, i, out + k * out_step, out_step, add,
-                                         fresh && k == 0);
+      dot_rows_of<T, A, 4, Sends>(v, v_step, k, z, i, ahead, out, out_step, add);
   int64_t k = heads / 4 * 4;
-  fresh = fresh && k == 0;
   if (k + 2 <= heads) {
     for (int64_t i = 0; i < z.rows; i += kSums / 2)
-      dot_rows_block<T, A, 2, kSums / 2>(v + k * v_step, v_step, z, i, out + k * out_step, out_step, add, fresh);
+      dot_rows_of<T, A, 2, Sends>(v, v_step, k, z, i, ahead, out, out_step, add);
     k += 2;
   }
   if (k < heads)
     for (int64_t i = 0; i < z.rows; i += kSums)
-      dot_rows_block<T, A, 1, kSums>(v + k * v_step, v_step, z, i, out + k * out_step, out_step, add, fresh && k == 0);
+      dot_rows_of<T, A, 1, Sends>(v, v_step, k, z, i, ahead, out, out_step, add);
 }
 
 // ------------------------------------------------------------------------------------------- outer_rows
@@ -189,7 +229,7 @@ inline void outer_rows_block(const A* u, int64_t u_step, const A* v, int64_t v_s
   if (upstream != nullptr) {  // read while dZ goes past the caches: without asking ahead it waits for memory
     constexpr int64_t kAhead = 8;
     AR_UNROLL for (int j = 0; j < Rows; ++j)
-      fetch<Vectors * kStep * sizeof(T)>(upstream->data + (i + j + kAhead) * upstream->row_step + x);
+      fetch<Vectors * kStep * sizeof(T), 2>(upstream->data + (i + j + kAhead) * upstream->row_step + x);
   }
   for (int64_t k = 0; k < heads; ++k) {
     Vector<A> values[Vectors];

@@ -280,6 +280,23 @@ inline Vector<A> maximum(Vector<A> a, Vector<A> b) {  // b where a is NaN
   return a > b ? a : b;
 }
 
+// Is a lane of it larger?
+template <class A>
+inline bool any_above(Vector<A> value, A than) {
+  const auto above = value > all<A>(than);
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  if constexpr (sizeof(A) == 4) return _mm512_movepi32_mask((__m512i)above) != 0;
+  return _mm512_movepi64_mask((__m512i)above) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)above) != 0;
+#else
+  bool any = false;
+  AR_UNROLL for (int lane = 0; lane < kLanes<A>; ++lane)
+    any = any || above[lane] != 0;
+  return any;
+#endif
+}
+
 template <class A>
 inline A sum(Vector<A> value) {
   A total = 0;
