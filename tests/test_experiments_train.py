@@ -315,6 +315,7 @@ def test_mistakes_end_in_one_line(tmp_path, capsys, options, message):
 
 SCRIPT = """
 import os, sys, torch
+from pathlib import Path
 from torch import nn
 from ar_kernels.experiments import __main__ as command_line, images
 from ar_kernels.experiments.parallel import processes
@@ -338,6 +339,8 @@ with processes("cpu", bucket_mb=1e-6) as group:  # each gradient by itself
 status = command_line.main(sys.argv[2:]) if len(sys.argv) > 2 else 0
 if "RANK" in os.environ:
     torch.distributed.destroy_process_group()
+    threads = [name.read_text() for name in Path("/proc/self/task").glob("*/comm")]  # nothing keeps the group alive
+    assert not any("gloo" in name for name in threads), threads
 sys.exit(status)
 """
 

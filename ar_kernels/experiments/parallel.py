@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Its functions' defaults are the group that is there when it is imported, in a training by torch.optim: they would keep
+# that group, and gloo's threads with it, until the interpreter ends, which these can crash.
+import torch.distributed.nn.functional  # noqa: F401
 from torch import Tensor, nn
 
 
