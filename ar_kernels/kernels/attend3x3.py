@@ -1502,6 +1502,9 @@ def attend3x3_backward(
     dt = None if dscore_w is None and plan.gated_sums is None else lse.new_empty(images, heads)
     if plan.sums is not None or plan.at_once is not None:
         maps = framed_maps(z, 2 * heads)
+    of_shares = plan.at_once or plan.mask_weights
+    if of_shares is not None:
+        shares = lse.new_empty(of_shares.grid[0], TAPS * (1 + plan.both), heads, channels)
     if plan.gated_sums is not None:
         dx = grad_features
         if plan.gated_sums.turn is not None:
@@ -1526,13 +1529,10 @@ def attend3x3_backward(
             pooled, score_rows, scores, gates, grad_features, grad_gates, grad_scores, direct, parts, largest_direct,
             dp, delta, dt, scale, unscale,
         )  # fmt: skip
-    of_shares = plan.at_once or plan.mask_weights
-    if of_shares is not None:
-        shares = lse.new_empty(of_shares.grid[0], TAPS * (1 + plan.both), heads, channels)
-    if plan.at_once is not None:
-        plan.at_once(z, dp, logits, lse, delta, grad_lse, grad_logits, maps, shares)
-    elif plan.sums is not None and plan.gated_sums is None:
-        plan.sums(lse, z, dp, None, logits, lse, delta, grad_lse, grad_logits, scale, maps)
+        if plan.at_once is not None:
+            plan.at_once(z, dp, logits, lse, delta, grad_lse, grad_logits, maps, shares)
+        if plan.sums is not None:
+            plan.sums(lse, z, dp, None, logits, lse, delta, grad_lse, grad_logits, scale, maps)
     if plan.mask_weights is not None:
         plan.mask_weights(z, maps, unscale, dt if plan.both else None, shares)
     if plan.weights is not None:

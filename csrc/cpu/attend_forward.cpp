@@ -19,8 +19,8 @@ void clear(const ForwardArguments& a, const Sums<A>& sums) {
   memset(sums.p, 0, (a.layer.heads + 1) * channel_step<A>(a.layer) * sizeof(A));
 }
 
-// Logits without bias to exp(l - m) of the largest logit so far; returns what the sums so far shrink by. Lanes beyond
-// `count`, up to a whole vector, become 0.
+// Logits without bias to exp(l - m) of the largest logit so far, which d has the sums of, one for each lane; returns
+// what the sums so far shrink by. Lanes beyond `count`, up to a whole vector, become 0.
 template <class A>
 A softmax_step(A* row, int64_t count, A bias, A* logits, A* m, A* d) {
   const int64_t last = count - (count - 1) % kLanes<A> - 1;

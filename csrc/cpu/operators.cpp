@@ -26,7 +26,7 @@ namespace {
 using MaybeTensor = std::optional<Tensor>;
 
 constexpr int64_t kTileBytes = 1 << 18;   // of a tile, which stays in the second-level cache
-constexpr int64_t kFewestPositions = 16;  // of a tile, if the map has them; a vector's lanes
+constexpr int64_t kFewestPositions = 16;  // of a tile, if the map has them; AVX-512's lanes
 constexpr int64_t kMostPositions = 128;   // of channels_last, where one sum runs over all of them: it rounds less so
 // Parts that the work is cut into for threads to share: by shape alone, so that sums don't depend on the threads.
 constexpr int64_t kItems = 32;
