@@ -771,9 +771,10 @@ def mask_weight_gradient_kernel(
 
 @triton.jit
 def _lines_side_by_side(weights, channels, C: tl.constexpr, HEADS: tl.constexpr, K_TILE: tl.constexpr):
-    """[9, K, C] → [16·K_tile, C_tile], row (line·4 + column)·K_tile + head, 0 for the fourth line and column."""
+    """[9, K, C] → [16·K_tile, C_tile], 0 for the fourth line and column. A row's line stands between the bits of its
+    column: there matrix units leave the products of all lines to one thread."""
     rows = tl.arange(0, 16 * K_TILE)
-    line, column, head = rows // (4 * K_TILE), rows // K_TILE % 4, rows % K_TILE
+    line, column, head = rows // (2 * K_TILE) % 4, rows // (8 * K_TILE) * 2 + rows // K_TILE % 2, rows % K_TILE
     real = ((line < 3) & (column < 3) & (head < HEADS))[:, None] & (channels < C)[None, :]
     at = ((line * 3 + column) * HEADS + head) * C
     return tl.load(weights + at[:, None] + channels[None, :], mask=real, other=0.0)
@@ -782,7 +783,7 @@ def _lines_side_by_side(weights, channels, C: tl.constexpr, HEADS: tl.constexpr,
 @triton.jit
 def _split_lines(products, S_TILE: tl.constexpr, K_TILE: tl.constexpr):
     """Products with the rows of _lines_side_by_side: those of each line, [S_tile, 4·K_tile]."""
-    by_line = tl.permute(tl.reshape(products, [S_TILE, 4, 4 * K_TILE]), [0, 2, 1])
+    by_line = tl.permute(tl.reshape(products, [S_TILE, 2, 4, 2 * K_TILE]), [0, 1, 3, 2])
     even, odd = tl.split(tl.reshape(by_line, [S_TILE, 4 * K_TILE, 2, 2]))
     first, third = tl.split(even)
     second, _ = tl.split(odd)
@@ -841,10 +842,11 @@ def line_pool_kernel(
     UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """line_sums_kernel, masks_kernel and pool_kernel in one: the map comes from memory once. Line y completes the
-    logits of line y - 1, the last of three whose masks meet line y - 2: that one comes again, from L2, and is pooled in
-    the next step, so that neither product waits for the other. Masks count from the largest logit so far, and the sums
-    of a line of taps from the largest when the masks were made that they had last. One program: one image."""
+    """line_sums_kernel, masks_kernel and pool_kernel in one: the map comes from memory once. The products of line y - 1
+    complete the logits of line y - 2, the last of three whose masks meet line y - 3: that one comes again, from L2, and
+    is pooled beside the products of line y. Both lines are on their way while the masks are made. Masks count from the
+    largest logit so far, and the sums of a line of taps from the largest when the masks were made that they had last.
+    One program: one image."""
     positions = height * width
     c = tl.arange(0, C_TILE)
     heads = tl.arange(0, K_TILE)
@@ -857,30 +859,21 @@ def line_pool_kernel(
     unchanged = tl.full([K_TILE], 1.0, ACC)
     n = tl.program_id(0).to(tl.int64)
     z_image = z + n * VECTOR * z_n
-    of_last = tl.zeros([S_TILE, 4 * K_TILE], ACC)  # the line before y, which y completes
+    of_last = tl.zeros([S_TILE, 4 * K_TILE], ACC)  # line y - 2, which the products of line y - 1 complete
     of_this = tl.zeros([S_TILE, 4 * K_TILE], ACC)
+    products = tl.zeros([S_TILE, 16 * K_TILE], ACC)
     m = tl.full([K_TILE], float("-inf"), ACC)
     d = tl.zeros([K_TILE, S_TILE], ACC)
     masks = tl.zeros([S_TILE, 4 * K_TILE, 2, 2], z.dtype.element_ty)  # of lines y - 2, y - 3 and y - 4, spread
     factors = tl.full([K_TILE, 2, 2], 1.0, ACC)  # of the sums, when these masks come
     sums = tl.zeros([16 * K_TILE, C_TILE], ACC)
-    z_again = tl.zeros([S_TILE, C_TILE], z.dtype.element_ty)  # line y - 3
     for y in range(0, height + 3):
-        end = tl.where(y < height, (y + 1) * width, 0)  # of a line that is not there: nothing
-        z_tile = load_tile(z_image, y * width + x, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
-        products = tl.dot(z_tile, tl.trans(of_lines), input_precision=PRECISION, out_dtype=ACC)
-        sums *= _four_of_rows(factors, K_TILE)[:, None]
-        mask_rows = tl.trans(tl.reshape(masks, [S_TILE, 16 * K_TILE]))
-        sums = tl.dot(mask_rows, z_again, sums, input_precision=PRECISION, out_dtype=ACC)
-        begin = (y - 2) * width
-        end = tl.where((y > 1) & (y < height + 2), begin + width, begin)
-        z_again = load_tile(z_image, begin + x, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
         of_next, to_this, to_last = _split_lines(products, S_TILE, K_TILE)
         total = tl.trans(_sum_columns(of_last + to_last, S_TILE, K_TILE, width)) + bias[:, None]
         of_last = of_this + to_this
         of_this = of_next
-        real = (heads < HEADS)[:, None] & ((x < width) & (y > 0) & (y <= height))[None, :]
-        at = (n * HEADS + heads)[:, None] * positions + ((y - 1) * width + x)[None, :]
+        real = (heads < HEADS)[:, None] & ((x < width) & (y > 1) & (y < height + 2))[None, :]
+        at = (n * HEADS + heads)[:, None] * positions + ((y - 2) * width + x)[None, :]
         tl.store(logits + at, total, mask=real)
         total = tl.where(real, total, float("-inf"))
         most = tl.maximum(m, tl.max(total, axis=1))
@@ -890,6 +883,16 @@ def line_pool_kernel(
         d = d * factor[:, None] + a
         masks = _push(masks, _spread_columns(tl.trans(a), S_TILE, K_TILE, width).to(z.dtype.element_ty), of_mean)
         factors = _push(factors, factor, unchanged)
+        sums *= _four_of_rows(factors, K_TILE)[:, None]
+        mask_rows = tl.trans(tl.reshape(masks, [S_TILE, 16 * K_TILE]))
+        end = tl.where(y < height, (y + 1) * width, 0)  # of a line that is not there: nothing
+        z_tile = load_tile(z_image, y * width + x, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
+        products = tl.dot(z_tile, tl.trans(of_lines), input_precision=PRECISION, out_dtype=ACC)
+        begin = (y - 3) * width
+        end = tl.where(y > 2, begin + width, begin)
+        z_again = load_tile(z_image, begin + x, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
+        sums = tl.dot(mask_rows, z_again, sums, input_precision=PRECISION, out_dtype=ACC)
+    factors = _push(factors, unchanged, unchanged)
     tap, is_tap = _tap_of_rows(C, HEADS, K_TILE)
     rows = tl.arange(0, 16 * K_TILE)
     if mean is not None:
@@ -935,23 +938,14 @@ def line_gradients_kernel(
         of_lines = _lines_side_by_side(dp + n * (9 * HEADS * C), c, C, HEADS, K_TILE)
         log_sum = tl.load(lse + n * HEADS + heads, mask=heads < HEADS, other=0.0)
         shift = _image_shift(delta, grad_lse, n, heads, 1.0, HEADS, PARTS, ACC)
-        of_last = tl.zeros([S_TILE, 4 * K_TILE], ACC)  # the line before y, which y completes
+        of_last = tl.zeros([S_TILE, 4 * K_TILE], ACC)  # line y - 2, which the products of line y - 1 complete
         of_this = tl.zeros([S_TILE, 4 * K_TILE], ACC)
+        products = tl.zeros([S_TILE, 16 * K_TILE], ACC)
         dl_rows = tl.zeros([S_TILE, 4 * K_TILE, 2, 2], z.dtype.element_ty)  # of lines y - 2, y - 3 and y - 4, spread
-        z_again = tl.zeros([S_TILE, C_TILE], z.dtype.element_ty)  # line y - 3
+        logit = tl.zeros([K_TILE, S_TILE], ACC)
         for y in range(tl.maximum(top - 1, 0), tl.minimum(bottom, height - 1) + 4):
-            s = (y - 1) * width + x
-            real = (heads < HEADS)[:, None] & ((x < width) & (y > top) & (y <= bottom))[None, :]
-            at = (n * HEADS + heads)[:, None] * (height * width) + s[None, :]
-            logit = tl.load(logits + at, mask=real, other=0.0)
-            end = tl.where(y < height, (y + 1) * width, 0)  # of a line that is not there: nothing
-            z_tile = load_tile(z_image, y * width + x, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
-            products = tl.dot(z_tile, tl.trans(of_lines), input_precision=PRECISION, out_dtype=ACC)
-            dl = tl.trans(tl.reshape(dl_rows, [S_TILE, 16 * K_TILE]))
-            share = tl.dot(dl, z_again, share, input_precision=PRECISION, out_dtype=ACC)
-            begin = (y - 2) * width
-            end = tl.where((y > 1) & (y < height + 2), begin + width, begin)
-            z_again = load_tile(z_image, begin + x, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
+            s = (y - 2) * width + x
+            real = (heads < HEADS)[:, None] & ((x < width) & (y > top + 1) & (y < bottom + 2))[None, :]
             of_next, to_this, to_last = _split_lines(products, S_TILE, K_TILE)
             total = tl.trans(_sum_columns(of_last + to_last, S_TILE, K_TILE, width))
             of_last = of_this + to_this
@@ -960,6 +954,17 @@ def line_gradients_kernel(
             dl = _store_maps(total, a, shift, n, heads, s, real, grad_logits, 1.0, maps, height, width, HEADS, ACC)
             dl = _spread_columns(tl.trans(tl.where(real, dl, 0.0)), S_TILE, K_TILE, width)
             dl_rows = _push(dl_rows, dl.to(z.dtype.element_ty), none)
+            dl = tl.trans(tl.reshape(dl_rows, [S_TILE, 16 * K_TILE]))
+            at = (n * HEADS + heads)[:, None] * (height * width) + (s + width)[None, :]
+            real = (heads < HEADS)[:, None] & ((x < width) & (y > top) & (y <= bottom))[None, :]
+            logit = tl.load(logits + at, mask=real, other=0.0)  # for the next line
+            end = tl.where((y < height) & (y <= bottom), (y + 1) * width, 0)  # of a line that is not there: nothing
+            z_tile = load_tile(z_image, y * width + x, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
+            products = tl.dot(z_tile, tl.trans(of_lines), input_precision=PRECISION, out_dtype=ACC)
+            begin = (y - 3) * width
+            end = tl.where((y > 2) & (y > top + 1), begin + width, begin)
+            z_again = load_tile(z_image, begin + x, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
+            share = tl.dot(dl, z_again, share, input_precision=PRECISION, out_dtype=ACC)
         _store_frame(maps, n, heads, top, bottom, height, width, HEADS, S_TILE)
         line += bottom - top
     tap, is_tap = _tap_of_rows(C, HEADS, K_TILE)
@@ -1165,7 +1170,7 @@ def _gated_sums(
 
 
 LEAST_LINES = 24
-"""Of a program that makes dA and dW_H at once: it reads up to four lines more than it stores."""
+"""Of a program that makes dA and dW_H at once: it reads two lines more than it stores."""
 
 LEAST_BUSY = 0.9
 """A program that pools at once has a whole image: how much of the rounds of all multiprocessors a batch must fill."""
@@ -1185,7 +1190,7 @@ def _whole_lines(cut: _Cut, heads: int) -> dict | None:
         return None
     constants = {name: value for name, value in cut.constants.items() if name != "R_TILE"}
     constants |= {"C_TILE": 256, "S_TILE": 64, "K_TILE": 4}
-    return constants | {"num_warps": 8, "num_stages": cut.stages, "maxnreg": cut.maxnreg}
+    return constants | {"num_warps": 8, "num_stages": 2, "maxnreg": cut.maxnreg}  # a third does not fit
 
 
 def _line_pool(cut: _Cut, images: int, heads: int) -> Launch | None:
