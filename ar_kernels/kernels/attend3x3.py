@@ -28,6 +28,7 @@ from .tiles import (
     map_strides,
     matmul_precision,
     origin,
+    position_offsets,
     tanh,
     tile_offsets,
 )
@@ -233,6 +234,18 @@ def _line_rows(
     return tl.load(weights + at[:, None] + channels[None, :], mask=real, other=0.0)
 
 
+@triton.jit
+def _load_line(
+    z, y, there, x, channels, width, z_c, z_h, z_w,
+    C: tl.constexpr, UNIT: tl.constexpr, VECTOR: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Line y of an image [S_tile, C_tile], 0 where it is not there. Where it begins is one number: what the positions
+    and channels add to it stays the same from line to line, and is made once."""
+    z += position_offsets(y * width, width, z_h, z_w, UNIT, VECTOR, FLAT, WIDE)
+    end = tl.where(there, width, 0)
+    return load_tile(z, x, end, channels, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
+
+
 @triton.jit(do_not_specialize=["all_lines", "lines", "height"])
 def line_sums_kernel(
     z, weights, b, logits, lse, delta, grad_lse, grad_logits, scale, maps,
@@ -257,6 +270,7 @@ def line_sums_kernel(
         n = (line // height).to(tl.int64)
         top = line % height
         bottom = tl.minimum(height, top + stop - line)
+        z_image = z + n * VECTOR * z_n
         w_n = weights
         if OF_IMAGE:
             w_n += n * (9 * HEADS * C)
@@ -265,11 +279,9 @@ def line_sums_kernel(
         of_next = tl.zeros([S_TILE, R_TILE], ACC)
         for step in range(0, (bottom - top + 2) * CHUNKS):  # one loop: loads run ahead over a line's end
             y = top - 1 + step // CHUNKS
-            end = tl.where((y >= 0) & (y < height), (y + 1) * width, -width)  # of a line that is not there: nothing
             c = step % CHUNKS * C_TILE + tl.arange(0, C_TILE)
-            z_tile = load_tile(
-                z + n * VECTOR * z_n, y * width + x, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE
-            )
+            there = (y >= 0) & (y < height)
+            z_tile = _load_line(z_image, y, there, x, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
             w_tile = _line_rows(w_n, 2, c, C, HEADS, R_TILE, K_TILE)
             of_last = tl.dot(z_tile, tl.trans(w_tile), of_last, input_precision=PRECISION, out_dtype=ACC)
             w_tile = _line_rows(w_n, 1, c, C, HEADS, R_TILE, K_TILE)
@@ -885,12 +897,9 @@ def line_pool_kernel(
         factors = _push(factors, factor, unchanged)
         sums *= _four_of_rows(factors, K_TILE)[:, None]
         mask_rows = tl.trans(tl.reshape(masks, [S_TILE, 16 * K_TILE]))
-        end = tl.where(y < height, (y + 1) * width, 0)  # of a line that is not there: nothing
-        z_tile = load_tile(z_image, y * width + x, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
+        z_tile = _load_line(z_image, y, y < height, x, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
         products = tl.dot(z_tile, tl.trans(of_lines), input_precision=PRECISION, out_dtype=ACC)
-        begin = (y - 3) * width
-        end = tl.where(y > 2, begin + width, begin)
-        z_again = load_tile(z_image, begin + x, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
+        z_again = _load_line(z_image, y - 3, y > 2, x, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
         sums = tl.dot(mask_rows, z_again, sums, input_precision=PRECISION, out_dtype=ACC)
     factors = _push(factors, unchanged, unchanged)
     tap, is_tap = _tap_of_rows(C, HEADS, K_TILE)
@@ -958,12 +967,11 @@ def line_gradients_kernel(
             at = (n * HEADS + heads)[:, None] * (height * width) + (s + width)[None, :]
             real = (heads < HEADS)[:, None] & ((x < width) & (y > top) & (y <= bottom))[None, :]
             logit = tl.load(logits + at, mask=real, other=0.0)  # for the next line
-            end = tl.where((y < height) & (y <= bottom), (y + 1) * width, 0)  # of a line that is not there: nothing
-            z_tile = load_tile(z_image, y * width + x, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
+            there = (y < height) & (y <= bottom)
+            z_tile = _load_line(z_image, y, there, x, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
             products = tl.dot(z_tile, tl.trans(of_lines), input_precision=PRECISION, out_dtype=ACC)
-            begin = (y - 3) * width
-            end = tl.where((y > 2) & (y > top + 1), begin + width, begin)
-            z_again = load_tile(z_image, begin + x, end, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
+            there = (y > 2) & (y > top + 1)
+            z_again = _load_line(z_image, y - 3, there, x, c, width, z_c, z_h, z_w, C, UNIT, VECTOR, FLAT, WIDE)
             share = tl.dot(dl, z_again, share, input_precision=PRECISION, out_dtype=ACC)
         _store_frame(maps, n, heads, top, bottom, height, width, HEADS, S_TILE)
         line += bottom - top
