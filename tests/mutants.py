@@ -53,7 +53,7 @@ HAND_MADE = [
     ("a dropped rescale", FORWARD, "before = p_sums[i] * shrink[None, :]", "before = p_sums[i]"),
     ("a dropped rescale in chunks", FORWARD, "other=0.0) * shrink[None, :]", "other=0.0)"),
     ("a denominator not rescaled", FORWARD, "d * shrink + tl.sum(p, axis=0)", "d + tl.sum(p, axis=0)"),
-    ("the bias left out", FORWARD, "            z_tiles = z_tiles + (z_tile,)\n        logit += bias[None, :]\n", "            z_tiles = z_tiles + (z_tile,)\n"),
+    ("the bias left out", FORWARD, "logit = tl.zeros([S_TILE, K_TILE], ACC) + bias[None, :]", "logit = tl.zeros([S_TILE, K_TILE], ACC)"),
     ("positions past the end count", FORWARD, "logit = tl.where(real[:, None], logit, float(\"-inf\"))", "logit = logit"),
     ("no maximum", FORWARD, "m_new = tl.maximum(m, tl.max(logit, axis=0))", "m_new = tl.maximum(m, 0.0)"),
     ("infinite logits counted from themselves", "ar_kernels/kernels/tiles.py", "return tl.where(tl.abs(m) == float(\"inf\"), 0.0, m)", "return m"),

@@ -134,6 +134,9 @@ def held_kernel(
     bias = load_head_values(b, heads, HEADS, ACC)
     m = tl.full([K_TILE], float("-inf"), ACC)
     d = tl.zeros([K_TILE], ACC)
+    # On the older, eight-wide matrix instructions a product that is added to another waits for it, step by step. Zeros
+    # that Triton cannot tell to be zeros keep each part's product apart until it is done.
+    nothing = tl.zeros([S_TILE, K_TILE], ACC) + tl.minimum(positions, 0).to(ACC)
     w_tiles = ()
     p_sums = ()
     for i in tl.static_range(PARTS):
@@ -141,14 +144,16 @@ def held_kernel(
         p_sums = p_sums + (tl.zeros([C_TILE, K_TILE], ACC),)
     for start in range(begin, end, S_TILE):
         s = start + tl.arange(0, S_TILE)
-        logit = tl.zeros([S_TILE, K_TILE], ACC)
+        logit = tl.zeros([S_TILE, K_TILE], ACC) + bias[None, :]
         z_tiles = ()
         for i in tl.static_range(PARTS):
             c = i * C_TILE + channels
             z_tile = load_tile(z_n, s, end, c, width, stride_c, stride_h, stride_w, C, UNIT, VECTOR, FLAT, WIDE)
-            logit = tl.dot(z_tile, w_tiles[i], logit, input_precision=PRECISION, out_dtype=ACC)
+            if i == 0 or K_TILE > 8:
+                logit = tl.dot(z_tile, w_tiles[i], logit, input_precision=PRECISION, out_dtype=ACC)
+            else:
+                logit += tl.dot(z_tile, w_tiles[i], nothing, input_precision=PRECISION, out_dtype=ACC)
             z_tiles = z_tiles + (z_tile,)
-        logit += bias[None, :]
         if logits is not None:
             _store_logits(logit, n, s, end, heads, logits, positions, HEADS)
         p, shrink, m, d = _softmax_step(logit, m, d, heads, s < end, HEADS)
