@@ -66,6 +66,7 @@ def test_error_budget_of_lines_that_are_tiles(shape, dtype, fused, device, monke
 
         monkeypatch.setattr(attend3x3, "LEAST_LINES", 1)
         monkeypatch.setattr(attend3x3, "LEAST_BUSY", 0.0)
+        monkeypatch.setattr(attend3x3, "MOST_BANDWIDTH", float("inf"))
         launch = Launch.__call__
 
         def recorded(self, *tensors):

@@ -32,6 +32,8 @@ SPATIAL = {
     "lines that are tiles": {"n": 2, "c": 72, "h": 3, "w": 40},
     "channels in chunks": {"n": 2, "c": 200, "h": 4, "w": 8},
     "sums over channels by several programs": {"n": 2, "c": 264, "h": 2, "w": 3},
+    "lines with all their channels": {"n": 3, "c": 136, "h": 4, "w": 34, "k": 2},
+    "images that are tiles": {"n": 8, "c": 72, "h": 9, "w": 8, "k": 2},
 }
 
 
@@ -68,6 +70,16 @@ def copied_gradient(monkeypatch):
     monkeypatch.setattr(ops, "_allocate_gradients", allocate_and_copy)
 
 
+@pytest.fixture
+def few_programs(monkeypatch):
+    """So that 3×3 heads' kernels for many images take few."""
+    attend3x3 = pytest.importorskip("ar_kernels.kernels.attend3x3", reason="the triton package is not installed")
+    small = attend3x3.chip(torch.cuda.current_device())._replace(processors=2)
+    monkeypatch.setattr(attend3x3, "chip", lambda index: small)
+    for name, value in {"LEAST_LINES": 1, "LEAST_BUSY": 0.0, "MOST_BANDWIDTH": float("inf")}.items():
+        monkeypatch.setattr(attend3x3, name, value)
+
+
 def assert_finite(results: tuple[torch.Tensor, ...]) -> None:
     assert all(value.cpu().isfinite().all() for value in results)
 
@@ -77,7 +89,9 @@ def assert_finite(results: tuple[torch.Tensor, ...]) -> None:
 @pytest.mark.parametrize(
     ("taps", "shape"), [*((1, shape) for shape in POINTWISE), *((9, shape) for shape in SPATIAL)], ids=str
 )
-def test_attend(taps, shape, layout, dtype, fused, device):
+def test_attend(taps, shape, layout, dtype, fused, device, request):
+    if shape in ("lines with all their channels", "images that are tiles"):
+        request.getfixturevalue("few_programs")
     if layout in ("batch_last", "slice") and (shape != "small" or dtype != torch.bfloat16):
         pytest.skip("addresses alone differ")
     sizes = {"n": 3, "c": 5, "h": 3, "w": 4, "k": 3} | (POINTWISE if taps == 1 else SPATIAL)[shape]
@@ -95,7 +109,8 @@ def test_attend(taps, shape, layout, dtype, fused, device):
     pooled, lse, logits, scores, gates, _, _ = saved
     kept = (pooled, lse, scores, gates) if taps == 1 else (pooled, lse, logits, scores, gates)
     grads = [values.like(value) if value.numel() else None for value in (*saved, z)]
-    for wanted in ((*grads, True, True, True, last), (grads[0], *[None] * 7, True, True, True, last)):
+    to_receive = (grads, [grads[0], *[None] * 7], [None, *grads[1:]])
+    for wanted in ((*received, True, True, True, last) for received in to_receive):
         if taps == 1:
             assert_finite(operators.gated_attend_backward(z, weight, biases[0], score_weight, *kept, *wanted))
         else:

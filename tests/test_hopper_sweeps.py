@@ -649,16 +649,19 @@ class Operators:
 
 
 @emulated
+@pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("layout_of", [channels_last, torch.Tensor.contiguous])
-def test_layers_take_them(kernels, layout_of, dtype, monkeypatch):
+def test_layers_take_them(kernels, layout_of, dtype, gated, monkeypatch, device):
     """A layer's outputs and gradients, sweep by sweep from the emulator, as close to float64's as Triton's are."""
+    if device.type != "cpu":
+        pytest.skip("Triton's kernels beside the emulator's run in its interpreter: run without --device")
     hopper = pytest.importorskip("ar_kernels.kernels.hopper", reason="the triton package is not installed")
     torch.manual_seed(0)
     tap = layout_of is channels_last
     side = 10 if dtype == torch.float32 else 7
     z = layout_of(torch.randn(3, 256, side, side).to(dtype))
-    attention = ar_kernels.AttentionModule(256, 10, heads=4).to(dtype)
+    attention = ar_kernels.AttentionModule(256, 10, heads=4, gated=gated).to(dtype)
     grads = torch.randn(3, 10), torch.randn(3, 4, side, side), layout_of(torch.randn(3, 256, side, side))
 
     def step(module, z):
@@ -755,6 +758,20 @@ def test_within_the_error_budget_on_a_gpu(native_sweeps, layout, n, c, h, w, k, 
         layouts = {"layout": LAYOUTS[layout], "tap_layout": LAYOUTS[layout]}
         results = [layer.run(name, **layouts) for name in ("triton", "eager")]
         draws.append((*results, layer.run("reference", exact=True, **layouts)))
+    assert {name for name, found in native_sweeps if found} == {"forward_sweep", "backward_sweep"}
+    assert_within_budget(draws, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_heads_that_count_alike_on_a_gpu(native_sweeps, layout, dtype, device):
+    """Gates without weights of scores: the sweeps get zeros."""
+    draws = []
+    for seed in range(3):
+        layer = Layer(n=5, c=1024, h=7, w=7, k=4, gated=False, dtype=dtype, device=device, seed=seed)
+        results = [layer.run(name, layout=LAYOUTS[layout]) for name in ("triton", "eager")]
+        draws.append((*results, layer.run("reference", exact=True, layout=LAYOUTS[layout])))
     assert {name for name, found in native_sweeps if found} == {"forward_sweep", "backward_sweep"}
     assert_within_budget(draws, dtype)
 

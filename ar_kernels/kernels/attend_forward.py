@@ -560,6 +560,8 @@ def attend_forward(
         0 if gates is None else gates.shape[1], mean is not None, float32_precision(z.dtype), alike,
         hopper.can_read(z, w, score_w),
     )  # fmt: skip
+    if plan.native is not None:
+        score_w = hopper.score_weights(score_w, gates, w)
     # Not to compile anew for a batch that needs no merge, a held sweep always gets pointers; these it does not follow.
     parts = (lse, lse, lse) if plan.gets_parts else (None, None, None)
     if plan.rows:

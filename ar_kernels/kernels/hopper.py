@@ -113,6 +113,11 @@ def upstream_as_read(
     return torch.empty_like(dz).copy_(upstream)
 
 
+def score_weights(score_w: Tensor | None, gates: Tensor | None, w: Tensor) -> Tensor | None:
+    """score_w as these sweeps take it: where there are gates without scores, which weigh every head alike, zeros."""
+    return torch.zeros_like(w) if score_w is None and gates is not None else score_w
+
+
 def makes_pooled_gradient(dtype: torch.dtype) -> bool:
     """Whether the backward sweep of such maps makes the pooled features' gradients itself. In float16 they are scaled
     by the largest, which must be known before."""
