@@ -36,6 +36,7 @@ PER_TARGET = (
     "attend3x3_forward.cpp",
     "attend3x3_backward.cpp",
     "rectify.cpp",
+    "product.cpp",
 )
 """Files of csrc/cpu that are compiled once for each target; the others once."""
 

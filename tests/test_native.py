@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from layers import Layer, channels_last
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ar_kernels
 from ar_kernels import env, native, plans
@@ -51,7 +52,7 @@ def _python(code: str, *arguments: str, **variables: str) -> subprocess.Complete
 @pytest.mark.parametrize("layout", [None, channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", [(37, 70, 13, 11), (2, 64, 56, 56)], ids=str)
 def test_same_bits_whatever_the_number_of_threads(shape, layout, taps):
-    """Many images and few: the work is cut by shape alone. (The products with W_O are PyTorch's, not seen here.)"""
+    """Many images and few: the work is cut by shape alone."""
     generator = torch.Generator().manual_seed(0)
     z, upstream = (torch.randn(shape, generator=generator) for _ in range(2))
     z = z if layout is None else layout(z)
@@ -98,6 +99,105 @@ def test_an_image_of_several_tiles_that_is_not_split(sizes, layout):
         assert (got[name] - truth).abs().max() <= 1e-12 * max(1.0, truth.abs().max().item()), name
 
 
+# ---------------------------------------------------------------------------------------------- products with W_O
+
+WAYS = {
+    "features times W_O": lambda x, w, g: (x, w.t()),
+    "a gradient times W_O": lambda x, w, g: (g, w),
+    "W_O's gradient": lambda x, w, g: (g.t(), x),
+}
+
+
+def _factors(images: int, channels: int, labels: int, seed: int = 0, gap: int = 0, dtype=torch.float32):
+    """x [N, K·C], W_O [L, K·C] and y's gradient [N, L]; gap: NaN between their rows."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (images, channels), (labels, channels), (images, labels)
+    found = []
+    for rows, columns in shapes:
+        whole = torch.full((rows, columns + gap), torch.nan, dtype=dtype)
+        whole[:, :columns] = torch.randn(rows, columns, generator=generator, dtype=dtype)
+        found.append(whole[:, :columns])
+    return found
+
+
+@built
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("sizes", [(1, 16, 1), (5, 48, 7), (4, 1088, 100), (33, 320, 66), (300, 64, 10)], ids=str)
+@pytest.mark.parametrize("gap", [0, 3])
+def test_products(sizes, gap, way):
+    """No less exact than PyTorch's of the same draws (or off by an ulp), whatever lies between rows."""
+    squares = torch.zeros(2, dtype=torch.float64)
+    for seed in range(3):
+        a, b = WAYS[way](*_factors(*sizes, seed=seed, gap=gap))
+        exact = a.double() @ b.double()
+        found = torch.ops.ar_kernels_native.product(a, b)
+        assert found.shape == exact.shape and found.is_contiguous()
+        squares += torch.stack([((value - exact) / exact.norm()).square().sum() for value in (found.double(), a @ b)])
+    error, allowed = squares.div(3).sqrt().tolist()
+    assert error <= 2 * allowed + 2**-23
+
+
+@built
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_products_of_other_sizes_strides_and_dtypes_are_pytorchs(dtype, way):
+    product = torch.ops.ar_kernels_native.product
+    for sizes in ((3, 7, 5), (2, 50, 9)) if dtype == torch.float32 else ((3, 64, 5),):
+        a, b = WAYS[way](*_factors(*sizes, dtype=dtype))
+        assert torch.equal(product(a, b), a @ b)
+    a, b = WAYS[way](*_factors(4, 64, 64, dtype=dtype))
+    ones = a.new_ones(1, 1)
+    for one, other in ((ones.expand_as(a), b), (a, ones.expand_as(b)), (a[:0], b), (a[:, :0], b[:0])):
+        assert torch.equal(product(one, other), one @ other)
+
+
+@built
+@pytest.mark.parametrize("way", WAYS)
+def test_products_have_the_same_bits_whatever_the_number_of_threads(way):
+    a, b = WAYS[way](*_factors(64, 2064, 300))
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(torch.ops.ar_kernels_native.product(a, b))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+class _Called(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@built
+def test_a_layer_takes_these_products():
+    layer = Layer(n=3, c=16, h=4, w=5, k=2, bias=False, dtype=torch.float32)
+    tensors = {name: value.requires_grad_() for name, value in layer.tensors.items()}
+    with _Called() as called:
+        output = ar_kernels.attention_module(**tensors, implementation="native").hypothesis
+        torch.autograd.grad(output.sum(), list(tensors.values()), allow_unused=True)
+    assert called.names.count("ar_kernels_native::product") == 3
+    assert "aten::mm" not in called.names
+
+
+@built
+def test_bad_factors():
+    product = torch.ops.ar_kernels_native.product
+    with pytest.raises(RuntimeError, match=r"a must be a matrix, got \[3\]"):
+        product(torch.ones(3), torch.ones(3, 2))
+    with pytest.raises(RuntimeError, match=r"b must be a matrix \[3, N\], got \[2, 2\]"):
+        product(torch.ones(2, 3), torch.ones(2, 2))
+    with pytest.raises(RuntimeError, match="b must be Float like a, got Double"):
+        product(torch.ones(2, 3), torch.ones(3, 2, dtype=torch.float64))
+
+
 # ---------------------------------------------------------------------------------------------- targets
 
 OF_TARGET = """
@@ -121,6 +221,11 @@ for sizes, layout in itertools.product((pointwise, spatial), (None, channels_las
             runs = layer.run("native", layout=layout), layer.run("eager", layout=layout)
             draws.append((*runs, layer.run("reference", exact=True)))
         assert_within_budget(draws, dtype)
+for images, channels, labels in ((1, 16, 1), (7, 1088, 33), (130, 64, 10)):
+    x, w, g = (torch.randn(sizes) for sizes in ((images, channels), (labels, channels), (images, labels)))
+    for a, b in ((x, w.t()), (g, w), (g.t(), x)):
+        exact, allowed = a.double() @ b.double(), a.shape[1] * 2**-24 * (a.abs().double() @ b.abs().double())
+        assert ((torch.ops.ar_kernels_native.product(a, b) - exact).abs() <= allowed).all()
 # Every half there is, through a layer of one position, whose pooled features are the map's own values.
 import ar_kernels
 for dtype in (torch.bfloat16, torch.float16):

@@ -172,6 +172,8 @@ def test_opcheck(dtype, fused, device):
         torch.library.opcheck(operators.rectify, (h, s, mix, "softmax"))
         y, lse = operators.rectify(h, s, mix, "softmax")
         torch.library.opcheck(operators.rectify_backward, (y, h, s, y, lse, mix, "softmax"))
+    if fused == "native":
+        torch.library.opcheck(operators.product, (h[0], h[1].mT.contiguous()))
     if fused == "triton":
         torch.library.opcheck(operators.attention_masks, (logits, lse_of_heads, 2))
         masks = operators.attention_masks(logits, lse_of_heads, 2)

@@ -36,6 +36,8 @@ constexpr int64_t kStreamedBytes = 1 << 23;       // of dZ: a larger one leaves 
 constexpr int64_t kLargePagesBytes = 1 << 22;     // of dZ: wherever it begins, 2 MB of it are a page of their own
 constexpr int64_t kElementsPerThread = 1 << 17;   // less is not worth another thread
 constexpr int64_t kAdditionsPerThread = 1 << 20;  // likewise, of the last sums
+constexpr int64_t kProductPerThread = 1 << 23;    // likewise, multiply-adds of a product
+constexpr int64_t kProductLanes = 16;             // AVX-512's: with fewer, PyTorch's products are as fast or faster
 
 Kind kind_of(ScalarType dtype) {
   switch (dtype) {
@@ -519,6 +521,47 @@ std::tuple<Tensor, Tensor> rectify_backward(const Tensor& grad, const Tensor& hy
   return {dh, scores.scalar_type() == dtype ? ds : torch::stable::to(ds, scores.scalar_type())};
 }
 
+// Whether a matrix has its elements of the second dimension beside each other.
+bool has_rows(const Tensor& matrix) { return matrix.stride(1) == 1 && matrix.stride(0) >= matrix.size(1); }
+
+bool has_columns(const Tensor& matrix) { return matrix.stride(0) == 1 && matrix.stride(1) >= matrix.size(0); }
+
+Tensor product_of_torch(const Tensor& a, const Tensor& b) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// a b of matrices. Ours in float32 with AVX-512, where both lie as in a product with W_O and K C is whole vectors.
+Tensor product(const Tensor& a, const Tensor& b) {
+  STD_TORCH_CHECK(a.dim() == 2, "a must be a matrix, got ", shape_of(a));
+  STD_TORCH_CHECK(b.dim() == 2 && b.size(0) == a.size(1), "b must be a matrix [", a.size(1), ", N], got ", shape_of(b));
+  check_float("a", a);
+  check_dtype("b", b, "a", a);
+  ProductArguments p = {Way::kSums, a.size(0),   a.size(1),   b.size(1), nullptr,
+                        nullptr,    a.stride(0), b.stride(0), nullptr};
+  bool fits = a.scalar_type() == ScalarType::Float && p.rows > 0 && p.inner > 0 && p.columns > 0;
+  if (has_rows(a) && has_columns(b) && !has_rows(b)) {
+    p.way = Way::kDots;
+    p.b_step = b.stride(1);
+  } else if (has_columns(a) && has_rows(b) && !has_rows(a)) {
+    p.way = Way::kOuter;
+    p.a_step = a.stride(1);
+  } else {
+    fits = fits && has_rows(a) && has_rows(b);
+  }
+  const Kernels& target = kernels();
+  const int64_t lanes = target.product_lanes(), vectors = p.way == Way::kDots ? p.inner : p.columns;
+  if (!fits || lanes < kProductLanes || vectors % lanes != 0) return product_of_torch(a, b);
+  const Tensor out = empty({p.rows, p.columns}, ScalarType::Float);
+  p.a = static_cast<const float*>(a.const_data_ptr());
+  p.b = static_cast<const float*>(b.const_data_ptr());
+  p.out = static_cast<float*>(out.mutable_data_ptr());
+  const int64_t grain = kProductPerThread * parts(p) / (p.rows * p.inner * p.columns) + 1;
+  torch::stable::parallel_for(0, parts(p), grain, [&](int64_t begin, int64_t end) { target.multiply(p, begin, end); });
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ar_kernels_native, CPU, m) {
@@ -528,6 +571,7 @@ STABLE_TORCH_LIBRARY_IMPL(ar_kernels_native, CPU, m) {
   m.impl("gated_attend3x3_backward", TORCH_BOX(&gated_attend3x3_backward));
   m.impl("rectify", TORCH_BOX(&rectify));
   m.impl("rectify_backward", TORCH_BOX(&rectify_backward));
+  m.impl("product", TORCH_BOX(&product));
 }
 
 }  // namespace ar_kernels

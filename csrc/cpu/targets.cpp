@@ -23,6 +23,8 @@
                    void* out, int64_t begin, int64_t end);                                                      \
   void rectify_forward(const RectifyArguments&, int64_t begin, int64_t end, void* memory);                      \
   void rectify_backward(const RectifyArguments&, int64_t begin, int64_t end, void* memory);                     \
+  int64_t product_lanes();                                                                                      \
+  void multiply(const ProductArguments&, int64_t begin, int64_t end);                                           \
   inline constexpr Kernels kKernels = {#target,                                                                 \
                                        &forward_scratch,                                                        \
                                        &forward_part,                                                           \
@@ -36,7 +38,9 @@
                                        &attend3x3_backward,                                                     \
                                        &weight_sums,                                                            \
                                        &rectify_forward,                                                        \
-                                       &rectify_backward};                                                      \
+                                       &rectify_backward,                                                       \
+                                       &product_lanes,                                                          \
+                                       &multiply};                                                              \
   }
 
 namespace ar_kernels {

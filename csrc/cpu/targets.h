@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attend.h"
+#include "product.h"
 #include "rectify.h"
 
 namespace ar_kernels {
@@ -26,6 +27,8 @@ struct Kernels {
   // Images; memory for three times as many values as there are hypotheses.
   void (*rectify_forward)(const RectifyArguments&, int64_t begin, int64_t end, void* memory);
   void (*rectify_backward)(const RectifyArguments&, int64_t begin, int64_t end, void* memory);
+  int64_t (*product_lanes)();  // what a product's long side must be a multiple of
+  void (*multiply)(const ProductArguments&, int64_t begin, int64_t end);  // parts
 };
 
 // The kernels for this machine: of the widest target that it has instructions for, or of AR_KERNELS_TARGET.
