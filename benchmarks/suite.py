@@ -30,7 +30,7 @@ from .cases import BASELINES, DTYPES, LAYOUTS, Shard
 from .floors import floors
 from .results import Results
 from .rivals import RIVALS, Rival, Weights
-from .timing import CACHED_BYTES, free, measure, measure_beside, rotation
+from .timing import CACHED_BYTES, free, measure, measure_beside, rotation, touch_memory
 
 LEVELS = ("none", "eager", "compiled", "max-autotune")
 """How many rivals: none, uncompiled ones, also compiled ones, also those that search; each has all before it."""
@@ -39,6 +39,10 @@ DIRECTIONS = ("forward", "forward_backward")
 
 Row = dict[str, object]
 Report = Callable[[Row], None]
+
+
+LARGE_ON_CPU = 2**20
+"""Bytes of a map from which allocations come from the system each time."""
 
 
 class Budget:
@@ -439,7 +443,9 @@ def run(
 ) -> list[Shard]:
     """Measures the selected shards, each but those that `results` has in full; returns those left for another time."""
     plan, budget = plan or Plan(), budget or Budget()
-    left = []
+    selected, left = list(selected), []
+    if device == "cpu" and any(shard.nbytes >= LARGE_ON_CPU for shard in selected):
+        touch_memory()
     for shard in selected:
         todo = plan.missing(shard, results)
         if has_ours(shard, results) and not todo:
