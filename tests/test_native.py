@@ -576,4 +576,8 @@ for mix in ("logit", "log", "prob"):
         h, s = torch.randn(3, 4, 19, dtype=dtype, requires_grad=True), torch.randn(3, 4, requires_grad=True)
         s = s if dtype != torch.float64 else s.detach().double().requires_grad_()
         ar_kernels.rectify(h, s, mix=mix, implementation="native").sum().backward()
+for images, channels, labels in ((1, 16, 1), (7, 528, 33), (130, 64, 10)):
+    x, w, g = (torch.randn(sizes) for sizes in ((images, channels), (labels, channels), (images, labels)))
+    for a, b in ((x, w.t()), (g, w), (g.t(), x)):
+        assert torch.ops.ar_kernels_native.product(a, b).isfinite().all()
 """
