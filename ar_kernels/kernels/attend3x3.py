@@ -1185,9 +1185,9 @@ LEAST_BUSY = 0.9
 
 
 MOST_BANDWIDTH = 4e12
-"""Bytes a second of a memory whose reads are worth saving. Sums over taps and pooling as one kernel each way take twice
-as long as their bytes: 571 µs at 256 × 56² on an H100 (3.35e12), where a layer takes 818 so and 884 with three kernels.
-On an H200 (4.9e12) the three take 472."""
+"""Bytes a second of a memory whose reads are worth saving. Sums over taps and pooling as one kernel each way wait for
+more than memory: they take 492 µs at 256 × 56² on an H100 (3.35e12), where a layer takes 736 so and 884 with three
+kernels. On an H200 (4.9e12) the three take 472."""
 
 
 def _whole_lines(cut: _Cut, heads: int) -> dict | None:

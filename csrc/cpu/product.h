@@ -20,7 +20,7 @@ struct ProductArguments {
   float* out;              // [rows, columns], contiguous
 };
 
-// Work is shared by parts: of b's columns for kDots, else of out's. How many there are in all.
+// Threads share out's columns, so many at a time; what is summed does not depend on who has which.
 constexpr int64_t kDotsColumns = 16, kSumsColumns = 64, kOuterColumns = 256;
 constexpr int64_t part_columns(Way way) {
   return way == Way::kDots ? kDotsColumns : way == Way::kSums ? kSumsColumns : kOuterColumns;
