@@ -12,6 +12,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -165,14 +166,27 @@ NEW_BYTES = 32 * 2**30
 """Of memory, at most, that is written before anything is measured on a CPU."""
 
 
+def free_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this process could still get: of the machine, and of the container that it runs in."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGESIZE")
+    for most, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            free = min(free, int((groups / most).read_text()) - int((groups / used).read_text()))
+        except (OSError, ValueError):  # no such group, or no limit: "max"
+            continue
+    return max(free, 0)
+
+
 def touch_memory() -> None:
     """Writes nine tenths of the memory that is free, at most NEW_BYTES, and lets go of it again.
 
     What a virtual machine hands out for the first time its host must provide first. Of the same calls some took 2 ms,
     others, whose 21 MB were such memory, 22; whether a call gets it, the calls beside it decide.
     """
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGESIZE")
-    torch.empty(min(NEW_BYTES, free // 10 * 9), dtype=torch.uint8).fill_(1)
+    torch.empty(min(NEW_BYTES, free_memory() // 10 * 9), dtype=torch.uint8).fill_(1)
 
 
 def clock_times(calls: Sequence[Call], seconds: float = 0.3) -> list[float]:

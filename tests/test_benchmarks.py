@@ -591,3 +591,17 @@ def test_the_docs_table_of_errors_is_that_of_the_results():
     content = json.loads((results.FOLDER / "numerics-x86_64.json").read_text(encoding="utf-8"))
     docs = (results.FOLDER.parents[1] / "docs" / "numerics.md").read_text(encoding="utf-8")
     assert "\n".join(numerics.table(content["rows"])) in docs
+
+
+def test_free_memory_is_the_container_s_where_that_is_less(tmp_path):
+    machine = timing.free_memory(tmp_path)
+    assert machine > 0
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("2000\n")
+    assert timing.free_memory(tmp_path) == 3000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert timing.free_memory(tmp_path) > 3000
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("1000\n")
+    (tmp_path / "memory" / "memory.usage_in_bytes").write_text("2000\n")
+    assert timing.free_memory(tmp_path) == 0
