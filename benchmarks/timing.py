@@ -167,7 +167,10 @@ NEW_BYTES = 32 * 2**30
 
 
 def free_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that this process could still get: of the machine, and of the container that it runs in."""
+    """Bytes that this process could still get: of the machine, and of the container that it runs in; 0 where no system
+    says."""
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:
+        return 0
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGESIZE")
     for most, used in (
         ("memory.max", "memory.current"),
