@@ -34,17 +34,24 @@ _native_library = torch.library.Library(native.NAMESPACE, "DEF")
 
 
 def _define(
-    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any], extra: str = "", native: bool = True
+    schema: str,
+    implementation: Callable[..., Any] | None,
+    fake: Callable[..., Any],
+    extra: str = "",
+    native: bool = True,
 ) -> None:
-    """One operator, in both namespaces unless the native one has none; implementation: the Triton one. extra: what it
+    """One operator, in both namespaces unless one has none; implementation: the Triton one, or None. extra: what that
     takes more than the native one.
 
     Its kernels read any strides, so Inductor need not copy inputs into the layout it traced.
     """
     name = schema.split("(")[0]
-    stand_in = functools.partial(_load_native, name)
-    _launchers[name] = implementation
-    for library, python in ((_triton_library, implementation), (_native_library, stand_in))[: 1 + native]:
+    stand_in = functools.partial(_load_native, name) if native else None
+    if implementation is not None:
+        _launchers[name] = implementation
+    for library, python in ((_triton_library, implementation), (_native_library, stand_in)):
+        if python is None:
+            continue
         whole = schema.replace(") ->", f", {extra}) ->") if extra and library is _triton_library else schema
         library.define(whole, tags=(torch.Tag.flexible_layout,))
         library.impl(name, python, "CompositeExplicitAutograd")
@@ -76,13 +83,7 @@ def _dispatch(implementation: str, name: str, tensors: list[Tensor | None], opti
     return operator(*tensors, *options, *(extra if implementation == "triton" else ()))
 
 
-def _native_product_fake(a: Tensor, b: Tensor) -> Tensor:
-    return a.new_empty(a.shape[0], b.shape[1])
-
-
-_native_library.define("product(Tensor a, Tensor b) -> Tensor", tags=(torch.Tag.flexible_layout,))
-_native_library.impl("product", functools.partial(_load_native, "product"), "CompositeExplicitAutograd")
-torch.library.register_fake(f"{native.NAMESPACE}::product", _native_product_fake, lib=_native_library)
+_define("product(Tensor a, Tensor b) -> Tensor", None, lambda a, b: a.new_empty(a.shape[0], b.shape[1]))
 
 
 def _product_of(implementation: str, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:

@@ -526,12 +526,6 @@ bool has_rows(const Tensor& matrix) { return matrix.stride(1) == 1 && matrix.str
 
 bool has_columns(const Tensor& matrix) { return matrix.stride(0) == 1 && matrix.stride(1) >= matrix.size(0); }
 
-Tensor product_of_torch(const Tensor& a, const Tensor& b) {
-  std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 // a b of matrices. Ours in float32 with AVX-512, where both lie as in a product with W_O and K C is whole vectors.
 Tensor product(const Tensor& a, const Tensor& b) {
   STD_TORCH_CHECK(a.dim() == 2, "a must be a matrix, got ", shape_of(a));
@@ -552,7 +546,7 @@ Tensor product(const Tensor& a, const Tensor& b) {
   }
   const Kernels& target = kernels();
   const int64_t lanes = target.product_lanes(), vectors = p.way == Way::kDots ? p.inner : p.columns;
-  if (!fits || lanes < kProductLanes || vectors % lanes != 0) return product_of_torch(a, b);
+  if (!fits || lanes < kProductLanes || vectors % lanes != 0) return torch::stable::matmul(a, b);
   const Tensor out = empty({p.rows, p.columns}, ScalarType::Float);
   p.a = static_cast<const float*>(a.const_data_ptr());
   p.b = static_cast<const float*>(b.const_data_ptr());
