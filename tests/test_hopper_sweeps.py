@@ -769,7 +769,7 @@ def test_heads_that_count_alike_on_a_gpu(native_sweeps, layout, dtype, device):
     """Gates without weights of scores: the sweeps get zeros."""
     draws = []
     for seed in range(3):
-        layer = Layer(n=5, c=1024, h=7, w=7, k=4, gated=False, dtype=dtype, device=device, seed=seed)
+        layer = Layer(n=5, c=1024, h=7, w=7, k=4, gated=False, tap=False, dtype=dtype, device=device, seed=seed)
         results = [layer.run(name, layout=LAYOUTS[layout]) for name in ("triton", "eager")]
         draws.append((*results, layer.run("reference", exact=True, layout=LAYOUTS[layout])))
     assert {name for name, found in native_sweeps if found} == {"forward_sweep", "backward_sweep"}
