@@ -142,6 +142,8 @@ def shares(kernels, sizes, maps, rows, processors=2):
         (ROWS, 2, 256, 196, 3, True, False, False),
         (ROWS, 1, 128, 16, 1, False, False, False),
         (ROWS, 2, 1664, 196, 4, True, False, False),  # more chunks than slots
+        (ROWS, 3, 1024, 49, 2, False, False, True),  # chunks of 256 channels
+        (ROWS, 2, 256, 9, 4, True, False, False),  # one tile
     ],
 )
 def test_backward(kernels, dtype, rows, images, channels, positions, heads, mean, tapped, direct):
@@ -203,6 +205,9 @@ def test_backward(kernels, dtype, rows, images, channels, positions, heads, mean
         (ROWS, 2, 1152, 49, 3, 3),  # a block's threads have several pairs of channels
         (ROWS, 2, 256, 196, 1, 0),
         (ROWS, 6, 512, 36, 4, 4),  # images that follow each other in a cluster
+        (ROWS, 4, 1024, 49, 4, 4),  # in chunks of 256 channels
+        (ROWS, 2, 384, 196, 4, 4),  # an odd number of chunks a block
+        (ROWS, 2, 256, 17, 2, 2),
     ],
 )
 def test_backward_from_the_gradients_of_what_came_out(
@@ -359,6 +364,10 @@ def test_float_backward(kernels, rows, images, channels, positions, heads, mean,
         (ROWS, 2, 1664, 196, 4, 4, True, False),  # more chunks than slots
         (ROWS, 1, 1152, 49, 4, 4, True, False),  # a block's threads have several pairs of channels
         (ROWS, 6, 512, 84, 4, 4, True, True),  # images that follow each other in a cluster
+        (ROWS, 4, 1024, 49, 4, 3, True, True),  # in chunks of 256 channels
+        (ROWS, 2, 384, 196, 4, 4, True, False),  # an odd number of chunks a block
+        (ROWS, 2, 256, 9, 2, 2, False, False),  # one tile
+        (ROWS, 2, 256, 17, 4, 0, True, False),
         (LAST, 19, 64, 40, 3, 2, True, True),  # images that follow each other in a block
         (LAST, 5, 512, 49, 4, 4, True, True),
     ],

@@ -20,69 +20,80 @@ namespace {
 
 #if AR_HOPPER
 
-// Two adjacent values as memory has them, and what they are: apart, so that several loads are under way at a time.
-__device__ __forceinline__ uint2 raw_pair(const Values& values, int index) {
-  if (values.kind == Kind::kFloat)
-    return *reinterpret_cast<const uint2*>(static_cast<const float*>(values.data) + index);
-  return make_uint2(*reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(values.data) + index), 0);
+// A channel's row of weights: column 2 k of W_H, column 2 k + 1 of dP, both among the low halves of words, or the high.
+__device__ __forceinline__ uint4 weight_row(const uint32_t (&w)[kHeads], const uint32_t (&dp)[kHeads], bool high) {
+  uint32_t words[kHeads];
+#pragma unroll
+  for (int k = 0; k < kHeads; ++k) words[k] = __byte_perm(w[k], dp[k], high ? 0x7632 : 0x5410);
+  return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-template <class T>
-__device__ __forceinline__ float2 pair_from(const Values& values, uint2 raw) {
-  return values.kind == Kind::kFloat ? make_float2(__uint_as_float(raw.x), __uint_as_float(raw.y)) : unpacked<T>(raw.x);
-}
-
-// Two adjacent channels' rows of weights.
+// Two adjacent channels' rows.
 __device__ __forceinline__ void store_weights(const RowsCut& cut, int channel, const uint32_t (&w)[kHeads],
                                               const uint32_t (&dp)[kHeads], uint4* weights) {
-  uint32_t low[kHeads], high[kHeads];
-#pragma unroll
-  for (int k = 0; k < kHeads; ++k) {
-    low[k] = __byte_perm(w[k], dp[k], 0x5410);
-    high[k] = __byte_perm(w[k], dp[k], 0x7632);
-  }
-  weights[weight_place(cut, channel)] = make_uint4(low[0], low[1], low[2], low[3]);
-  weights[weight_place(cut, channel + 1)] = make_uint4(high[0], high[1], high[2], high[3]);
+  weights[weight_place(cut, channel)] = weight_row(w, dp, false);
+  weights[weight_place(cut, channel + 1)] = weight_row(w, dp, true);
 }
 
-// W_H and dP of an image's channels from the first one of this block, in the order of weight_place, column 2 k and
-// 2 k + 1; the formulas are pooled_gradient's of attend_backward.cu. parts: two arrays of [kWarps], the second of
-// delta, which is for the caller to take.
-template <class T>
-__device__ __forceinline__ void make_weights(const BackwardSweep& a, const RowsCut& cut, int64_t image,
-                                             int first_channel, const Exchange& of_gates, const Exchange& of_deltas,
-                                             int turn, float4* parts, uint4* weights) {
-  const PooledGradient& of = a.of;
-  const float* pooled = of.pooled + image * a.heads * a.channels + first_channel;
-  const T* dx = static_cast<const T*>(of.grad_features) + image * of.gated * a.channels + first_channel;
-  const float* more =
-      of.grad_pooled == nullptr ? nullptr : of.grad_pooled + image * a.heads * a.channels + first_channel;
-  const bool has_features = of.grad_features != nullptr, has_scores = of.score_w.data != nullptr;
-  const auto features_at = [&](int k, int channel) {
-    return has_features && k < of.gated ? *reinterpret_cast<const uint32_t*>(dx + k * a.channels + channel) : 0;
-  };
-  const auto floats_at = [&](const float* data, int k, int channel) {
-    return k < a.heads ? *reinterpret_cast<const float2*>(data + k * a.channels + channel) : make_float2(0, 0);
-  };
+// The same where W_H is there already.
+__device__ __forceinline__ void store_gradients(const RowsCut& cut, int channel, const uint32_t (&dp)[kHeads],
+                                                uint4* weights) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    uint4& row = weights[weight_place(cut, channel + i)];
+    const uint32_t before[] = {row.x << 16 * i, row.y << 16 * i, row.z << 16 * i, row.w << 16 * i};
+    row = weight_row(before, dp, i == 1);
+  }
+}
 
-  float gates[kHeads] = {}, dt[kHeads] = {};
-  if (has_scores) {
-    float dg[kHeads] = {}, gradients[kHeads] = {}, tanhs[kHeads] = {};
+// dP of an image, of this block's channels; the formulas are pooled_gradient's of attend_backward.cu. In three steps,
+// with a barrier of the workers between the last two, while the image before is not done: what is waited for is on its
+// way. parts: two arrays of [kWarps].
+template <class T>
+struct Gradients {
+  const BackwardSweep& a;
+  const RowsCut& cut;
+  int first_channel;
+  float4* parts;
+  const Exchange &of_gates, &of_deltas;
+  uint32_t x[kHeads];              // dx of two channels
+  float2 p[kHeads], more[kHeads];  // P, its own gradient
+
+  // Whether a thread has two channels at most, which it then need not load twice.
+  __device__ bool is_held() const { return cut.channels <= 2 * kWorkers; }
+
+  __device__ bool has_scores() const { return a.of.score_w.data != nullptr; }
+
+  // All of one channel and the next, where it is this block's.
+  __device__ void load(int64_t image, int channel) {
+    const PooledGradient& of = a.of;
+    const bool is_one = channel < cut.channels;
+    const T* dx = static_cast<const T*>(of.grad_features) + image * of.gated * a.channels + first_channel + channel;
+    const int64_t at = image * a.heads * a.channels + first_channel + channel;
 #pragma unroll
     for (int k = 0; k < kHeads; ++k) {
-      if (k < of.gated) gates[k] = of.gates[image * of.gated + k];
-      if (k < of.gated && of.grad_gates != nullptr) gradients[k] = of.grad_gates[image * of.gated + k];
-      if (k < a.heads) tanhs[k] = of.scores[image * a.heads + k];
-      if (k < a.heads && of.grad_scores != nullptr) dt[k] = of.grad_scores[image * a.heads + k];
+      const bool has_head = is_one && k < a.heads;
+      p[k] = has_head ? *reinterpret_cast<const float2*>(of.pooled + at + k * a.channels) : make_float2(0, 0);
+      more[k] = has_head && of.grad_pooled != nullptr
+                    ? *reinterpret_cast<const float2*>(of.grad_pooled + at + k * a.channels)
+                    : make_float2(0, 0);
+      x[k] = is_one && k < of.gated && of.grad_features != nullptr
+                 ? *reinterpret_cast<const uint32_t*>(dx + k * a.channels)
+                 : 0;
     }
+  }
+
+  __device__ void load(int64_t image) {
+    if (is_held()) load(image, 2 * threadIdx.x);
+  }
+
+  // Gates' gradients, dx . P.
+  __device__ void begin(int64_t image, int turn) {
+    if (!has_scores()) return;
+    float dg[kHeads] = {};
+#pragma unroll 1
     for (int channel = 2 * threadIdx.x; channel < cut.channels; channel += 2 * kWorkers) {
-      uint32_t x[kHeads];
-      float2 p[kHeads];
-#pragma unroll
-      for (int k = 0; k < kHeads; ++k) {
-        x[k] = features_at(k, channel);
-        p[k] = floats_at(pooled, k, channel);
-      }
+      if (!is_held()) load(image, channel);
 #pragma unroll
       for (int k = 0; k < kHeads; ++k) {
         const float2 values = unpacked<T>(x[k]);
@@ -92,54 +103,62 @@ __device__ __forceinline__ void make_weights(const BackwardSweep& a, const RowsC
 #pragma unroll
     for (int k = 0; k < kHeads; ++k) dg[k] = warp_sum(dg[k]);
     give_part(dg, parts, of_gates, turn);
-    workers_sync();
-    take_sums(parts, of_gates, turn, dg);
-    float mixed = 0;
-#pragma unroll
-    for (int k = 0; k < kHeads; ++k) {
-      dg[k] += gradients[k];
-      mixed += gates[k] * dg[k];
-    }
-#pragma unroll
-    for (int k = 0; k < kHeads; ++k) {
-      const float u = gate_tanh(tanhs[k]);
-      dt[k] += gates[k] * (dg[k] - mixed) * (1 - u * u);
-      if (k < a.heads && of.dt != nullptr && threadIdx.x == 0 && first_channel == 0) of.dt[image * a.heads + k] = dt[k];
-    }
   }
-  float delta[kHeads] = {};
-  for (int channel = 2 * threadIdx.x; channel < cut.channels; channel += 2 * kWorkers) {
-    uint32_t x[kHeads], dp_words[kHeads] = {}, w_words[kHeads] = {};
-    float2 p[kHeads], others[kHeads] = {};
-    uint2 w[kHeads] = {}, score_w[kHeads] = {};
+
+  // dP beside W_H, and what delta is the sum of, which is taken after another barrier.
+  __device__ void end(int64_t image, int turn, uint4* weights) {
+    const PooledGradient& of = a.of;
+    float gates[kHeads] = {}, dt[kHeads] = {};
+    if (has_scores()) {
+      float dg[kHeads], gradients[kHeads] = {}, tanhs[kHeads] = {};
 #pragma unroll
-    for (int k = 0; k < kHeads; ++k) {
-      x[k] = features_at(k, channel);
-      p[k] = floats_at(pooled, k, channel);
-      if (k < a.heads) w[k] = raw_pair(of.w, k * a.channels + first_channel + channel);
-      if (k < a.heads && has_scores) score_w[k] = raw_pair(of.score_w, k * a.channels + first_channel + channel);
-      if (more != nullptr) others[k] = floats_at(more, k, channel);
-    }
-#pragma unroll
-    for (int k = 0; k < kHeads; ++k) {
-      if (k >= a.heads) continue;
-      const float2 values = unpacked<T>(x[k]), weight = pair_from<T>(of.w, w[k]);
-      float2 dp = {gates[k] * values.x + others[k].x, gates[k] * values.y + others[k].y};
-      if (has_scores) {
-        const float2 of_score = pair_from<T>(of.score_w, score_w[k]);
-        dp = make_float2(dp.x + dt[k] * of_score.x, dp.y + dt[k] * of_score.y);
+      for (int k = 0; k < kHeads; ++k) {
+        if (k < of.gated) gates[k] = of.gates[image * of.gated + k];
+        if (k < of.gated && of.grad_gates != nullptr) gradients[k] = of.grad_gates[image * of.gated + k];
+        if (k < a.heads) tanhs[k] = of.scores[image * a.heads + k];
+        if (k < a.heads && of.grad_scores != nullptr) dt[k] = of.grad_scores[image * a.heads + k];
       }
-      dp_words[k] = packed<T>(dp.x, dp.y);
-      w_words[k] = packed<T>(weight.x, weight.y);
-      dp = unpacked<T>(dp_words[k]);
-      delta[k] += dp.x * p[k].x + dp.y * p[k].y;
-    }
-    store_weights(cut, channel, w_words, dp_words, weights);
-  }
+      take_sums(parts, of_gates, turn, dg);
+      float mixed = 0;
 #pragma unroll
-  for (int k = 0; k < kHeads; ++k) delta[k] = warp_sum(delta[k]);
-  give_part(delta, parts + kWarps, of_deltas, turn);
-}
+      for (int k = 0; k < kHeads; ++k) {
+        dg[k] += gradients[k];
+        mixed += gates[k] * dg[k];
+      }
+#pragma unroll
+      for (int k = 0; k < kHeads; ++k) {
+        const float u = gate_tanh(tanhs[k]);
+        dt[k] += gates[k] * (dg[k] - mixed) * (1 - u * u);
+        if (k < a.heads && of.dt != nullptr && threadIdx.x == 0 && first_channel == 0)
+          of.dt[image * a.heads + k] = dt[k];
+      }
+    }
+    float delta[kHeads] = {};
+#pragma unroll 1
+    for (int channel = 2 * threadIdx.x; channel < cut.channels; channel += 2 * kWorkers) {
+      if (!is_held()) load(image, channel);
+      uint32_t dp_words[kHeads] = {};
+#pragma unroll
+      for (int k = 0; k < kHeads; ++k) {
+        if (k >= a.heads) continue;
+        const float2 values = unpacked<T>(x[k]);
+        float2 dp = {gates[k] * values.x + more[k].x, gates[k] * values.y + more[k].y};
+        if (has_scores()) {
+          const uint2 raw = raw_pair(of.score_w, k * a.channels + first_channel + channel);
+          const float2 of_score = pair_from<T>(of.score_w, raw);
+          dp = make_float2(dp.x + dt[k] * of_score.x, dp.y + dt[k] * of_score.y);
+        }
+        dp_words[k] = packed<T>(dp.x, dp.y);
+        dp = unpacked<T>(dp_words[k]);
+        delta[k] += dp.x * p[k].x + dp.y * p[k].y;
+      }
+      store_gradients(cut, channel, dp_words, weights);
+    }
+#pragma unroll
+    for (int k = 0; k < kHeads; ++k) delta[k] = warp_sum(delta[k]);
+    give_part(delta, parts + kWarps, of_deltas, turn);
+  }
+};
 
 #endif  // AR_HOPPER
 
@@ -156,78 +175,117 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Slots slots(cut, memory);
   const Exchange of_sums(slots, 0), of_gates(slots, 1), of_deltas(slots, 2);
   cluster_arrive();
-  cluster_wait();
   if (threadIdx.x >= kWorkers) {
+    cluster_wait();
     const int64_t skipped = static_cast<int64_t>(first_channel) * a.positions;
-    if (threadIdx.x == kWorkers)
-      slots.move(static_cast<const T*>(a.z.data) + begin * a.z.image + skipped, a.z.image * sizeof(T), end - begin,
-                 static_cast<T*>(a.dz.data) + begin * a.dz.image + skipped, a.dz.image * sizeof(T));
+    if (threadIdx.x != kWorkers) return;
+    slots.move(static_cast<const T*>(a.z.data) + begin * a.z.image + skipped, a.z.image * sizeof(T), end - begin,
+               static_cast<T*>(a.dz.data) + begin * a.dz.image + skipped, a.dz.image * sizeof(T));
     return;
   }
 
   const int lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
   const int positions = a.positions, channels = a.channels;
   const OwnRows own(slots, positions);
-  uint4* weights = reinterpret_cast<uint4*>(memory + cut.weights);
+  // Weights of every second image.
+  const auto weights_of = [&](int turn) {
+    return reinterpret_cast<uint4*>(memory + cut.weights + turn % 2 * cut.weight_bytes);
+  };
   uint32_t* masks = reinterpret_cast<uint32_t*>(memory + cut.masks);
   const float* sums = reinterpret_cast<const float*>(memory + cut.sums);  // [2 * kHeads, pitch]
-  float4* parts = reinterpret_cast<float4*>(memory + cut.rest);           // make_weights'
+  float4* parts = reinterpret_cast<float4*>(memory + cut.rest);           // Gradients'
   // [channels / 16, 32]: what each thread adds up of dW_H, of its two channels and head `column`
   float2* dw = reinterpret_cast<float2*>(parts + 2 * kWarps);
-  const int head = threadIdx.x % kHeads;  // of this thread, where masks are made
-  const float bias = head < a.heads && a.b.data != nullptr ? value_of(a.b, head) : 0.f;
-  const float share = 1.f / positions;
+  const int head = threadIdx.x % kHeads;               // of this thread, where masks are made
   constexpr bool kScaled = std::is_same_v<T, __half>;  // bfloat16 needs no scale of its own
   const bool makes = std::is_same_v<T, __nv_bfloat16> && a.of.w.data != nullptr;
-  for (int i = threadIdx.x; i < (16 * cut.tiles + 32) * kHeads; i += kWorkers) masks[i] = 0;
-
-  for (int image = begin; image < end; ++image) {
-    workers_sync();  // the weights of the image before are not used any more
-    const T* pairs = static_cast<const T*>(a.pairs) + static_cast<int64_t>(image) * (a.heads + a.mean) * 2 * channels +
-                     first_channel;
-    if constexpr (std::is_same_v<T, __nv_bfloat16>)
-      if (makes) make_weights<T>(a, cut, image, first_channel, of_gates, of_deltas, image - begin, parts, weights);
-    for (int channel = 2 * threadIdx.x; !makes && channel < cut.channels; channel += 2 * kWorkers) {
-      uint32_t w[kHeads], dp[kHeads];
+  Gradients<T> gradients = {a, cut, first_channel, parts, of_gates, of_deltas};
+  // A thread's channels: this one and the next, and others behind where a block has more.
+  const int own_pair = 2 * threadIdx.x;
+  uint2 raw[kHeads] = {};
+  if (makes) gradients.load(begin);
+  if (makes && own_pair < cut.channels) load_pairs(a.of.w, a.heads, channels, first_channel + own_pair, raw);
+  for (int i = threadIdx.x; i < (kFrame + 16 * cut.tiles) * kHeads; i += kWorkers) masks[i] = 0;
+  cluster_wait();  // not before: behind the other warp's loads of the map these would wait long
+#pragma unroll 1
+  for (int pair = own_pair; makes && pair < cut.channels; pair += 2 * kWorkers) {
+    if (pair != own_pair) load_pairs(a.of.w, a.heads, channels, first_channel + pair, raw);
+    uint32_t w[kHeads];
+    const uint32_t dp[kHeads] = {};
 #pragma unroll
-      for (int k = 0; k < kHeads; ++k) {
-        const T* pair = pairs + 2 * k * channels + channel;
-        w[k] = k < a.heads ? *reinterpret_cast<const uint32_t*>(pair) : 0;
-        dp[k] = k < a.heads ? *reinterpret_cast<const uint32_t*>(pair + channels) : 0;
+    for (int k = 0; k < kHeads; ++k) {
+      const float2 values = pair_from<T>(a.of.w, raw[k]);
+      w[k] = packed<T>(values.x, values.y);
+    }
+    store_weights(cut, pair, w, dp, weights_of(0));
+    store_weights(cut, pair, w, dp, weights_of(1));
+  }
+
+  const auto pairs_of = [&](int image) {  // this block's channels
+    return static_cast<const T*>(a.pairs) + static_cast<int64_t>(image) * (a.heads + a.mean) * 2 * channels +
+           first_channel;
+  };
+  // Weights are made an image ahead; the first turn makes no more.
+  for (int image = begin - 1; image < end; ++image) {
+    const int turn = image - begin;
+    const bool is_one = turn >= 0, has_next = image + 1 < end;
+    workers_sync();
+    if (is_one)
+      sum_over_channels<T, 2 * kHeads>(slots, of_sums, turn, positions, turn % 2 * cut.weight_bytes, [&] {
+        if (makes && has_next) gradients.load(image + 1);
+      });
+    if (makes && has_next) gradients.begin(image + 1, turn + 1);
+    float shift = 0, delta = 0;
+    const float* others = nullptr;
+    if (is_one && head < a.heads) {
+      shift = a.lse[image * a.heads + head];
+      if (a.b.data != nullptr) shift -= value_of(a.b, head);
+      if (!makes)
+        delta = a.delta[image * a.heads + head];
+      else if (a.of.grad_lse != nullptr)
+        delta = -a.of.grad_lse[image * a.heads + head];
+    }
+    if (is_one) {
+      if (makes) {
+        float deltas[kHeads];
+        take_sums(parts + kWarps, of_deltas, turn, deltas);
+        delta += gate_of(deltas, head);
       }
-      store_weights(cut, channel, w, dp, weights);
+      others = of_sums.take(turn);
     }
-    const float inverse = kScaled && a.unscale != nullptr ? a.unscale[image] : 1.f;
-    const float shift = head < a.heads ? a.lse[image * a.heads + head] - bias : 0.f;
-    float delta = head < a.heads && !makes ? a.delta[image * a.heads + head] : 0.f;
-    if (makes && head < a.heads && a.of.grad_lse != nullptr) delta = -a.of.grad_lse[image * a.heads + head];
     workers_sync();
-    sum_over_channels<T, 2 * kHeads>(slots, of_sums, image - begin, positions);
-    if (makes) {
-      float deltas[kHeads];
-      take_sums(parts + kWarps, of_deltas, image - begin, deltas);
-      delta += gate_of(deltas, head);
-    }
-    const float* others = of_sums.take(image - begin);
-    workers_sync();
-    for (int entry = threadIdx.x; entry < positions * kHeads; entry += kWorkers) {
+    const float inverse = kScaled && is_one && a.unscale != nullptr ? a.unscale[image] : 1.f;
+    for (int entry = threadIdx.x; is_one && entry < positions * kHeads; entry += kWorkers) {
       const int position = entry / kHeads;
       float mask = 0, gradient = 0;
       if (head < a.heads) {
         const int low = 2 * head * cut.pitch + position, high = low + cut.pitch;
         float logit = sums[low], da = sums[high];
         if (others != nullptr) {
-          logit += others[low];
-          da += others[high];
+          logit += others[2 * head * 4 * cut.quads + position];
+          da += others[(2 * head + 1) * 4 * cut.quads + position];
         }
         mask = __expf(logit - shift);
         gradient = mask * (da - delta);
         if (a.grad_logits != nullptr)
           gradient += a.grad_logits[(static_cast<int64_t>(image) * a.heads + head) * positions + position] / inverse;
       }
-      masks[16 * kHeads + entry] = packed<T>(gradient, mask);
+      masks[kFrame * kHeads + entry] = packed<T>(gradient, mask);
+    }
+    if (makes && has_next) gradients.end(image + 1, turn + 1, weights_of(turn + 1));
+#pragma unroll 1
+    for (int channel = 2 * threadIdx.x; !makes && has_next && channel < cut.channels; channel += 2 * kWorkers) {
+      uint32_t w[kHeads], dp[kHeads];
+#pragma unroll
+      for (int k = 0; k < kHeads; ++k) {
+        const T* pair = pairs_of(image + 1) + 2 * k * channels + channel;
+        w[k] = k < a.heads ? *reinterpret_cast<const uint32_t*>(pair) : 0;
+        dp[k] = k < a.heads ? *reinterpret_cast<const uint32_t*>(pair + channels) : 0;
+      }
+      store_weights(cut, channel, w, dp, weights_of(turn + 1));
     }
     workers_sync();
+    if (!is_one) continue;
 
     // The mean's gradient at this lane's two channels of a chunk.
     const auto means_of = [&](int chunk) {
@@ -237,30 +295,31 @@ __global__ void __launch_bounds__(kThreads, 1)
         const float* means = a.of.grad_mean + image * channels + first_channel;
         return make_float2(means[low], means[high]);
       }
-      const T* means = pairs + (2 * a.heads + 1) * channels;
+      const T* means = pairs_of(image) + (2 * a.heads + 1) * channels;
       return make_float2(value_of(means[low]), value_of(means[high]));
     };
+    const float share = 1.f / positions;
     float2 next_mean = means_of(own.last);
     for (int chunk = own.last; chunk >= 0; chunk -= cut.teams) {
       const float2 mean = next_mean;
       next_mean = means_of(chunk - cut.teams);
-      const Slots::Chunk z = slots.wait(image - begin, chunk, true);
+      const Slots::Chunk z = slots.wait(turn, chunk, true);
       if (a.dw != nullptr) {
         float products[4];
-        own.sum_over_positions<T>(slots, z.address, positions, products);
+        own.sum_over_positions<T>(z.address, products);
         float2* to = dw + (chunk * (cut.chunk / 16) + own.unit) * 32 + lane;
         const float2 before = image > begin ? *to : make_float2(0, 0);
         *to = make_float2(before.x + products[0] * inverse, before.y + products[2] * inverse);
-        own.sync();  // others have read what lies around theirs
+        own.sync(cut);  // others have read what lies around theirs
       }
 
       uint32_t weight[2];
-      load_matrix(weight, own.weights + 16 * chunk * (cut.chunk + cut.classes));
+      load_matrix(weight, own.weights + turn % 2 * cut.weight_bytes + 16 * chunk * weight_rows(cut));
       const float low = share * mean.x, high = share * mean.y;
       T* own_rows = reinterpret_cast<T*>(memory + (z.address - slots.base)) +
                     (own.first + cut.classes * row) * positions + 2 * column - own.shift;
 #pragma unroll 2
-      for (int tile = 0; tile < cut.tiles; ++tile) {
+      for (int tile = 0; tile < own.tiles; ++tile) {
         const int first = 16 * tile;
         uint32_t mask[2], gradient[4];
         load_matrix(mask, own.masks + 16 * first);
@@ -297,7 +356,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (a.dw == nullptr) return;
   workers_sync();
-  float* shares = a.dw + static_cast<int64_t>(cluster) * a.heads * channels + first_channel;
+  // The cluster anew: it has no register all the time.
+  float* shares = a.dw + static_cast<int64_t>(kept(blockIdx.x) / cut.blocks) * a.heads * channels + first_channel;
   for (int channel = threadIdx.x; channel < cut.channels; channel += kWorkers) {
     // Its matrix, and its row there.
     const int of_chunk = channel & (cut.chunk - 1), row_class = channel & (cut.classes - 1);
@@ -312,7 +372,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 RowsCut backward_cut(const BackwardSweep& a) {
-  return rows_cut(a.channels, a.positions, 2 * kHeads, 0, 2 * kWarps * kHeads * 4, kHeads * 4);
+  RowsNeeds needs = {};
+  needs.columns = 2 * kHeads;
+  needs.buffers = 2;
+  needs.rest = 2 * kWarps * kHeads * 4;
+  needs.rest_of_channel = kHeads * 4;
+  return rows_cut(a.channels, a.positions, needs);
 }
 
 template <class T>

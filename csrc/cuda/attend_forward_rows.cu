@@ -16,11 +16,7 @@ namespace ar_kernels {
 
 namespace {
 
-constexpr int kMean = kHeads;       // the column of the mean
-constexpr int kGroup = kWorkers;    // channels whose P meets in shared memory, one for each thread
-constexpr int kPitch = kGroup + 1;  // floats of a row of it; rows 2 apart begin 2 banks apart, channels of a warp 8
-constexpr int kGroups = 2;          // whose features are made at once
-static_assert(kGroup % kUnit == 0);
+constexpr int kMean = kHeads;  // the column of the mean
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -35,8 +31,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Slots slots(cut, memory);
   const Exchange of_sums(slots, 0), of_scores(slots, 1);
   cluster_arrive();
-  cluster_wait();
   if (threadIdx.x >= kWorkers) {
+    cluster_wait();
     if (threadIdx.x == kWorkers)
       slots.move(static_cast<const T*>(a.z.data) + begin * a.z.image + first_channel * a.positions,
                  a.z.image * sizeof(T), end - begin, nullptr, 0);
@@ -47,56 +43,58 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int positions = a.positions, channels = a.channels;
   const OwnRows own(slots, positions);
   uint4* weights = reinterpret_cast<uint4*>(memory + cut.weights);
-  T* masks = reinterpret_cast<T*>(memory + cut.masks) + 16 * 8;   // [S, 8], zeros around
-  float* sums = reinterpret_cast<float*>(memory + cut.sums);      // [kHeads, pitch]
-  float* pooled = sums;                                           // or [kHeads + 1, kPitch]: P of a group
-  float4* scores = reinterpret_cast<float4*>(memory + cut.rest);  // [kWarps]
-  float* totals = reinterpret_cast<float*>(scores + kWarps);      // [kHeads]
-  // Four heads' weights of a channel of this block, to be looked at later.
-  const auto raw_values = [&](const Values& values, int channel, uint32_t (&raw)[kHeads]) {
-#pragma unroll
-    for (int k = 0; k < kHeads; ++k)
-      raw[k] = k < a.heads ? raw_value(values, k * channels + first_channel + channel) : 0;
-  };
-#pragma unroll 2
-  for (int channel = threadIdx.x; channel < cut.channels; channel += kWorkers) {
-    uint32_t raw[kHeads];
-    raw_values(a.w, channel, raw);
-    weights[weight_place(cut, channel)] = make_uint4(packed<T>(value_from(a.w, raw[0]), value_from(a.w, raw[1])),
-                                                     packed<T>(value_from(a.w, raw[2]), value_from(a.w, raw[3])), 0, 0);
-  }
-  for (int i = threadIdx.x; i < (16 * cut.tiles + 32) * 8; i += kWorkers) {
-    const int position = i / 8 - 16;
-    masks[i - 16 * 8] = rounded<T>(i % 8 == kMean && position >= 0 && position < positions ? 1.f : 0.f);
+  T* masks = reinterpret_cast<T*>(memory + cut.masks) + kFrame * 8;  // [S, 8], zeros around
+  float* sums = reinterpret_cast<float*>(memory + cut.sums);         // [kHeads, pitch]
+  float* pooled = sums;                                              // or [kHeads + 1, pitch]: P
+  const int pitch = cut.channels + 1;                                // floats
+  float4* scores = reinterpret_cast<float4*>(memory + cut.rest);     // [kWarps]
+  float* totals = reinterpret_cast<float*>(scores + kWarps);         // [kHeads]
+  // A thread's channels: this one and the next, and others behind where a block has more.
+  const int own_pair = 2 * threadIdx.x;
+  uint2 w[kHeads] = {};
+  if (own_pair < cut.channels) load_pairs(a.w, a.heads, channels, first_channel + own_pair, w);
+  for (int i = threadIdx.x; i < (kFrame + 16 * cut.tiles) * 8; i += kWorkers) {
+    const int position = i / 8 - kFrame;
+    masks[i - kFrame * 8] = rounded<T>(i % 8 == kMean && position >= 0 && position < positions ? 1.f : 0.f);
   }
   const float bias = warp < a.heads && a.b.data != nullptr ? value_of(a.b, warp) : 0.f;
+  cluster_wait();  // not before: behind the other warp's loads of the map these would wait long
+#pragma unroll 1
+  for (int pair = own_pair; pair < cut.channels; pair += 2 * kWorkers) {
+    if (pair != own_pair) load_pairs(a.w, a.heads, channels, first_channel + pair, w);
+    float2 of[kHeads];
+#pragma unroll
+    for (int k = 0; k < kHeads; ++k) of[k] = pair_from<T>(a.w, w[k]);
+    weights[weight_place(cut, pair)] = make_uint4(packed<T>(of[0].x, of[1].x), packed<T>(of[2].x, of[3].x), 0, 0);
+    weights[weight_place(cut, pair + 1)] = make_uint4(packed<T>(of[0].y, of[1].y), packed<T>(of[2].y, of[3].y), 0, 0);
+  }
   workers_sync();
 
+  const auto pooled_pair = [&](int64_t image, int k, int pair) {
+    return reinterpret_cast<float2*>(a.pooled + (image * a.heads + k) * channels + first_channel + pair);
+  };
   // Gates and features of an image whose P and scores are there.
   const auto finish = [&](int64_t image) {
     float sums[kHeads], gates[kHeads];
     take_sums(scores, of_scores, static_cast<int>(image) - begin, sums);
     make_gates(a, image, sums, 1, gates);  // both blocks store the same
-    // Of what this thread has stored.
-    for (int first = threadIdx.x; first < cut.channels; first += kGroups * kGroup) {
-      float values[kGroups][kHeads];
-      const auto all = [&](auto&& visit) {
+#pragma unroll 1
+    for (int pair = own_pair; pair < cut.channels; pair += 2 * kWorkers) {  // of what this thread has stored
+      float2 values[kHeads];
 #pragma unroll
-        for (int i = 0; i < kGroups; ++i)
+      for (int k = 0; k < kHeads; ++k)
+        if (k < a.gated) values[k] = *pooled_pair(image, k, pair);
 #pragma unroll
-          for (int k = 0; k < kHeads; ++k)
-            if (k < a.gated && first + i * kGroup < cut.channels) visit(i, k, first_channel + first + i * kGroup);
-      };
-      all([&](int i, int k, int channel) { values[i][k] = a.pooled[(image * a.heads + k) * channels + channel]; });
-      all([&](int i, int k, int channel) {
-        static_cast<T*>(a.features)[(image * a.gated + k) * channels + channel] = rounded<T>(gates[k] * values[i][k]);
-      });
+      for (int k = 0; k < kHeads; ++k)
+        if (k < a.gated)
+          *reinterpret_cast<uint32_t*>(static_cast<T*>(a.features) + (image * a.gated + k) * channels + first_channel +
+                                       pair) = packed<T>(gates[k] * values[k].x, gates[k] * values[k].y);
     }
   };
 
   for (int64_t image = begin; image < end; ++image) {
     const int turn = static_cast<int>(image) - begin;
-    sum_over_channels<T, kHeads>(slots, of_sums, turn, positions);
+    sum_over_channels<T, kHeads>(slots, of_sums, turn, positions, 0, [] {});
     if (a.gated > 0 && turn > 0) finish(image - 1);  // while the other block's sums are on their way
     const float* others = of_sums.take(turn);
     workers_sync();
@@ -106,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       float most = -INFINITY, total = 0;
       for (int position = lane; position < positions; position += 32) {
         float logit = logits[position];
-        if (others != nullptr) logit += others[k * cut.pitch + position];
+        if (others != nullptr) logit += others[k * 4 * cut.quads + position];
         logit += bias;
         most = maximum(most, logit);
         logits[position] = logit;
@@ -127,40 +125,40 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     workers_sync();
 
-    // Columns 2 * column and + 1 of P become rows in shared memory; then a thread has a channel.
+    // Columns 2 * column and + 1 of P become rows in shared memory; then a thread has channels.
     const int k = 2 * column;
-    const float low = 1 / (k < a.heads ? totals[k] : positions), high = 1 / (k + 1 < a.heads ? totals[k + 1] : 1.f);
+    const float low = __fdividef(1, k < a.heads ? totals[k] : positions);
+    const float high = __fdividef(1, k + 1 < a.heads ? totals[k + 1] : 1.f);
     float score[kHeads] = {};
-    int chunk = own.last;
-    for (int group = (cut.channels - 1) / kGroup * kGroup; group >= 0; group -= kGroup) {
-      const int channel = group + threadIdx.x;
-      uint32_t score_w[kHeads] = {};
-      if (a.gated > 0 && channel < cut.channels) raw_values(a.score_w, channel, score_w);
-      for (; chunk * cut.chunk >= group; chunk -= cut.teams) {
-        const Slots::Chunk z = slots.wait(turn, chunk, true);
-        float pooled_sums[4];
-        own.sum_over_positions<T>(slots, z.address, positions, pooled_sums);
-        slots.release(z, cut.teams);
-        float* to = pooled + k * kPitch + chunk * cut.chunk - group + own.first + cut.classes * row;
+    for (int chunk = own.last; chunk >= 0; chunk -= cut.teams) {
+      const Slots::Chunk z = slots.wait(turn, chunk, true);
+      float pooled_sums[4];
+      own.sum_over_positions<T>(z.address, pooled_sums);
+      slots.release(z, cut.teams);
+      if (k > kMean) continue;
+      float* to = pooled + k * pitch + chunk * cut.chunk + own.first + cut.classes * row;
+      to[0] = pooled_sums[0] * low, to[cut.classes * 8] = pooled_sums[2] * low;
+      if (k == kMean) continue;
+      to[pitch] = pooled_sums[1] * high, to[pitch + cut.classes * 8] = pooled_sums[3] * high;
+    }
+    uint2 score_w[kHeads] = {};
+    if (a.gated > 0 && own_pair < cut.channels)
+      load_pairs(a.score_w, a.heads, channels, first_channel + own_pair, score_w);
+    workers_sync();
+#pragma unroll 1
+    for (int pair = own_pair; pair < cut.channels; pair += 2 * kWorkers) {
+      if (a.gated > 0 && pair != own_pair) load_pairs(a.score_w, a.heads, channels, first_channel + pair, score_w);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          if (k <= kMean) to[cut.classes * 8 * half] = pooled_sums[2 * half] * low;
-          if (k < kMean) to[cut.classes * 8 * half + kPitch] = pooled_sums[2 * half + 1] * high;
-        }
+      for (int k = 0; k < kHeads; ++k) {
+        if (k >= a.heads) continue;
+        const float2 values = make_float2(pooled[k * pitch + pair], pooled[k * pitch + pair + 1]);
+        const float2 of_score = pair_from<T>(a.score_w, score_w[k]);
+        *pooled_pair(image, k, pair) = values;
+        score[k] += values.x * of_score.x + values.y * of_score.y;
       }
-      workers_sync();
-      if (channel < cut.channels) {
-#pragma unroll
-        for (int k = 0; k < kHeads; ++k) {
-          if (k >= a.heads) continue;
-          const float value = pooled[k * kPitch + threadIdx.x];
-          a.pooled[(image * a.heads + k) * channels + first_channel + channel] = value;
-          score[k] += value * value_from(a.score_w, score_w[k]);
-        }
-        if (a.mean != nullptr)
-          a.mean[image * channels + first_channel + channel] = pooled[kMean * kPitch + threadIdx.x];
-      }
-      if (group > 0) workers_sync();
+      if (a.mean != nullptr)
+        *reinterpret_cast<float2*>(a.mean + image * channels + first_channel + pair) =
+            make_float2(pooled[kMean * pitch + pair], pooled[kMean * pitch + pair + 1]);
     }
     if (a.gated > 0) {
 #pragma unroll
@@ -174,7 +172,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 RowsCut forward_cut(const ForwardSweep& a) {
-  return rows_cut(a.channels, a.positions, kHeads, (kHeads + 1) * kPitch * 4, (1 + kWarps) * kHeads * 4, 0);
+  RowsNeeds needs = {};
+  needs.columns = kHeads;
+  needs.sums_of_channel = (kHeads + 1) * 4;
+  needs.buffers = 1;
+  needs.rest = (1 + kWarps) * kHeads * 4;
+  return rows_cut(a.channels, a.positions, needs);
 }
 
 template <class T>

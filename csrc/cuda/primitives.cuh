@@ -189,6 +189,9 @@ __device__ __forceinline__ void named_sync(int name, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
 
+// About so long.
+__device__ __forceinline__ void pause(uint32_t nanoseconds) { __nanosleep(nanoseconds); }
+
 // ------------------------------------------------------------------------------------------------ clusters
 
 __device__ __forceinline__ uint32_t cluster_rank() {
@@ -211,7 +214,8 @@ __device__ __forceinline__ void store_to_cluster(uint32_t to, float4 value, uint
                : "memory");
 }
 
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive;" ::: "memory"); }
+// Of what was written before, barriers alone are sure to be seen, after fence_barrier_init.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
 
 // ------------------------------------------------------------------------------------------------ matrix products

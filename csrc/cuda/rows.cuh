@@ -22,13 +22,15 @@
 namespace ar_kernels {
 
 constexpr int kUnit = 128;             // channels: a multiple of 16 rows of every class
-constexpr int kChunkMost = 32 * 1024;  // bytes, where classes are few enough for chunks of half a unit
+constexpr int kChunkMost = 32 * 1024;  // bytes, unless the least chunk has more
 constexpr int kWarps = 16;             // workers
 constexpr int kWorkers = 32 * kWarps;
 constexpr int kThreads = kWorkers + 32;
 constexpr int kColumnTiles = 2;  // of 16 columns, the most that a warp sums at once
 constexpr int kExchanges = 3;    // between the blocks of a cluster, of an image: the first one of sums at all positions
-constexpr int kLoads = 32;       // barriers and places in the table of slots: twice as many as slots, at least
+constexpr int kFrame = 8;        // rows of zeros before the masks' first
+constexpr int kBytesPerNanosecond = 3350;  // of an H100's memory
+constexpr int kLoads = 32;  // barriers and places in the table of slots: twice as many as slots, at least
 
 // How an image is cut, and where what lies in shared memory.
 struct RowsCut {
@@ -37,39 +39,56 @@ struct RowsCut {
   int chunk, chunks, chunk_bytes;  // channels of a chunk; chunks of a block
   int slots, slot_bytes;           // a chunk, and as much as its last rows' columns reach beyond it
   int stay;                        // chunks that are still there after the first sweep
+  int pause;                       // nanoseconds from one cluster's begin to the next one's
   int teams;                       // of warps, that take chunks in turn in the second sweep
-  int weights;                     // [weight_place] of 8 16-bit values
+  int weights, weight_bytes;       // [buffers, weight_place] of 8 16-bit values; of a buffer
   int sums, columns, pitch;        // [classes, columns, pitch] floats
   int quads;                       // of positions
   int given;                       // what the other block gave, of sums and of numbers: exchanges' memory
-  int masks;                       // [16 + S + 16 rounded up, 8] of 16 bits: zeros before and behind
+  int masks;                       // [kFrame + 16 tiles, 8] of 16 bits: zeros before and behind
   int table;                       // [kLoads] ints: the slot of each load
   int loaded, used;                // [kLoads] barriers: a load has come, all workers are done with it
   int exchanges;                   // [kExchanges, 2] barriers
   int rest, bytes;
 };
 
-// columns: sums at every position that are kept. sums: bytes that are wanted where they are at least. rest,
-// rest_of_channel: bytes that a kernel wants besides. No slots: it does not fit.
-inline RowsCut rows_cut(int channels, int positions, int columns, int sums, int rest, int rest_of_channel) {
+// Of weights, of a chunk: with a gap after each class but the last, so that matrices of a class and rows of adjacent
+// channels touch all banks.
+__host__ __device__ constexpr int weight_rows(const RowsCut& cut) { return cut.chunk + cut.classes - 1; }
+
+// What a kernel wants of it.
+struct RowsNeeds {
+  int columns;                // sums at every position that are kept
+  int sums_of_channel;        // bytes for each channel and one more, at least, where those are
+  int buffers;                // of weights
+  int rest, rest_of_channel;  // bytes besides
+};
+
+// No slots: it does not fit.
+inline RowsCut rows_cut(int channels, int positions, const RowsNeeds& needs) {
   RowsCut cut = {};
   cut.class_bits = positions % 8 == 0 ? 0 : positions % 4 == 0 ? 1 : positions % 2 == 0 ? 2 : 3;
   cut.classes = 1 << cut.class_bits;
   const int shift = cut.classes == 1 ? 0 : 8 - 8 / cut.classes;  // the most
   cut.tiles = (positions + shift + 15) / 16;
   if (channels < kUnit || channels % kUnit != 0 || cut.tiles > kColumnTiles * kWarps / cut.classes) return cut;
-  cut.chunk = cut.classes < 8 && 2 * kUnit * positions > kChunkMost ? kUnit / 2 : kUnit;
+  // Large chunks, of which fewer are waited for; but an even number of them, which two blocks share.
+  const int least = cut.classes < 8 ? kUnit / 2 : kUnit;
+  cut.chunk = 2 * kUnit;
+  while (cut.chunk > least && (channels % (2 * cut.chunk) != 0 || 2 * cut.chunk * positions > kChunkMost))
+    cut.chunk /= 2;
   cut.chunk_bytes = 2 * cut.chunk * positions;
-  cut.slot_bytes = cut.chunk_bytes + 64;
+  cut.slot_bytes = cut.chunk_bytes + 2 * (16 * cut.tiles - positions - ((cut.classes - 1) * positions & 7));
   cut.blocks = channels / cut.chunk % 2 == 0 ? 2 : 1;
   cut.channels = channels / cut.blocks;
   cut.chunks = cut.channels / cut.chunk;
   cut.teams = 16 * kWarps / cut.chunk;
-  cut.columns = columns;
+  cut.columns = needs.columns;
   cut.quads = (positions + 3) / 4;
   cut.pitch = 16 * cut.tiles + 4;  // two columns begin 8 banks apart
-  if (sums < cut.classes * columns * cut.pitch * 4) sums = cut.classes * columns * cut.pitch * 4;
-  const int given = cut.blocks == 1 ? 0 : 2 * (columns * cut.pitch + (kExchanges - 1) * kWarps * kHeads) * 4;
+  int sums = cut.classes * cut.columns * cut.pitch * 4;
+  if (sums < needs.sums_of_channel * (cut.channels + 1)) sums = needs.sums_of_channel * (cut.channels + 1);
+  const int given = cut.blocks == 1 ? 0 : 2 * (cut.columns * 4 * cut.quads + (kExchanges - 1) * kWarps * kHeads) * 4;
   int at = 0;
   const auto take = [&](int bytes) {
     at += (bytes + 15) / 16 * 16;
@@ -78,15 +97,16 @@ inline RowsCut rows_cut(int channels, int positions, int columns, int sums, int 
   const auto lay_out = [&](int slots) {
     at = 0;
     take(slots * cut.slot_bytes);
-    cut.weights = take(cut.chunks * (cut.chunk + cut.classes) * 16);
+    cut.weight_bytes = cut.chunks * weight_rows(cut) * 16;
+    cut.weights = take(needs.buffers * cut.weight_bytes);
     cut.sums = take(sums);
     cut.given = take(given);
-    cut.masks = take((16 * cut.tiles + 32) * 16);
+    cut.masks = take((kFrame + 16 * cut.tiles) * 16);
     cut.table = take(kLoads * 4);
     cut.loaded = take(kLoads * 8);
     cut.used = take(kLoads * 8);
     cut.exchanges = take(kExchanges * 2 * 8);
-    cut.rest = take(rest + rest_of_channel * cut.channels);
+    cut.rest = take(needs.rest + needs.rest_of_channel * cut.channels);
     cut.bytes = at;
   };
   lay_out(0);
@@ -94,6 +114,8 @@ inline RowsCut rows_cut(int channels, int positions, int columns, int sums, int 
   cut.slots = slots < 1 ? 0 : slots < kLoads / 2 ? slots : kLoads / 2;
   if (cut.slots < 2 && cut.chunks > 1) cut.slots = 0;  // nothing could be on its way
   cut.stay = cut.slots < cut.chunks ? cut.slots : cut.chunks;
+  // Where little of the next image comes while one is worked on, as long as reading an image takes.
+  if (2 * cut.slots < 3 * cut.chunks) cut.pause = 2 * channels * positions / kBytesPerNanosecond;
   lay_out(cut.slots);
   return cut;
 }
@@ -141,6 +163,8 @@ struct Slots {
 
   // One thread: all of a block's loads, and stores of what became of its chunks, where `to` is not null.
   __device__ void move(const void* map, int64_t image_bytes, int images, void* to, int64_t image_bytes_to) const {
+    // Or all clusters would be between sweeps at the same time, and memory would idle.
+    if (images > 1) pause(blockIdx.x / cut.blocks * cut.pause);
     const int loads = images * per_image, early = cut.chunks - cut.stay;
     int next = 0, of_image = 0;  // the load to ask for, its number in its image
     const uint8_t* from = static_cast<const uint8_t*>(map);
@@ -224,7 +248,7 @@ struct Exchange {
 
   // Offset of what is given.
   __device__ int place(int turn) const {
-    const int sums = slots.cut.columns * slots.cut.pitch;
+    const int sums = slots.cut.columns * 4 * slots.cut.quads;
     return slots.cut.given +
            (number == 0 ? turn % 2 * sums : 2 * sums + (2 * number - 2 + turn % 2) * kWarps * kHeads) * 4;
   }
@@ -270,15 +294,32 @@ __device__ __forceinline__ void take_sums(const float4* parts, const Exchange& e
   sums[0] = warp_sum(part.x), sums[1] = warp_sum(part.y), sums[2] = warp_sum(part.z), sums[3] = warp_sum(part.w);
 }
 
+// Two adjacent values as memory has them, and what they are: apart, so that several loads are under way at a time.
+__device__ __forceinline__ uint2 raw_pair(const Values& values, int index) {
+  if (values.kind == Kind::kFloat)
+    return *reinterpret_cast<const uint2*>(static_cast<const float*>(values.data) + index);
+  return make_uint2(*reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(values.data) + index), 0);
+}
+
+// Of weights [heads, C], those of a channel and the next, of each head.
+__device__ __forceinline__ void load_pairs(const Values& values, int heads, int channels, int channel,
+                                           uint2 (&raw)[kHeads]) {
+#pragma unroll
+  for (int k = 0; k < kHeads; ++k) raw[k] = k < heads ? raw_pair(values, k * channels + channel) : make_uint2(0, 0);
+}
+
+template <class T>
+__device__ __forceinline__ float2 pair_from(const Values& values, uint2 raw) {
+  return values.kind == Kind::kFloat ? make_float2(__uint_as_float(raw.x), __uint_as_float(raw.y)) : unpacked<T>(raw.x);
+}
+
 // Elements between a 16-byte block's begin and that of a row of a class.
 __device__ __forceinline__ int shift_of(int row_class, int positions) { return row_class * positions & 7; }
 
-// Where a channel's weights are: chunk by chunk, class by class, with a gap after each class, so that matrices of a
-// class and rows of adjacent channels touch all banks.
+// Where a channel's weights are: chunk by chunk, class by class.
 __device__ __forceinline__ int weight_place(const RowsCut& cut, int chunk, int of_chunk) {
   const int row_class = of_chunk & (cut.classes - 1);
-  return chunk * (cut.chunk + cut.classes) + row_class * ((cut.chunk >> cut.class_bits) + 1) +
-         (of_chunk >> cut.class_bits);
+  return chunk * weight_rows(cut) + row_class * ((cut.chunk >> cut.class_bits) + 1) + (of_chunk >> cut.class_bits);
 }
 
 __device__ __forceinline__ int weight_place(const RowsCut& cut, int channel) {
@@ -287,10 +328,11 @@ __device__ __forceinline__ int weight_place(const RowsCut& cut, int channel) {
 }
 
 // The first sweep: sums[i, position] = Σ_c weights[c, i] z[c, position] of this block's channels, given to the other
-// block too. After a barrier of the workers since such sums were read; one must follow.
-template <class T, int kColumns>
+// block too. buffer: of weights, as bytes. meanwhile: called when no chunk is waited for any more. After a barrier of
+// the workers since such sums were read; one must follow.
+template <class T, int kColumns, class Meanwhile>
 __device__ __forceinline__ void sum_over_channels(const Slots& slots, const Exchange& exchange, int image,
-                                                  int positions) {
+                                                  int positions, uint32_t buffer, const Meanwhile& meanwhile) {
   static_assert(kWarps % kColumns == 0);
   const RowsCut& cut = slots.cut;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
@@ -303,9 +345,9 @@ __device__ __forceinline__ void sum_over_channels(const Slots& slots, const Exch
   const uint32_t lane_offset =
       2 * (lane_row * positions - shift_of(row_class, positions)) + lane / 8 % 2 * 16 + 32 * group;
   const uint32_t block_bytes = kept(32 * cut.classes * positions), to_second = kept(32 * groups);
-  const uint32_t chunk_weights = kept(16 * (cut.chunk + cut.classes));
+  const uint32_t chunk_weights = kept(16 * weight_rows(cut));
   const uint32_t end_of_weights = kept(256 * (cut.chunk / 16 >> cut.class_bits));  // of this class in a chunk
-  uint32_t weights = slots.base + cut.weights + 16 * (weight_place(cut, 0, row_class) + lane % 16);
+  uint32_t weights = slots.base + cut.weights + buffer + 16 * (weight_place(cut, 0, row_class) + lane % 16);
   for (int chunk = 0; chunk < cut.chunks; ++chunk) {
     const Slots::Chunk z = slots.wait(image, chunk, false);
     uint32_t fragments = z.address + lane_offset;
@@ -322,23 +364,25 @@ __device__ __forceinline__ void sum_over_channels(const Slots& slots, const Exch
     weights += chunk_weights;
     if (chunk < cut.chunks - cut.stay) slots.release(z, 1);  // the others stay
   }
+  meanwhile();
   workers_sync();  // what was where the sums belong is not used any more
   float* sums = reinterpret_cast<float*>(slots.memory + cut.sums);  // [classes, kColumns, pitch]
   const int class_sums = kColumns * cut.pitch;
+  if (has_one && 2 * column < kColumns) {
+    float* to = sums + row_class * class_sums + 2 * column * cut.pitch + 16 * group + row;
 #pragma unroll
-  for (int u = 0; u < kColumnTiles; ++u) {
-    if (u == 0 ? !has_one : !has_two) continue;
-    float* to = sums + row_class * class_sums + 2 * column * cut.pitch + 16 * (group + groups * u) + row;
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (2 * column + i % 2 < kColumns) to[i % 2 * cut.pitch + i / 2 * 8] = both[u][i];
+    for (int u = 0; u < kColumnTiles; ++u, to += 16 * groups) {
+      if (u == 1 && !has_two) continue;
+      to[0] = both[u][0], to[8] = both[u][2];
+      to[cut.pitch] = both[u][1], to[cut.pitch + 8] = both[u][3];
+    }
   }
   workers_sync();
   // Of all classes, a position a thread. The result lies where the first class's sum was, which nobody else reads.
-  const int own = warp % kColumns * cut.pitch;
-  for (int first = warp / kColumns * 32; first < 4 * cut.quads; first += 32 * (kWarps / kColumns)) {
-    const int at = own + first + lane;
-    const bool is_one = first + lane < 4 * cut.quads;
+  const int count = 4 * cut.quads, own_column = warp % kColumns;
+  for (int first = warp / kColumns * 32; first < count; first += 32 * (kWarps / kColumns)) {
+    const int position = first + lane, at = own_column * cut.pitch + position;
+    const bool is_one = position < count;
     float total = 0;
 #pragma unroll
     for (int of_class = 0; of_class < 8; ++of_class)
@@ -347,62 +391,67 @@ __device__ __forceinline__ void sum_over_channels(const Slots& slots, const Exch
     float next[3];
 #pragma unroll
     for (int i = 0; i < 3; ++i) next[i] = __shfl_down_sync(kAll, total, i + 1);
-    if (is_one && lane % 4 == 0) exchange.give(image, at, make_float4(total, next[0], next[1], next[2]));
+    if (is_one && lane % 4 == 0)
+      exchange.give(image, own_column * count + position, make_float4(total, next[0], next[1], next[2]));
   }
 }
 
 // In the second sweep a warp has 16 channels of its team's chunks, `classes` apart.
 struct OwnRows {
-  int team, team_threads;
-  int last;                // chunk of its team
-  int unit, first, shift;  // first: channel, in the chunk
-  uint32_t weights;        // address of this lane's row, in the first chunk
-  uint32_t masks;          // of what belongs to column 0
-  uint32_t row;            // offset of this lane's row of a matrix, in a chunk
+  int last;                 // chunk of its team
+  int unit, first, shift;   // first: channel, in the chunk
+  int tiles;                // of 16 columns that its rows touch
+  uint32_t begin, ends[2];  // what is of its rows: of a lane's words of the first eight columns, of the last tile
+  uint32_t weights;         // address of this lane's row, in the first chunk
+  uint32_t masks;           // of what belongs to column 0
+  uint32_t row;             // offset of this lane's row of a matrix, in a chunk
 
   __device__ OwnRows(const Slots& slots, int positions) {
     const RowsCut& cut = slots.cut;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, units = cut.chunk / 16;
-    team = warp / units;
-    team_threads = 32 * units;
-    last = cut.chunks - 1 - ((cut.chunks - 1 - team) & (cut.teams - 1));
+    last = cut.chunks - 1 - ((cut.chunks - 1 - warp / units) & (cut.teams - 1));
     unit = warp % units;
     const int row_class = unit & (cut.classes - 1);
     first = 16 * (unit - row_class) + row_class;
     shift = shift_of(row_class, positions);
+    tiles = (positions + shift + 15) / 16;
+    begin = real_pair(0, positions);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) ends[half] = real_pair(16 * (tiles - 1) + 8 * half, positions);
     weights = slots.base + cut.weights + 16 * (weight_place(cut, 0, first) + lane % 16);
-    masks = slots.base + cut.masks + 16 * (16 - shift + lane % 16);
+    masks = slots.base + cut.masks + 16 * (kFrame - shift + lane % 16);
     row = 2 * ((first + cut.classes * (lane % 16)) * positions - shift) + lane / 16 * 16;
   }
 
   // All warps of the team.
-  __device__ void sync() const { named_sync(2 + team, team_threads); }
+  __device__ void sync(const RowsCut& cut) const { named_sync(2 + (last & (cut.teams - 1)), 2 * cut.chunk); }
 
-  // Σ_s z[c, s] masks[s] of these channels. Reads what lies around its rows too, and leaves it out.
+  // Σ_s z[c, s] masks[s] of these channels. Reads what lies around its rows too, and leaves it out: it may be infinite.
   template <class T>
-  __device__ void sum_over_positions(const Slots& slots, uint32_t chunk, int positions, float (&sums)[4]) const {
-    const int tiles = slots.cut.tiles;
+  __device__ void sum_over_positions(uint32_t chunk, float (&sums)[4]) const {
     const uint32_t z = chunk + row;
+    uint32_t first[4], last[4], first_mask[2], last_mask[2];
+    load_matrix(first, z);
+    load_matrix_transposed(first_mask, masks);
+    load_matrix(last, z + 32 * (tiles - 1));
+    load_matrix_transposed(last_mask, masks + 256 * (tiles - 1));
     float chains[2][4] = {};  // of products that don't wait for each other
-    for (int tile = 0; tile < tiles; tile += 2) {
+    first[0] &= begin, first[1] &= begin;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) last[i] &= ends[i / 2];
+    if (tiles > 1) mma<T>(chains[0], first, first_mask[0], first_mask[1]);
+    mma<T>(chains[1], last, last_mask[0], last_mask[1]);
+    for (int tile = 1; tile < tiles - 1; tile += 2) {
       uint32_t fragment[2][4], mask[2][2];
 #pragma unroll
-      for (int chain = 0; chain < 2; ++chain) {
-        if (tile + chain >= tiles) continue;
-        load_matrix(fragment[chain], z + 32 * (tile + chain));
-        load_matrix_transposed(mask[chain], masks + 256 * (tile + chain));
+      for (int i = 0; i < 2; ++i) {
+        if (tile + i >= tiles - 1) continue;
+        load_matrix(fragment[i], z + 32 * (tile + i));
+        load_matrix_transposed(mask[i], masks + 256 * (tile + i));
       }
 #pragma unroll
-      for (int chain = 0; chain < 2; ++chain) {
-        const int begin = 16 * (tile + chain);
-        if (tile + chain >= tiles) continue;
-        if (begin < shift || begin + 16 - shift > positions) {  // other rows' elements, which may be infinite
-          const uint32_t real[] = {real_pair(begin, positions), real_pair(begin + 8, positions)};
-#pragma unroll
-          for (int i = 0; i < 4; ++i) fragment[chain][i] &= real[i / 2];
-        }
-        mma<T>(chains[chain], fragment[chain], mask[chain][0], mask[chain][1]);
-      }
+      for (int i = 0; i < 2; ++i)
+        if (tile + i < tiles - 1) mma<T>(chains[i], fragment[i], mask[i][0], mask[i][1]);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) sums[i] = chains[0][i] + chains[1][i];

@@ -118,6 +118,7 @@ inline void tensor_store(const CUtensorMap* map, uint32_t from, int32_t x, int32
 }
 
 inline void prefetch_line(const void*) {}
+inline void pause(uint32_t) {}
 inline void prefetch(const void*) {}
 
 // ------------------------------------------------------------------------------------------------ barriers of warps
