@@ -489,16 +489,16 @@ def test_what_is_not_finite_stays_in_its_image(kernels, rows, value):
         (False, 2, 100, 50, 2, 2, False, False, 2),  # channels in no whole 32s
         (False, 2, 1024, 49, 4, 3, True, True, 2),
         (False, 1, 2048, 49, 1, 1, False, False, 1),
-        (False, 2, 96, 150, 3, 3, True, True, 7),  # split
-        (False, 1, 256, 49, 4, 0, False, False, 9),
+        (False, 2, 96, 900, 3, 3, True, True, 7),  # split: 96 KB each, at least
+        (False, 1, 256, 249, 4, 0, False, False, 9),
         (True, 3, 32, 12, 4, 4, False, True, 2),
         (True, 2, 96, 132, 4, 4, True, False, 2),
         (True, 3, 160, 196, 3, 2, True, True, 2),
         (True, 5, 320, 64, 1, 1, False, True, 2),
         (True, 2, 640, 36, 2, 0, True, False, 2),
         (True, 1, 1024, 52, 4, 3, False, False, 1),
-        (True, 2, 104, 148, 3, 3, True, True, 7),  # split
-        (True, 1, 256, 100, 4, 0, False, False, 9),
+        (True, 2, 104, 748, 3, 3, True, True, 7),  # split
+        (True, 1, 256, 300, 4, 0, False, False, 9),
         (True, 3, 256, 49, 4, 4, True, True, 2),  # rows of any length
         (True, 2, 128, 169, 3, 3, False, True, 2),
         (True, 1, 128, 225, 1, 1, True, False, 1),
