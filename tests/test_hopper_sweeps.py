@@ -144,6 +144,8 @@ def shares(kernels, sizes, maps, rows, processors=2):
         (ROWS, 2, 1664, 196, 4, True, False, False),  # more chunks than slots
         (ROWS, 3, 1024, 49, 2, False, False, True),  # chunks of 256 channels
         (ROWS, 2, 256, 9, 4, True, False, False),  # one tile
+        (ROWS, 2, 256, 62, 4, True, False, True),  # some rows touch a tile less than others
+        (ROWS, 2, 128, 43, 3, False, False, False),
     ],
 )
 def test_backward(kernels, dtype, rows, images, channels, positions, heads, mean, tapped, direct):
@@ -208,6 +210,8 @@ def test_backward(kernels, dtype, rows, images, channels, positions, heads, mean
         (ROWS, 4, 1024, 49, 4, 4),  # in chunks of 256 channels
         (ROWS, 2, 384, 196, 4, 4),  # an odd number of chunks a block
         (ROWS, 2, 256, 17, 2, 2),
+        (ROWS, 3, 256, 62, 3, 3),
+        (ROWS, 5, 1152, 49, 2, 2),  # several pairs, and images that follow each other
     ],
 )
 def test_backward_from_the_gradients_of_what_came_out(
@@ -368,6 +372,9 @@ def test_float_backward(kernels, rows, images, channels, positions, heads, mean,
         (ROWS, 2, 384, 196, 4, 4, True, False),  # an odd number of chunks a block
         (ROWS, 2, 256, 9, 2, 2, False, False),  # one tile
         (ROWS, 2, 256, 17, 4, 0, True, False),
+        (ROWS, 2, 256, 62, 4, 4, True, False),  # some rows touch a tile less than others
+        (ROWS, 2, 128, 43, 3, 3, True, True),
+        (ROWS, 5, 1152, 49, 2, 2, True, False),  # several pairs, and images that follow each other
         (LAST, 19, 64, 40, 3, 2, True, True),  # images that follow each other in a block
         (LAST, 5, 512, 49, 4, 4, True, True),
     ],

@@ -7,8 +7,6 @@
 // The first sweep makes l and dA, the second the rest; a chunk turns into its dZ where it lies. W_H and dP lie side by
 // side, column 2 k and 2 k + 1 of one matrix, and so do dl and a. dW_H is added up in memory, by the same threads.
 
-#include <algorithm>
-
 #include "attend_backward.h"
 #include "gates.cuh"
 #include "rows.cuh"
@@ -206,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (makes) gradients.load(begin);
   if (makes && own_pair < cut.channels) load_pairs(a.of.w, a.heads, channels, first_channel + own_pair, raw);
   for (int i = threadIdx.x; i < (kFrame + 16 * cut.tiles) * kHeads; i += kWorkers) masks[i] = 0;
-  cluster_wait();  // not before: behind the other warp's loads of the map these would wait long
+  cluster_wait();  // before it, since behind the other warp's loads of the map these would wait long
 #pragma unroll 1
   for (int pair = own_pair; makes && pair < cut.channels; pair += 2 * kWorkers) {
     if (pair != own_pair) load_pairs(a.of.w, a.heads, channels, first_channel + pair, raw);
@@ -225,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     return static_cast<const T*>(a.pairs) + static_cast<int64_t>(image) * (a.heads + a.mean) * 2 * channels +
            first_channel;
   };
-  // Weights are made an image ahead; the first turn makes no more.
+  // Weights are made an image ahead: turn -1 makes the first image's, and nothing else.
   for (int image = begin - 1; image < end; ++image) {
     const int turn = image - begin;
     const bool is_one = turn >= 0, has_next = image + 1 < end;
@@ -292,7 +290,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (!a.mean || chunk < 0) return make_float2(0, 0);
       const int low = chunk * cut.chunk + own.first + cut.classes * row, high = low + cut.classes * 8;
       if (makes) {
-        const float* means = a.of.grad_mean + image * channels + first_channel;
+        const float* means = a.of.grad_mean + static_cast<int64_t>(image) * channels + first_channel;
         return make_float2(means[low], means[high]);
       }
       const T* means = pairs_of(image) + (2 * a.heads + 1) * channels;
@@ -377,7 +375,7 @@ RowsCut backward_cut(const BackwardSweep& a) {
   needs.buffers = 2;
   needs.rest = 2 * kWarps * kHeads * 4;
   needs.rest_of_channel = kHeads * 4;
-  return rows_cut(a.channels, a.positions, needs);
+  return rows_cut(a.images, a.channels, a.positions, needs);
 }
 
 template <class T>

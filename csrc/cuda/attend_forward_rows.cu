@@ -6,8 +6,6 @@
 //
 // The first sweep makes l, the second the rest. The mean over positions is one more row of P, whose weights are 1.
 
-#include <algorithm>
-
 #include "attend_forward.h"
 #include "gates.cuh"
 #include "rows.cuh"
@@ -58,7 +56,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     masks[i - kFrame * 8] = rounded<T>(i % 8 == kMean && position >= 0 && position < positions ? 1.f : 0.f);
   }
   const float bias = warp < a.heads && a.b.data != nullptr ? value_of(a.b, warp) : 0.f;
-  cluster_wait();  // not before: behind the other warp's loads of the map these would wait long
+  cluster_wait();  // before it, since behind the other warp's loads of the map these would wait long
 #pragma unroll 1
   for (int pair = own_pair; pair < cut.channels; pair += 2 * kWorkers) {
     if (pair != own_pair) load_pairs(a.w, a.heads, channels, first_channel + pair, w);
@@ -177,7 +175,7 @@ RowsCut forward_cut(const ForwardSweep& a) {
   needs.sums_of_channel = (kHeads + 1) * 4;
   needs.buffers = 1;
   needs.rest = (1 + kWarps) * kHeads * 4;
-  return rows_cut(a.channels, a.positions, needs);
+  return rows_cut(a.images, a.channels, a.positions, needs);
 }
 
 template <class T>
@@ -191,6 +189,8 @@ cudaError_t sweep(const ForwardSweep& a, cudaStream_t stream) {
 
 bool can_sweep_forward_rows(const ForwardSweep& a) {
   if (a.kind != Kind::kHalf && a.kind != Kind::kBFloat16) return false;
+  for (const Values& w : {a.w, a.score_w})
+    if (w.data != nullptr && w.kind != a.kind && w.kind != Kind::kFloat) return false;
   if (a.heads < 1 || a.heads > kHeads || a.images < 1) return false;
   return is_rows(a.z, a.positions) && forward_cut(a).slots > 0;
 }

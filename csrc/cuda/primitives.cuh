@@ -41,6 +41,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// So long, or up to twice as long; a millisecond at most.
+__device__ __forceinline__ void pause(uint32_t nanoseconds) { __nanosleep(nanoseconds); }
+
 // The same value, which the compiler now keeps in a register instead of finding it anew in each turn of a loop.
 __device__ __forceinline__ uint32_t kept(uint32_t value) {
   asm volatile("" : "+r"(value));
@@ -188,9 +191,6 @@ __device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefe
 __device__ __forceinline__ void named_sync(int name, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
-
-// About so long.
-__device__ __forceinline__ void pause(uint32_t nanoseconds) { __nanosleep(nanoseconds); }
 
 // ------------------------------------------------------------------------------------------------ clusters
 

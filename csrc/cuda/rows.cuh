@@ -59,13 +59,19 @@ __host__ __device__ constexpr int weight_rows(const RowsCut& cut) { return cut.c
 // What a kernel wants of it.
 struct RowsNeeds {
   int columns;                // sums at every position that are kept
-  int sums_of_channel;        // bytes for each channel and one more, at least, where those are
+  int sums_of_channel;        // bytes of the memory of sums, at least, for each channel and one more
   int buffers;                // of weights
   int rest, rest_of_channel;  // bytes besides
 };
 
+// How many clusters are launched for so many images.
+inline int rows_clusters(const RowsCut& cut, int images) {
+  const int most = processors() / cut.blocks;
+  return images < most ? images : most < 1 ? 1 : most;
+}
+
 // No slots: it does not fit.
-inline RowsCut rows_cut(int channels, int positions, const RowsNeeds& needs) {
+inline RowsCut rows_cut(int images, int channels, int positions, const RowsNeeds& needs) {
   RowsCut cut = {};
   cut.class_bits = positions % 8 == 0 ? 0 : positions % 4 == 0 ? 1 : positions % 2 == 0 ? 2 : 3;
   cut.classes = 1 << cut.class_bits;
@@ -114,16 +120,12 @@ inline RowsCut rows_cut(int channels, int positions, const RowsNeeds& needs) {
   cut.slots = slots < 1 ? 0 : slots < kLoads / 2 ? slots : kLoads / 2;
   if (cut.slots < 2 && cut.chunks > 1) cut.slots = 0;  // nothing could be on its way
   cut.stay = cut.slots < cut.chunks ? cut.slots : cut.chunks;
-  // Where little of the next image comes while one is worked on, as long as reading an image takes.
-  if (2 * cut.slots < 3 * cut.chunks) cut.pause = 2 * channels * positions / kBytesPerNanosecond;
   lay_out(cut.slots);
+  // Where little of the next image comes while one is worked on, as long as reading an image takes. Measured with four
+  // images a cluster.
+  if (2 * cut.slots < 3 * cut.chunks && images >= 3 * rows_clusters(cut, images))
+    cut.pause = 2 * channels * positions / kBytesPerNanosecond;
   return cut;
-}
-
-// How many clusters are launched for so many images.
-inline int rows_clusters(const RowsCut& cut, int images) {
-  const int most = processors() / cut.blocks;
-  return images < most ? images : most < 1 ? 1 : most;
 }
 
 // Whether the copy engine can bring chunks of it.
@@ -164,7 +166,7 @@ struct Slots {
   // One thread: all of a block's loads, and stores of what became of its chunks, where `to` is not null.
   __device__ void move(const void* map, int64_t image_bytes, int images, void* to, int64_t image_bytes_to) const {
     // Or all clusters would be between sweeps at the same time, and memory would idle.
-    if (images > 1) pause(blockIdx.x / cut.blocks * cut.pause);
+    if (cut.pause > 0) pause(blockIdx.x / cut.blocks * cut.pause);
     const int loads = images * per_image, early = cut.chunks - cut.stay;
     int next = 0, of_image = 0;  // the load to ask for, its number in its image
     const uint8_t* from = static_cast<const uint8_t*>(map);
@@ -329,7 +331,7 @@ __device__ __forceinline__ int weight_place(const RowsCut& cut, int channel) {
 
 // The first sweep: sums[i, position] = Σ_c weights[c, i] z[c, position] of this block's channels, given to the other
 // block too. buffer: of weights, as bytes. meanwhile: called when no chunk is waited for any more. After a barrier of
-// the workers since such sums were read; one must follow.
+// the workers since weights were written; one must follow before the sums are read.
 template <class T, int kColumns, class Meanwhile>
 __device__ __forceinline__ void sum_over_channels(const Slots& slots, const Exchange& exchange, int image,
                                                   int positions, uint32_t buffer, const Meanwhile& meanwhile) {

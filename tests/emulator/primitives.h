@@ -15,6 +15,8 @@ inline uint32_t shared_address(const void* pointer, Site site = Site::here()) {
   return emulator::shared_address(pointer);
 }
 
+inline void pause(uint32_t) {}
+
 inline uint32_t kept(uint32_t value) { return value; }
 
 // ------------------------------------------------------------------------------------------------ mbarrier
@@ -118,7 +120,6 @@ inline void tensor_store(const CUtensorMap* map, uint32_t from, int32_t x, int32
 }
 
 inline void prefetch_line(const void*) {}
-inline void pause(uint32_t) {}
 inline void prefetch(const void*) {}
 
 // ------------------------------------------------------------------------------------------------ barriers of warps
