@@ -14,12 +14,11 @@ namespace ar_kernels {
 
 namespace {
 
-constexpr int kMean = kHeads;  // the column of the mean
-
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     forward_rows_kernel(const __grid_constant__ ForwardSweep a, const __grid_constant__ RowsCut cut) {
 #if AR_HOPPER
+  constexpr int kMean = kHeads;  // the column of the mean
   uint8_t* memory = shared_memory();
   const int rank = static_cast<int>(cluster_rank()), cluster = blockIdx.x / cut.blocks;
   const int clusters = gridDim.x / cut.blocks;
