@@ -454,6 +454,24 @@ def test_few_images_are_split(kernels, mean):
 
 
 @emulated
+@pytest.mark.parametrize("rows", [LAST, ROWS])
+def test_weights_of_another_half_precision_are_refused(kernels, rows):
+    """They would be read as the map's."""
+    z, w = torch.zeros(2, 128, 49).bfloat16(), torch.zeros(4, 128)
+    pooled, lse = torch.zeros(2, 4, 128), torch.zeros(2, 4)
+
+    def call(w):
+        kernels.forward(
+            KINDS[z.dtype], 2, 128, 49, 4, 0, layout(z, rows), rows, w, KINDS[w.dtype], *[None] * 3, pooled, lse,
+            *[None] * 5, None, 0, None, None, None, processors=2,
+        )  # fmt: skip
+
+    call(w.bfloat16())
+    with pytest.raises(RuntimeError, match="forward returned"):
+        call(w.half())
+
+
+@emulated
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("rows", [LAST, ROWS])
 def test_what_is_not_finite_stays_in_its_image(kernels, rows, value):
