@@ -454,6 +454,26 @@ def test_few_images_are_split(kernels, mean):
 
 
 @emulated
+@pytest.mark.parametrize(
+    ("rows", "images", "channels", "side", "expected"),
+    [
+        *((rows, 1, 256, 56, 32) for rows in (False, True)),  # 96 KB each
+        *((rows, 1, 64, 14, 1) for rows in (False, True)),
+        *((rows, 140, 256, 56, 1) for rows in (False, True)),  # more images than multiprocessors
+        (False, 8, 512, 28, 16),  # of 132 multiprocessors
+        (True, 8, 512, 28, 13),  # a tile each
+    ],
+)
+def test_into_how_many_splits_float_images_are_cut(kernels, rows, images, channels, side, expected):
+    splits, z = torch.zeros(1, dtype=torch.int64), torch.empty(1)  # which is not read
+    kernels.forward(
+        KINDS[z.dtype], images, channels, side * side, 4, 0, z, rows, z, KINDS[z.dtype], *[None] * 10, splits, 0,
+        None, None, None, processors=132,
+    )  # fmt: skip
+    assert int(splits) == expected
+
+
+@emulated
 @pytest.mark.parametrize("rows", [LAST, ROWS])
 def test_weights_of_another_half_precision_are_refused(kernels, rows):
     """They would be read as the map's."""

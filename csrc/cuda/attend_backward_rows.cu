@@ -185,10 +185,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
   const int positions = a.positions, channels = a.channels;
   const OwnRows own(slots, positions);
-  // Weights of every second image.
-  const auto weights_of = [&](int turn) {
-    return reinterpret_cast<uint4*>(memory + cut.weights + turn % 2 * cut.weight_bytes);
-  };
+  // Two buffers of weights, of images in turn.
+  const auto buffer_of = [&](int turn) { return turn % 2 * cut.weight_bytes; };
+  const auto weights_of = [&](int turn) { return reinterpret_cast<uint4*>(memory + cut.weights + buffer_of(turn)); };
   uint32_t* masks = reinterpret_cast<uint32_t*>(memory + cut.masks);
   const float* sums = reinterpret_cast<const float*>(memory + cut.sums);  // [2 * kHeads, pitch]
   float4* parts = reinterpret_cast<float4*>(memory + cut.rest);           // Gradients'
@@ -229,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const bool is_one = turn >= 0, has_next = image + 1 < end;
     workers_sync();
     if (is_one)
-      sum_over_channels<T, 2 * kHeads>(slots, of_sums, turn, positions, turn % 2 * cut.weight_bytes, [&] {
+      sum_over_channels<T, 2 * kHeads>(slots, of_sums, turn, positions, buffer_of(turn), [&] {
         if (makes && has_next) gradients.load(image + 1);
       });
     if (makes && has_next) gradients.begin(image + 1, turn + 1);
@@ -290,7 +289,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (!a.mean || chunk < 0) return make_float2(0, 0);
       const int low = chunk * cut.chunk + own.first + cut.classes * row, high = low + cut.classes * 8;
       if (makes) {
-        const float* means = a.of.grad_mean + static_cast<int64_t>(image) * channels + first_channel;
+        const float* means = a.of.grad_mean + image * channels + first_channel;
         return make_float2(means[low], means[high]);
       }
       const T* means = pairs_of(image) + (2 * a.heads + 1) * channels;
@@ -312,7 +311,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
 
       uint32_t weight[2];
-      load_matrix(weight, own.weights + turn % 2 * cut.weight_bytes + 16 * chunk * weight_rows(cut));
+      load_matrix(weight, own.weights + buffer_of(turn) + 16 * chunk * weight_rows(cut));
       const float low = share * mean.x, high = share * mean.y;
       T* own_rows = reinterpret_cast<T*>(memory + (z.address - slots.base)) +
                     (own.first + cut.classes * row) * positions + 2 * column - own.shift;
@@ -391,6 +390,7 @@ bool can_sweep_backward_rows(const BackwardSweep& a) {
   if (a.kind != Kind::kHalf && a.kind != Kind::kBFloat16) return false;
   if (a.heads < 1 || a.heads > kHeads || a.images < 1 || a.upstream.data != nullptr) return false;
   if (a.kind == Kind::kBFloat16 && a.unscale != nullptr) return false;
+  if (static_cast<int64_t>(a.images) * a.channels > INT32_MAX) return false;  // by which the mean's gradient is found
   return is_rows(a.z, a.positions) && is_rows(a.dz, a.positions) && backward_cut(a).slots > 0;
 }
 

@@ -166,7 +166,7 @@ struct Slots {
   // One thread: all of a block's loads, and stores of what became of its chunks, where `to` is not null.
   __device__ void move(const void* map, int64_t image_bytes, int images, void* to, int64_t image_bytes_to) const {
     // Or all clusters would be between sweeps at the same time, and memory would idle.
-    if (cut.pause > 0) pause(blockIdx.x / cut.blocks * cut.pause);
+    if (images > 1) pause(blockIdx.x / cut.blocks * cut.pause);
     const int loads = images * per_image, early = cut.chunks - cut.stay;
     int next = 0, of_image = 0;  // the load to ask for, its number in its image
     const uint8_t* from = static_cast<const uint8_t*>(map);
