@@ -93,6 +93,15 @@ def _product_of(implementation: str, dtype: torch.dtype) -> Callable[[Tensor, Te
     return torch.ops.ar_kernels_native.product.default if is_native else torch.mm
 
 
+def _eager_product_of(
+    implementation: str, z: Tensor, output_w: Tensor | None
+) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """The same of an eager call; None: the operators hypothesis and hypothesis_backward, which are for small ones."""
+    if implementation == "triton" and output_w is not None and _import_kernels().products.are_small(z, output_w):
+        return None
+    return _product_of(implementation, z.dtype)
+
+
 def _launch(name: str, tensors: list[Tensor | None], options: list[Any], *extra: Any) -> Any:
     """What the Triton operator of this name does, without the dispatcher."""
     return _launchers[name](*tensors, *options, *extra)
@@ -114,7 +123,7 @@ def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 def _import_kernels() -> ModuleType:
     try:
         from . import kernels
-        from .kernels import attend3x3, attend_backward, attend_forward, masks, rectify  # noqa: F401  (attributes)
+        from .kernels import attend3x3, attend_backward, attend_forward, masks, products, rectify  # noqa: F401
     except ImportError as error:
         raise RuntimeError(f"the operators of ar_kernels cannot run: {error}; {_WITHOUT_TRITON}") from error
     return kernels
@@ -458,6 +467,53 @@ _define(
 )
 
 
+# A batch's products with W_O, where they are small.
+
+
+def _hypothesis(features: Tensor, output_w: Tensor) -> Tensor:
+    hypothesis = _hypothesis_fake(features, output_w)
+    if hypothesis.shape[0] > 0:
+        with torch.cuda.device_of(features):
+            _kernels(features).products.hypothesis(features.contiguous(), output_w, hypothesis)
+    return hypothesis
+
+
+def _hypothesis_fake(features, output_w):
+    return features.new_empty(features.shape[0], output_w.shape[0])
+
+
+def _hypothesis_backward(
+    grad: Tensor, features: Tensor, output_w: Tensor, needs_features: bool, needs_output_w: bool
+) -> tuple[Tensor, Tensor]:
+    gradients = _hypothesis_backward_fake(grad, features, output_w, needs_features, needs_output_w)
+    dfeatures, doutput_w = gradients
+    if grad.shape[0] == 0:
+        doutput_w.zero_()
+    elif needs_features or needs_output_w:
+        with torch.cuda.device_of(grad):
+            _kernels(grad).products.hypothesis_backward(
+                grad,
+                features.contiguous(),  # saved tensors come back as the user's hooks unpack them
+                output_w,
+                dfeatures if needs_features else None,
+                doutput_w if needs_output_w else None,
+            )
+    return gradients
+
+
+def _hypothesis_backward_fake(grad, features, output_w, needs_features, needs_output_w):
+    dfeatures = features.new_empty(features.shape) if needs_features else features.new_empty(0)
+    return dfeatures, output_w.new_empty(output_w.shape) if needs_output_w else output_w.new_empty(0)
+
+
+_define("hypothesis(Tensor features, Tensor output_w) -> Tensor", _hypothesis, _hypothesis_fake, native=False)
+_define(
+    "hypothesis_backward(Tensor grad, Tensor features, Tensor output_w, bool needs_features, bool needs_output_w) "
+    "-> (Tensor, Tensor)",
+    _hypothesis_backward, _hypothesis_backward_fake, native=False,
+)  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------- their Functions
 
 
@@ -472,7 +528,7 @@ def _mask_bias_gradient(lse: Tensor, b: Tensor, grad_lse: Tensor | None, grad_lo
 
 def _forward(
     run: Callable[..., Any],
-    multiply: Callable[[Tensor, Tensor], Tensor],
+    multiply: Callable[[Tensor, Tensor], Tensor] | None,
     z: Tensor,
     w: Tensor,
     b: Tensor | None,
@@ -486,13 +542,24 @@ def _forward(
     taps_first: bool,
 ) -> tuple[Tensor | None, ...]:
     """The operator's outputs and the hypothesis; those that were not asked for are empty or None. run: _dispatch with
-    an implementation, or _launch. multiply: as _product_of has it."""
+    an implementation, or _launch. multiply: as _eager_product_of has it."""
     tensors = [z, w, b, score_w, score_b]
     if w.dim() == 2:
         outputs = run("gated_attend", tensors, [gated_heads, wants_logits, wants_mean, alike])
     else:
         outputs = run("gated_attend3x3", tensors, [gated_heads, wants_mean, alike], taps_first)
-    return *outputs, None if output_w is None else multiply(outputs[5], _in_dtype(output_w, z.dtype).t())
+    return *outputs, None if output_w is None else _hypothesis_of(run, multiply, outputs[5], output_w)
+
+
+def _hypothesis_of(
+    run: Callable[..., Any],
+    multiply: Callable[[Tensor, Tensor], Tensor] | None,
+    features: Tensor,
+    output_w: Tensor,
+) -> Tensor:
+    if multiply is None:
+        return run("hypothesis", [features, output_w], [])
+    return multiply(features, _in_dtype(output_w, features.dtype).t())
 
 
 def _in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -614,7 +681,7 @@ def _backward(
 
 def _eager_backward(
     run: Callable[..., Any],
-    multiply: Callable[[Tensor, Tensor], Tensor],
+    multiply: Callable[[Tensor, Tensor], Tensor] | None,
     z: Tensor,
     w: Tensor,
     b: Tensor | None,
@@ -644,13 +711,20 @@ def _eager_backward(
     """_backward's outputs and output_w's gradient."""
     doutput_w = None
     gradients: tuple[Tensor | None, ...] = (None,) * 4
-    if grad_hypothesis is not None and features is not None and output_w is not None:
-        if needs_output_w:
-            doutput_w = _in_dtype(multiply(grad_hypothesis.t(), features), output_w.dtype)
-        if needs_z or needs_w or needs_score:
-            grad_features = multiply(grad_hypothesis, _in_dtype(output_w, z.dtype))  # features is no output beside it
+    needs_attention = needs_z or needs_w or needs_score
+    if grad_hypothesis is not None and features is not None and output_w is not None:  # features is no output beside it
+        if multiply is None and (needs_attention or needs_output_w):
+            factors: list[Tensor | None] = [grad_hypothesis, features, output_w]
+            found = run("hypothesis_backward", factors, [needs_attention, needs_output_w])
+            grad_features = found[0] if needs_attention else None
+            doutput_w = found[1] if needs_output_w else None
+        elif multiply is not None:
+            if needs_output_w:
+                doutput_w = _in_dtype(multiply(grad_hypothesis.t(), features), output_w.dtype)
+            if needs_attention:
+                grad_features = multiply(grad_hypothesis, _in_dtype(output_w, z.dtype))
     grads = grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean
-    if (needs_z or needs_w or needs_score) and any(grad is not None for grad in grads):
+    if needs_attention and any(grad is not None for grad in grads):
         gradients = _backward(
             run, z, w, b, score_w, pooled, lse, logits, scores, gates, *grads, upstream,
             needs_z, needs_w, needs_score, _is_channels_last(z), taps_first,
@@ -698,8 +772,14 @@ class _GatedAttendBackward(torch.autograd.Function):
 _FORWARD, _BACKWARD = range(2)
 """What plans are made of."""
 
-_planned_forward = functools.partial(_forward, _launch, torch.mm)
-_planned_backward = functools.partial(_eager_backward, _launch, torch.mm)
+
+def _planned_forward(z: Tensor, w: Tensor, b: Any, score_w: Any, score_b: Any, output_w: Any, *options: Any) -> Any:
+    multiply = _eager_product_of("triton", z, output_w)
+    return _forward(_launch, multiply, z, w, b, score_w, score_b, output_w, *options)
+
+
+def _planned_backward(z: Tensor, w: Tensor, b: Any, score_w: Any, output_w: Any, *options: Any) -> Any:
+    return _eager_backward(_launch, _eager_product_of("triton", z, output_w), z, w, b, score_w, output_w, *options)
 
 
 def _eager_forward(
@@ -713,7 +793,7 @@ def _eager_forward(
     if implementation == "triton" and plans.are_used(z):
         made: Any = plans.run(_FORWARD, _planned_forward, _import_kernels().launch, tensors, options)
     else:
-        multiply = _product_of(implementation, z.dtype)
+        multiply = _eager_product_of(implementation, z, inputs[5])
         made = _forward(functools.partial(_dispatch, implementation), multiply, *tensors, *options)
     return tuple([made[i] if i < 8 else z.view_as(z) for i in wanted]), made
 
@@ -756,7 +836,7 @@ class _EagerGatedAttend(torch.autograd.Function):
             if implementation == "triton" and plans.are_used(z, grads):
                 found = plans.run(_BACKWARD, _planned_backward, _import_kernels().launch, tensors, options)
             else:
-                multiply = _product_of(implementation, z.dtype)
+                multiply = _eager_product_of(implementation, z, output_w)
                 found = _eager_backward(functools.partial(_dispatch, implementation), multiply, *tensors, *options)
         dz, dw, dscore_w, dscore_b, doutput_w = found
         return (

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ar_kernels import ops
-from ar_kernels.kernels import attend3x3, attend_backward, attend_forward, masks, rectify
+from ar_kernels.kernels import attend3x3, attend_backward, attend_forward, masks, products, rectify
 from ar_kernels.kernels.heuristics import Chip
 
 
@@ -66,7 +66,7 @@ def recording(chip):
         stack.enter_context(
             mock.patch.object(ops, "_kernels", lambda data: ops._import_kernels())
         )  # data is on the CPU
-        for module in (attend_forward, attend_backward, attend3x3, masks, rectify):
+        for module in (attend_forward, attend_backward, attend3x3, masks, products, rectify):
             for name, value in list(vars(module).items()):
                 if name.endswith("_kernel") and isinstance(value, triton.JITFunction):
                     stack.enter_context(mock.patch.object(module, name, Recorder(value, launches)))
@@ -169,6 +169,16 @@ def record_rectify(chip, dtype, mix):
     return launches
 
 
+def record_products(chip, dtype):
+    """A batch's products with W_O, whose weight is float32 as under autocast."""
+    features, output_w = torch.empty(128, 2560, dtype=dtype), torch.empty(100, 2560)
+    with recording(chip) as launches:
+        hypothesis = ops._hypothesis(features, output_w)
+        ops._hypothesis_backward(hypothesis, features, output_w, True, True)
+        ops._hypothesis_backward(hypothesis, features, output_w.to(dtype), True, True)
+    return launches
+
+
 def record_masks(chip, dtype):
     """Masks beside global heads, and their regulariser, forward and backward."""
     logits, lse = torch.empty(128, 8, 1024, dtype=dtype), torch.empty(128, 8, dtype=dtype)
@@ -258,6 +268,7 @@ def tasks_of(target, everything):
         yield from ((record, target, dtype, *case) for case, dtype in list(itertools.product(layers, DTYPES))[::every])
     yield from ((record_layer, target, torch.float32, *case, True) for case in LAYERS[:2])
     yield from ((record_layer3x3, target, torch.float32, *case, True) for case in LAYERS3X3[::every])
+    yield from ((record_products, target, dtype) for dtype in DTYPES[:2])
     yield record_masks, target, torch.float32
     yield from ((record_rectify, target, torch.bfloat16, mix) for mix in ("logit", "prob"))
 

@@ -11,11 +11,15 @@
 Bytes: hypotheses read once (twice for log and prob, the second time from cache) and their gradient written once.
 """
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .heuristics import next_power_of_2
+from .launch import Launch
 from .tiles import accumulator
 
 
@@ -130,23 +134,26 @@ def rectify_backward_kernel(
     tl.store(dscores + n * D + i, ds.to(dscores.dtype.element_ty), mask=i < D)
 
 
-def _sizes(hypotheses: Tensor, mix: str, gating: str | None) -> dict:
-    _, count, labels = hypotheses.shape
+@functools.lru_cache(maxsize=1024)
+def _plan(sizes: torch.Size, dtype: torch.dtype, mix: str, gating: str | None) -> tuple[Launch, Launch]:
+    images, count, labels = sizes
     rows = next_power_of_2(count)
-    return {
+    constants = {
         "D": count,
         "L": labels,
         "D_TILE": rows,
         "L_TILE": max(1, min(next_power_of_2(labels), 4096 // rows)),
         "MIX": mix,
         "GATING": gating or "none",
-        "ACC": accumulator(hypotheses.dtype),
+        "ACC": accumulator(dtype),
     }
+    grid = (images,)
+    return Launch(rectify_forward_kernel, grid, (), **constants), Launch(rectify_backward_kernel, grid, (), **constants)
 
 
 def rectify_forward(hypotheses: Tensor, scores: Tensor, mix: str, gating: str | None, y: Tensor, lse: Tensor) -> None:
     """Launches into y [N, L] and lse [N, D+1] (left unwritten for the logit mix)."""
-    rectify_forward_kernel[(hypotheses.shape[0],)](hypotheses, scores, y, lse, **_sizes(hypotheses, mix, gating))
+    _plan(hypotheses.shape, hypotheses.dtype, mix, gating)[0](hypotheses, scores, y, lse)
 
 
 def rectify_backward(
@@ -161,6 +168,4 @@ def rectify_backward(
     dscores: Tensor,
 ) -> None:
     """Launches into dh [N, D+1, L] and dscores [N, D+1]."""
-    rectify_backward_kernel[(hypotheses.shape[0],)](
-        grad, hypotheses, scores, y, lse, dh, dscores, **_sizes(hypotheses, mix, gating)
-    )
+    _plan(hypotheses.shape, hypotheses.dtype, mix, gating)[1](grad, hypotheses, scores, y, lse, dh, dscores)
