@@ -143,13 +143,27 @@ def _kernels(data: Tensor) -> ModuleType:
 _NOTHING = nullcontext()
 
 
+class _AutocastOff:
+    """torch.autocast(kind, enabled=False) inside another one, at a tenth of its host time."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def __enter__(self) -> None:
+        torch.set_autocast_enabled(self._kind, False)
+
+    def __exit__(self, *error: object) -> None:
+        torch.set_autocast_enabled(self._kind, True)
+
+
 def autocast_off(data: Tensor) -> AbstractContextManager[Any]:
     """The computation runs in its input's dtype; outside autocast there is nothing to switch, and no time to lose."""
     if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
         return _NOTHING
     kind = data.device.type
-    on = kind != "meta" and torch.is_autocast_enabled(kind)  # meta knows no autocast and would raise
-    return torch.autocast(kind, enabled=False) if on else nullcontext()
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # meta knows no autocast and would raise
+        return _NOTHING
+    return torch.autocast(kind, enabled=False) if torch.compiler.is_compiling() else _AutocastOff(kind)
 
 
 # ---------------------------------------------------------------------------------------------- gated_attend
@@ -704,13 +718,14 @@ def _eager_backward(
     upstream: Tensor | None,
     needs_z: bool,
     needs_w: bool,
-    needs_score: bool,
+    needs_score_w: bool,
+    needs_score_b: bool,
     needs_output_w: bool,
     taps_first: bool,
 ) -> tuple[Tensor | None, ...]:
-    """_backward's outputs and output_w's gradient."""
-    doutput_w = None
-    gradients: tuple[Tensor | None, ...] = (None,) * 4
+    """Gradients of z, w, score_w, score_b (in lse's dtype) and output_w, None where they are not needed."""
+    dz = dw = dscore_w = dscore_b = doutput_w = None
+    needs_score = needs_score_w or needs_score_b
     needs_attention = needs_z or needs_w or needs_score
     if grad_hypothesis is not None and features is not None and output_w is not None:  # features is no output beside it
         if multiply is None and (needs_attention or needs_output_w):
@@ -725,11 +740,17 @@ def _eager_backward(
                 grad_features = multiply(grad_hypothesis, _in_dtype(output_w, z.dtype))
     grads = grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean
     if needs_attention and any(grad is not None for grad in grads):
-        gradients = _backward(
+        dz, dw, dscore_w, dscore_b = _backward(
             run, z, w, b, score_w, pooled, lse, logits, scores, gates, *grads, upstream,
             needs_z, needs_w, needs_score, _is_channels_last(z), taps_first,
         )  # fmt: skip
-    return *gradients, doutput_w
+    return (
+        dz if needs_z else None,
+        dw if needs_w else None,
+        dscore_w if needs_score_w else None,
+        dscore_b if needs_score_b else None,
+        doutput_w,
+    )
 
 
 class _GatedAttendBackward(torch.autograd.Function):
@@ -828,7 +849,7 @@ class _EagerGatedAttend(torch.autograd.Function):
             received[i] = grad
         needs_z, needs_w, needs_b, needs_score_w, needs_score_b, needs_output_w, _, _ = ctx.needs_input_grad
         tensors = [z, w, b, score_w, output_w, pooled, lse, logits, scores, gates, features, *received]
-        options = [needs_z, needs_w, needs_score_w or needs_score_b, needs_output_w, taps_first]
+        options = [needs_z, needs_w, needs_score_w, needs_score_b, needs_output_w, taps_first]
         if all([grad is None for grad in received[:8]]):  # nothing but the tap was used
             return received[8], None, None, None, None, None, None, None
         found: Any
@@ -839,16 +860,10 @@ class _EagerGatedAttend(torch.autograd.Function):
                 multiply = _eager_product_of(implementation, z, output_w)
                 found = _eager_backward(functools.partial(_dispatch, implementation), multiply, *tensors, *options)
         dz, dw, dscore_w, dscore_b, doutput_w = found
-        return (
-            dz if needs_z else None,
-            dw if needs_w else None,
-            _mask_bias_gradient(lse, b, received[1], received[2]) if needs_b else None,
-            dscore_w if needs_score_w else None,
-            dscore_b.to(score_b.dtype) if needs_score_b else None,
-            doutput_w,
-            None,
-            None,
-        )
+        db = _mask_bias_gradient(lse, b, received[1], received[2]) if needs_b else None
+        if dscore_b is not None:
+            dscore_b = dscore_b.to(score_b.dtype)
+        return dz, dw, db, dscore_w, dscore_b, doutput_w, None, None
 
 
 def _differentiated(
@@ -1073,7 +1088,9 @@ def _rectify_backward(
 
 
 def _rectify_backward_fake(grad, hypotheses, scores, output, lse, mix, gating):
-    return hypotheses.new_empty(hypotheses.shape), scores.new_empty(scores.shape)
+    """The hypotheses' gradient lies in memory one whole hypothesis after another: each is contiguous, and aligned."""
+    images, count, labels = hypotheses.shape
+    return hypotheses.new_empty(count, images, labels).transpose(0, 1), scores.new_empty(scores.shape)
 
 
 _define("rectify(Tensor hypotheses, Tensor scores, str mix, str? gating) -> (Tensor, Tensor)", _rectify, _rectify_fake)

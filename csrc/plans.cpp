@@ -39,6 +39,8 @@ constexpr int64_t kAlignment = 16;   // Triton compiles a kernel of its own for 
 constexpr size_t kMostPlans = 1024;  // then all are forgotten: as many as the launchers keep
 constexpr size_t kTrailing = 2;      // pointers to scratch of Triton's own, which these kernels do not use
 constexpr int64_t kWarp = 32;
+constexpr int64_t kMostShared = 1 << 16;  // bytes of an allocation that shares one with others
+constexpr int64_t kApart = 512;           // at multiples of as many bytes, as PyTorch's own blocks
 
 // ---------------------------------------------------------------------------------------------- the driver
 
@@ -392,6 +394,62 @@ void check_kernel(const Step& launch) {
                   " parameters, got more");
 }
 
+int64_t bytes_of(const Allocation& allocation) {
+  int64_t last = 0;
+  for (size_t i = 0; i < allocation.sizes.size(); ++i) {
+    if (allocation.sizes[i] == 0) return 0;
+    last += (allocation.sizes[i] - 1) * allocation.strides[i];
+  }
+  return (last + 1) * static_cast<int64_t>(aoti_torch_dtype_element_size(allocation.dtype));
+}
+
+// Puts what is small, no output and used by kernels alone into one allocation, the last, in place of one each: to
+// allocate takes half as long as to launch. An allocation that no step is the first to use is never made.
+void share_scratch(Plan& plan, int64_t given) {
+  const auto count = static_cast<int64_t>(plan.allocations.size());
+  std::vector<bool> alone(count);
+  for (const int64_t i : plan.outputs)
+    if (i >= 0) alone[i] = true;
+  for (const Step& step : plan.steps) {
+    if (step.kind == Kind::kLaunch) continue;
+    for (const Parameter& parameter : step.parameters)
+      if (parameter.slot >= given) alone[parameter.slot - given] = true;
+    if (step.kind == Kind::kOperator) continue;
+    for (int i = 0; i < (step.kind == Kind::kProduct ? 2 : 1); ++i)
+      if (step.from[i] >= given) alone[step.from[i] - given] = true;
+    alone[step.result] = true;
+  }
+  std::vector<int64_t> places(count, -1);
+  int64_t total = 0, shared = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t bytes = bytes_of(plan.allocations[i]);
+    if (alone[i] || bytes > kMostShared) continue;
+    places[i] = total;
+    total += (bytes + kApart - 1) / kApart * kApart;
+    ++shared;
+  }
+  if (shared < 2) return;
+  plan.allocations.push_back({{total}, {1}, aoti_torch_dtype_uint8(), torch::headeronly::ScalarType::Byte});
+  Step *first = nullptr, *last = nullptr;
+  for (Step& step : plan.steps) {
+    const auto drop = [&](std::vector<size_t>& indices) {
+      const auto kept = std::remove_if(indices.begin(), indices.end(), [&](size_t i) { return places[i] >= 0; });
+      const bool any = kept != indices.end();
+      indices.erase(kept, indices.end());
+      return any;
+    };
+    if (drop(step.before) && first == nullptr) first = &step;
+    if (drop(step.after)) last = &step;
+    for (Parameter& parameter : step.parameters) {
+      if (parameter.slot < given || places[parameter.slot - given] < 0) continue;
+      parameter.value += places[parameter.slot - given];
+      parameter.slot = given + count;
+    }
+  }
+  first->before.push_back(count);
+  last->after.push_back(count);
+}
+
 // Keeps what a call with these tensors and options did. allocated: tensors like those that it allocated, on any device.
 // outputs: which of them it returned, -1 for an empty one. steps: each a Kind and, of a launch, the kernel's handle,
 // the grid, warps, bytes of shared memory, the number of parameters, and of each parameter its slot and value; of a
@@ -466,6 +524,7 @@ void record(Tensors tensors, Numbers options, std::vector<Tensor> allocated, Num
     STD_TORCH_CHECK(last[i] >= 0, "no step uses allocation ", i);
     if (!is_output[i]) plan->steps[last[i]].after.push_back(i);
   }
+  share_scratch(*plan, given);
   Numbers key;
   std::vector<char*> addresses;
   describe(tensors, options, key, addresses);

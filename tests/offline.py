@@ -169,9 +169,9 @@ def record_rectify(chip, dtype, mix):
     return launches
 
 
-def record_products(chip, dtype):
-    """A batch's products with W_O, whose weight is float32 as under autocast."""
-    features, output_w = torch.empty(128, 2560, dtype=dtype), torch.empty(100, 2560)
+def record_products(chip, dtype, labels):
+    """A batch's products with W_O, whose weight is float32 as under autocast, then of the features' dtype."""
+    features, output_w = torch.empty(128, 2560, dtype=dtype), torch.empty(labels, 2560)
     with recording(chip) as launches:
         hypothesis = ops._hypothesis(features, output_w)
         ops._hypothesis_backward(hypothesis, features, output_w, True, True)
@@ -268,7 +268,7 @@ def tasks_of(target, everything):
         yield from ((record, target, dtype, *case) for case, dtype in list(itertools.product(layers, DTYPES))[::every])
     yield from ((record_layer, target, torch.float32, *case, True) for case in LAYERS[:2])
     yield from ((record_layer3x3, target, torch.float32, *case, True) for case in LAYERS3X3[::every])
-    yield from ((record_products, target, dtype) for dtype in DTYPES[:2])
+    yield from ((record_products, target, dtype, labels) for dtype in DTYPES[:2] for labels in (100, 200))
     yield record_masks, target, torch.float32
     yield from ((record_rectify, target, torch.bfloat16, mix) for mix in ("logit", "prob"))
 

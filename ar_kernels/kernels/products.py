@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .launch import Launch
 
-_MOST_RESULTS = 2**15
-"""Images times labels: measured on an H100 against cuBLAS up to 128 × 200 and 256 × 100, where these kernels are
-faster; they are slower at 128 × 1000."""
+_MOST_IMAGES, _MOST_RESULTS = 256, 2**15
+"""Images, and images times labels. Measured on an H100 against cuBLAS: faster up to 128 × 200 and 256 × 100, slower at
+128 × 1000, and at 1024 × 10 backward."""
 
 _MOST_COLUMNS = 4096
 """K·C: a program goes through all of them, and cuBLAS splits them. 2,560 were measured."""
@@ -24,8 +24,9 @@ _MOST_COLUMNS = 4096
 
 def are_small(z: Tensor, output_w: Tensor) -> bool:
     """Whether the products of z's batch with output_w are for these kernels."""
-    labels, columns = output_w.shape
-    return z.dtype.itemsize == 2 and z.shape[0] * labels <= _MOST_RESULTS and columns <= _MOST_COLUMNS
+    images, (labels, columns) = z.shape[0], output_w.shape
+    few = images <= _MOST_IMAGES and images * labels <= _MOST_RESULTS
+    return z.dtype.itemsize == 2 and few and columns <= _MOST_COLUMNS
 
 
 @triton.jit
@@ -102,13 +103,15 @@ def _backward_plan(
     needs_features: bool,
     needs_output_w: bool,
 ) -> Launch:
-    rows, width, inner = 32, 64, 256 // w_bytes  # of a float32 W_O as many bytes: more spill registers on AMD
+    wide = labels > 128
+    rows, width, warps = (64, 128, 8) if wide else (32, 64, 4)
+    inner = 64 if wide else 256 // w_bytes  # of a float32 W_O as many bytes: more spill registers on AMD
     tiles = triton.cdiv(images, rows) if needs_features else 0
     programs = tiles + (triton.cdiv(labels, rows) if needs_output_w else 0)
     return Launch(
         hypothesis_backward_kernel, (programs, triton.cdiv(columns, width)),
         (images, tiles, labels, columns, *grad_strides, *w_strides),
-        ROWS=rows, COLUMNS=width, INNER=inner, num_warps=4, num_stages=2,
+        ROWS=rows, COLUMNS=width, INNER=inner, num_warps=warps, num_stages=2,
     )  # fmt: skip
 
 

@@ -125,7 +125,8 @@ def rectify_backward_kernel(
             mixed = tl.load(y + n * L + l, mask=l < L, other=0.0)
             log_p = tile - shift[:, None]
             slope = dy[None, :] * tl.exp(log_p + log_gates[:, None] - mixed[None, :]) - tl.exp(log_p) * dgates[:, None]
-        tl.store(dh + n * (D * L) + i[:, None] * L + l[None, :], slope.to(dh.dtype.element_ty), mask=real)
+        rows = i[:, None] * tl.num_programs(0).to(tl.int64) + n
+        tl.store(dh + rows * L + l[None, :], slope.to(dh.dtype.element_ty), mask=real)
     ds = dgates - gates * tl.sum(dgates, axis=0)
     if GATING == "sigmoid":
         ds = (1.0 - sigma) * ds
@@ -167,5 +168,5 @@ def rectify_backward(
     dh: Tensor,
     dscores: Tensor,
 ) -> None:
-    """Launches into dh [N, D+1, L] and dscores [N, D+1]."""
+    """Launches into dh [N, D+1, L], whose memory is [D+1, N, L], and dscores [N, D+1]."""
     _plan(hypotheses.shape, hypotheses.dtype, mix, gating)[1](grad, hypotheses, scores, y, lse, dh, dscores)

@@ -503,7 +503,7 @@ std::tuple<Tensor, Tensor> rectify_backward(const Tensor& grad, const Tensor& hy
   check_shape("grad", grad, {arguments.images, arguments.labels});
   check_shape("output", output, {arguments.images, arguments.labels});
   if (arguments.mix != Mix::kLogit) check_shape("lse", lse, {arguments.images, arguments.hypotheses});
-  const Tensor dh = empty({arguments.images, arguments.hypotheses, arguments.labels}, hypotheses.scalar_type());
+  const Tensor dh = empty({arguments.hypotheses, arguments.images, arguments.labels}, hypotheses.scalar_type());
   const Tensor ds = empty({arguments.images, arguments.hypotheses}, dtype);
   const MaybeTensor inputs[] = {contiguous(hypotheses), accumulated(scores, dtype), accumulated(grad, dtype),
                                 accumulated(output, dtype), accumulated(lse, dtype)};
@@ -518,7 +518,8 @@ std::tuple<Tensor, Tensor> rectify_backward(const Tensor& grad, const Tensor& hy
   in_parallel(
       arguments.images, hypotheses.numel(), rectify_scratch(arguments),
       [&](int64_t begin, int64_t end, void* memory) { target.rectify_backward(arguments, begin, end, memory); });
-  return {dh, scores.scalar_type() == dtype ? ds : torch::stable::to(ds, scores.scalar_type())};
+  return {torch::stable::transpose(dh, 0, 1),
+          scores.scalar_type() == dtype ? ds : torch::stable::to(ds, scores.scalar_type())};
 }
 
 // Whether a matrix has its elements of the second dimension beside each other.

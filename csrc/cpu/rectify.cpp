@@ -111,7 +111,7 @@ void backward(const RectifyArguments& a, int64_t begin, int64_t end, void* memor
     };
     for (int64_t i = 0; i < count; ++i) {
       const T* h = (const T*)a.h + (n * count + i) * labels;
-      T* dh = (T*)a.dh + (n * count + i) * labels;
+      T* dh = (T*)a.dh + (i * a.images + n) * labels;
       const A lse = a.mix == Mix::kLogit ? A(0) : ((const A*)a.lse)[n * count + i];
       Vector<A> shared = {}, dgate = {};
       for_each_vector<A>(labels, [&](int64_t l, int lanes) {

@@ -21,7 +21,7 @@ struct RectifyArguments {
   void* output;        // [N, L], written forward and read backward, as is
   void* lse;           // [N, D+1], null for kLogit
   const void* grad;    // [N, L]; this and what follows, backward alone
-  void* dh;            // [N, D+1, L], the hypotheses' dtype
+  void* dh;            // [D+1, N, L], the hypotheses' dtype
   void* ds;            // [N, D+1]
 };
 
