@@ -94,6 +94,11 @@ HAND_MADE = [
     ("sigmoid gates without their slope", f"{KERNELS}rectify.py", "ds = (1.0 - sigma) * ds", "ds = 1.0 * ds"),
     ("the log mix without its softmax", f"{KERNELS}rectify.py", "slope = gates[:, None] * (dy[None, :] - tl.exp(tile - shift[:, None]) * dy_sum)", "slope = gates[:, None] * dy[None, :] + 0.0 * tile"),
     ("global gates not centred", f"{KERNELS}rectify.py", "ds = dgates - gates * tl.sum(dgates, axis=0)", "ds = dgates"),
+    ("hypotheses' gradients in another order", f"{KERNELS}rectify.py", "rows = i[:, None] * tl.num_programs(0).to(tl.int64) + n", "rows = n * D + i[:, None]"),
+    # products with W_O
+    ("the last columns of W_O left out", f"{KERNELS}products.py", "for first in range(0, inner, INNER):", "for first in range(0, inner // INNER * INNER, INNER):"),
+    ("a gradient of W_O by columns", f"{KERNELS}products.py", "grad, grad_label, grad_image, features, columns, 1, doutput_w", "grad, grad_image, grad_label, features, columns, 1, doutput_w"),
+    ("W_O's gradient from the first tile", f"{KERNELS}products.py", "doutput_w, tile - tiles, labels", "doutput_w, tile, labels"),
     # operators and their derivatives
     ("the bias's gradient of lse alone", f"{PACKAGE}ops.py", "        db = db + grad_logits.sum(dim=(0, 2))\n", "        pass\n"),
     ("gradients in the map's layout, never its own", f"{PACKAGE}ops.py", "return z.stride(1) < z.stride(-1)", "return False"),
@@ -127,7 +132,7 @@ HAND_MADE = [
 ]  # fmt: skip
 
 SAMPLED_FROM = (
-    *(f"{KERNELS}{name}.py" for name in ("attend_forward", "attend_backward", "attend3x3", "rectify", "tiles")),
+    *(f"{KERNELS}{name}.py" for name in ("attend_forward", "attend_backward", "attend3x3", "products", "rectify", "tiles")),
     *(f"{PACKAGE}{name}.py" for name in ("ops", "functional", "eager", "modules", "losses", "attend_rectify")),
 )
 
@@ -170,6 +175,7 @@ TESTS = {
     SPATIAL: OF_3X3,
     f"{KERNELS}tiles.py": [["tests/test_heuristics.py"], *OF_1X1[:2], *OF_3X3[:1], ["tests/test_ops.py", "-k", "beyond"], *OF_1X1[2:], *OF_3X3[1:]],
     f"{KERNELS}rectify.py": [["tests/test_ops.py", "-k", "rectify and triton"], ["tests/test_extremes.py", "-k", "rectify"]],
+    f"{KERNELS}products.py": [["tests/test_products.py"]],
     f"{PACKAGE}ops.py": OF_OPS,
     f"{PACKAGE}eager.py": [["tests/test_attend.py", "-k", "eager and (float64_equals or no_copy)"], *OF_OPS],
     f"{PACKAGE}functional.py": [

@@ -41,6 +41,7 @@ TESTS = [
     ("test_attend3x3.py", "lines_that_are_tiles or need_neither"),
     ("test_attend3x3.py", "same_bits"),
     ("test_ops.py", "test_rectify and not many_labels"),
+    ("test_products.py", "values or needed or strides"),
     ("test_ops.py", "test_masks"),
 ]
 OF_COPIES = [
@@ -49,7 +50,7 @@ OF_COPIES = [
         for taps in ("9-", "1-")
         for dtype in ("float32", "float16", "bfloat16")
     ),
-    ("test_copied_inputs.py", "test_rectify"),
+    ("test_copied_inputs.py", "test_rectify or test_products"),
     ("test_copied_inputs.py", "test_masks"),
 ]
 TOOLS = {"initcheck": OF_COPIES, "racecheck": TESTS, "memcheck": TESTS}

@@ -160,6 +160,17 @@ def test_rectify(mix, dtype, fused, device):
 
 
 @pytest.mark.parametrize("implementation", ["triton"])
+@pytest.mark.parametrize("labels", [37, 150])
+@pytest.mark.parametrize("w_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products(w_dtype, labels, implementation, device):
+    values, operators = Values(device), ops._operators(implementation)
+    features, output_w = values(35, 130, dtype=torch.bfloat16), values(labels, 130, dtype=w_dtype)
+    hypothesis = operators.hypothesis(features, output_w)
+    gradients = operators.hypothesis_backward(values.like(hypothesis), features, output_w, True, True)
+    assert_finite((hypothesis, *gradients))
+
+
+@pytest.mark.parametrize("implementation", ["triton"])
 def test_masks(implementation, device):
     values, operators = Values(device), ops._operators(implementation)
     logits, lse = values(3, 5, 35, dtype=torch.float32), values(3, 5, dtype=torch.float32, scale=0.125)

@@ -74,6 +74,15 @@ def test_rectify(mix, gating, implementation, device):
     assert torch.autograd.gradgradcheck(function, (h, s), fast_mode=True)
 
 
+def test_gradients_of_each_hypothesis_are_contiguous(fused, device):
+    """And lie one after another, so that each is aligned where all are: the layers' backwards read them."""
+    h = [torch.randn(8, 5, device=device).bfloat16().requires_grad_() for _ in range(3)]
+    mixed = ar_kernels.rectify(h, torch.zeros(8, 3, device=device), implementation=fused)
+    grads = torch.autograd.grad(mixed.sum(), h)
+    assert all(grad.is_contiguous() for grad in grads)
+    assert [grad.storage_offset() for grad in grads] == [0, 40, 80]
+
+
 @pytest.mark.parametrize("mix", MIXES)
 def test_rectify_many_labels_in_half_precision(mix, poisoned_memory, fused, device):
     """More labels than a tile holds, bf16 hypotheses, rows of large and small scores, a list as input."""
@@ -175,6 +184,11 @@ def test_opcheck(dtype, fused, device):
     if fused == "native":
         torch.library.opcheck(operators.product, (h[0], h[1].mT.contiguous()))
     if fused == "triton":
+        features, output_w = gates.new_ones(4, 6).bfloat16(), gates.new_ones(5, 6)
+        torch.library.opcheck(operators.hypothesis, (features, output_w))
+        grad = operators.hypothesis(features, output_w)
+        for needs in ((True, True), (True, False), (False, True)):
+            torch.library.opcheck(operators.hypothesis_backward, (grad, features, output_w, *needs))
         torch.library.opcheck(operators.attention_masks, (logits, lse_of_heads, 2))
         masks = operators.attention_masks(logits, lse_of_heads, 2)
         torch.library.opcheck(operators.attention_masks_backward, (masks, masks, 5))

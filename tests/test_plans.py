@@ -183,6 +183,45 @@ def test_products_and_conversions_are_repeated(toy):
     assert toy.python == 1
 
 
+def test_small_scratch_shares_one_allocation(driver):
+    """Three kernels: x to a, x to b, both to the result. a and b are apart in one piece of memory, which the caller
+    never sees; what is large, and what is a result, has its own."""
+    places = []
+
+    def copy(source, to, out, count):
+        places.append([source, to, out])
+        x, a, b = (ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)) for pointer in (source, to, out))
+        for i in range(count):
+            if out:
+                b[i] = x[i] + a[i]
+            else:
+                a[i] = x[i]
+
+    def kernel_of(pointers):
+        @ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_void_p))
+        def call(grid, parameters):
+            words = [ctypes.cast(parameters[i], ctypes.POINTER(ctypes.c_int64))[0] for i in range(pointers + 1)]
+            copy(*words[:pointers], *[0] * (3 - pointers), words[pointers])
+
+        return _Kernel(ctypes.cast(call, ctypes.c_void_p), pointers + 3, (8,) * pointers + (4, 8, 8), 0), call
+
+    kernels = [kernel_of(2), kernel_of(3)]
+    copying, adding = (ctypes.addressof(kernel) for kernel, _ in kernels)
+    for count, is_shared in ((200, True), (2**14 + 1, False)):  # 800 bytes, and more than 2**16
+        like = torch.empty(count, device="meta")
+        x, key = whole(count), [next(_numbers)]
+        steps = []
+        for kernel, slots in ((copying, (0, 1)), (copying, (0, 2)), (adding, (1, 2, 3))):
+            steps += [0, kernel, 1, 1, 1, 4, 0, len(slots) + 1, *[part for slot in slots for part in (slot, 0)], -1, count]
+        torch.ops.ar_kernels_plans.record([x], key, [like] * 3, [2], steps)
+        places.clear()
+        (got,) = torch.ops.ar_kernels_plans.replay([x], key)
+        assert torch.equal(got, 2 * x)
+        (_, a, _), (_, b, _), (*both, out) = places
+        assert both == [a, b] and out == got.data_ptr()
+        assert (abs(b - a) == 1024) == is_shared
+
+
 @pytest.fixture
 def sweep():
     """The operator sweep_backward_ of csrc/cuda; on a CPU it adds z, lse and, where it is there, b into dz."""
