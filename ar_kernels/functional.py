@@ -31,8 +31,7 @@ _FUSED = ("triton", "native")
 """Implementations behind the operators of ops.py."""
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_MIXES = ("logit", "log", "prob")
-_GATINGS = ("softmax", "sigmoid", None)
+_MIXES, _GATINGS = ops.MIXES, ops.GATINGS
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -477,7 +476,7 @@ def _stack(hypotheses: Sequence[Tensor]) -> Tensor:
     dtype = hypotheses[0].dtype
     for hypothesis in hypotheses[1:]:
         dtype = torch.promote_types(dtype, hypothesis.dtype)
-    return torch.stack([hypothesis.to(dtype) for hypothesis in hypotheses], dim=1)
+    return torch.stack([value if value.dtype == dtype else value.to(dtype) for value in hypotheses], dim=1)
 
 
 # ---------------------------------------------------------------------------------------------- checking

@@ -790,7 +790,7 @@ class _GatedAttendBackward(torch.autograd.Function):
         return _map_samples(_GatedAttendBackward, info, in_dims, arguments)
 
 
-_FORWARD, _BACKWARD = range(2)
+_FORWARD, _BACKWARD, _RECTIFY, _RECTIFY_BACKWARD = range(4)
 """What plans are made of."""
 
 
@@ -1057,6 +1057,9 @@ def gated_hypothesis(features: Tensor, output_weight: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------- rectify
 
+MIXES = ("logit", "log", "prob")
+GATINGS = ("softmax", "sigmoid", None)
+
 
 def _rectify(hypotheses: Tensor, scores: Tensor, mix: str, gating: str | None) -> tuple[Tensor, Tensor]:
     outputs = _rectify_fake(hypotheses, scores, mix, gating)
@@ -1102,10 +1105,26 @@ _define(
 )
 
 
+def _run_rectify(
+    number: int, name: str, implementation: str, tensors: list[Any], mix: str, gating: str | None
+) -> Any:
+    """The operator of this name, by a plan where one may be used."""
+    if implementation == "triton" and _is_eager() and plans.are_used(tensors[0], tensors):
+        options = [MIXES.index(mix), GATINGS.index(gating)]
+        return plans.run(number, functools.partial(_planned_rectify, name), _import_kernels().launch, tensors, options)
+    return _dispatch(implementation, name, tensors, [mix, gating])
+
+
+def _planned_rectify(name: str, *arguments: Any) -> Any:
+    *tensors, mix, gating = arguments
+    return _launch(name, tensors, [MIXES[mix], GATINGS[gating]])
+
+
 class _Rectify(torch.autograd.Function):
     @staticmethod
     def forward(hypotheses, scores, mix, gating, implementation):
-        return _dispatch(implementation, "rectify", [hypotheses, scores], [mix, gating])
+        output, lse = _run_rectify(_RECTIFY, "rectify", implementation, [hypotheses, scores], mix, gating)
+        return output, output.new_empty(0) if lse is None else lse
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -1126,7 +1145,8 @@ class _Rectify(torch.autograd.Function):
 class _RectifyBackward(torch.autograd.Function):
     @staticmethod
     def forward(grad, hypotheses, scores, output, lse, mix, gating, implementation):
-        return _dispatch(implementation, "rectify_backward", [grad, hypotheses, scores, output, lse], [mix, gating])
+        tensors = [grad, hypotheses, scores, output, lse]
+        return _run_rectify(_RECTIFY_BACKWARD, "rectify_backward", implementation, tensors, mix, gating)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -524,6 +524,26 @@ def test_the_second_call_of_3x3_heads_needs_no_python(device, ordinary, closed):
 
 @planned
 @pytest.mark.gpu
+@pytest.mark.parametrize("gating", ["softmax", None])
+@pytest.mark.parametrize("mix", ["logit", "prob"])
+def test_rectified_outputs_need_no_python(mix, gating, device, ordinary, monkeypatch):
+    """The logit mix has no log-sum-exp to keep."""
+
+    def mixed(seed):
+        torch.manual_seed(seed)
+        h = [torch.randn(8, 24, device=device).bfloat16().requires_grad_() for _ in range(3)]
+        s = torch.randn(8, 3, device=device, requires_grad=True)
+        y = ar_kernels.rectify(h, s, mix=mix, gating=gating, implementation="triton")
+        return dict(enumerate((y.detach(), *torch.autograd.grad(y.square().sum(), (*h, s), allow_unused=True))))
+
+    mixed(0)
+    want = ordinary(mixed, 1)
+    monkeypatch.setattr(ops, "_planned_rectify", lambda *arguments: pytest.fail("went through Python"))
+    equal(mixed(1), want)
+
+
+@planned
+@pytest.mark.gpu
 def test_what_a_plan_is_not_for_goes_the_ordinary_way(device, ordinary):
     """Unaligned tensors, tensors in one place, weights that must be copied; each again when it is as usual."""
     z, weights = drawn(device)
