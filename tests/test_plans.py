@@ -212,7 +212,8 @@ def test_small_scratch_shares_one_allocation(driver):
         x, key = whole(count), [next(_numbers)]
         steps = []
         for kernel, slots in ((copying, (0, 1)), (copying, (0, 2)), (adding, (1, 2, 3))):
-            steps += [0, kernel, 1, 1, 1, 4, 0, len(slots) + 1, *[part for slot in slots for part in (slot, 0)], -1, count]
+            pointers = [part for slot in slots for part in (slot, 0)]
+            steps += [0, kernel, 1, 1, 1, 4, 0, len(slots) + 1, *pointers, -1, count]
         torch.ops.ar_kernels_plans.record([x], key, [like] * 3, [2], steps)
         places.clear()
         (got,) = torch.ops.ar_kernels_plans.replay([x], key)

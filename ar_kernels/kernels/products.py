@@ -87,7 +87,8 @@ def hypothesis_backward_kernel(
 def _forward_plan(images: int, labels: int, columns: int, w_strides: tuple[int, ...]) -> Launch:
     rows = 16
     return Launch(
-        hypothesis_kernel, (triton.cdiv(images, rows), triton.cdiv(labels, rows)), (images, labels, columns, *w_strides),
+        hypothesis_kernel, (triton.cdiv(images, rows), triton.cdiv(labels, rows)),
+        (images, labels, columns, *w_strides),
         ROWS=rows, COLUMNS=rows, INNER=128, num_warps=4, num_stages=4,
     )  # fmt: skip
 
