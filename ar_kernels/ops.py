@@ -97,7 +97,7 @@ def _eager_product_of(
     implementation: str, z: Tensor, output_w: Tensor | None
 ) -> Callable[[Tensor, Tensor], Tensor] | None:
     """The same of an eager call; None: the operators hypothesis and hypothesis_backward, which are for small ones."""
-    if implementation == "triton" and output_w is not None and _import_kernels().products.are_small(z, output_w):
+    if implementation == "triton" and output_w is not None and _import_kernels().products.are_for_us(z, output_w):
         return None
     return _product_of(implementation, z.dtype)
 
@@ -1091,9 +1091,10 @@ def _rectify_backward(
 
 
 def _rectify_backward_fake(grad, hypotheses, scores, output, lse, mix, gating):
-    """The hypotheses' gradient lies in memory one whole hypothesis after another: each is contiguous, and aligned."""
+    """The hypotheses' gradient is [D+1, N, L]: each one's is contiguous, as plans of the layers' backwards want it, and
+    begins at a multiple of 16 bytes where N·L values are one."""
     images, count, labels = hypotheses.shape
-    return hypotheses.new_empty(count, images, labels).transpose(0, 1), scores.new_empty(scores.shape)
+    return hypotheses.new_empty(count, images, labels), scores.new_empty(scores.shape)
 
 
 _define("rectify(Tensor hypotheses, Tensor scores, str mix, str? gating) -> (Tensor, Tensor)", _rectify, _rectify_fake)
@@ -1105,9 +1106,7 @@ _define(
 )
 
 
-def _run_rectify(
-    number: int, name: str, implementation: str, tensors: list[Any], mix: str, gating: str | None
-) -> Any:
+def _run_rectify(number: int, name: str, implementation: str, tensors: list[Any], mix: str, gating: str | None) -> Any:
     """The operator of this name, by a plan where one may be used."""
     if implementation == "triton" and _is_eager() and plans.are_used(tensors[0], tensors):
         options = [MIXES.index(mix), GATINGS.index(gating)]
@@ -1146,7 +1145,8 @@ class _RectifyBackward(torch.autograd.Function):
     @staticmethod
     def forward(grad, hypotheses, scores, output, lse, mix, gating, implementation):
         tensors = [grad, hypotheses, scores, output, lse]
-        return _run_rectify(_RECTIFY_BACKWARD, "rectify_backward", implementation, tensors, mix, gating)
+        dh, dscores = _run_rectify(_RECTIFY_BACKWARD, "rectify_backward", implementation, tensors, mix, gating)
+        return dh.transpose(0, 1), dscores
 
     @staticmethod
     def setup_context(ctx, inputs, output):

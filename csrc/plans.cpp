@@ -404,7 +404,8 @@ int64_t bytes_of(const Allocation& allocation) {
 }
 
 // Puts what is small, no output and used by kernels alone into one allocation, the last, in place of one each: to
-// allocate takes half as long as to launch. An allocation that no step is the first to use is never made.
+// allocate takes half as long as to launch. Those replaced stay listed and are never made: no step has them in
+// `before`.
 void share_scratch(Plan& plan, int64_t given) {
   const auto count = static_cast<int64_t>(plan.allocations.size());
   std::vector<bool> alone(count);
@@ -428,7 +429,7 @@ void share_scratch(Plan& plan, int64_t given) {
     total += (bytes + kApart - 1) / kApart * kApart;
     ++shared;
   }
-  if (shared < 2) return;
+  if (shared < 2 || plan.steps.empty()) return;
   plan.allocations.push_back({{total}, {1}, aoti_torch_dtype_uint8(), torch::headeronly::ScalarType::Byte});
   Step *first = nullptr, *last = nullptr;
   for (Step& step : plan.steps) {

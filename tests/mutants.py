@@ -132,7 +132,10 @@ HAND_MADE = [
 ]  # fmt: skip
 
 SAMPLED_FROM = (
-    *(f"{KERNELS}{name}.py" for name in ("attend_forward", "attend_backward", "attend3x3", "products", "rectify", "tiles")),
+    *(
+        f"{KERNELS}{name}.py"
+        for name in ("attend_forward", "attend_backward", "attend3x3", "products", "rectify", "tiles")
+    ),
     *(f"{PACKAGE}{name}.py" for name in ("ops", "functional", "eager", "modules", "losses", "attend_rectify")),
 )
 

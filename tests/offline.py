@@ -170,12 +170,16 @@ def record_rectify(chip, dtype, mix):
 
 
 def record_products(chip, dtype, labels):
-    """A batch's products with W_O, whose weight is float32 as under autocast, then of the features' dtype."""
+    """A batch's products with W_O: a float32 weight, as under autocast, one of the features' dtype, an odd number of
+    columns, a gradient that is one number."""
     features, output_w = torch.empty(128, 2560, dtype=dtype), torch.empty(labels, 2560)
     with recording(chip) as launches:
         hypothesis = ops._hypothesis(features, output_w)
         ops._hypothesis_backward(hypothesis, features, output_w, True, True)
         ops._hypothesis_backward(hypothesis, features, output_w.to(dtype), True, True)
+        odd = features[:, :255].contiguous(), output_w[:, :255].to(dtype).contiguous()
+        ops._hypothesis_backward(ops._hypothesis(*odd), *odd, True, True)
+        ops._hypothesis_backward(hypothesis[:1, :1].expand(hypothesis.shape), features, output_w.to(dtype), True, True)
     return launches
 
 
@@ -268,7 +272,8 @@ def tasks_of(target, everything):
         yield from ((record, target, dtype, *case) for case, dtype in list(itertools.product(layers, DTYPES))[::every])
     yield from ((record_layer, target, torch.float32, *case, True) for case in LAYERS[:2])
     yield from ((record_layer3x3, target, torch.float32, *case, True) for case in LAYERS3X3[::every])
-    yield from ((record_products, target, dtype, labels) for dtype in DTYPES[:2] for labels in (100, 200))
+    if TARGETS[target].gpu.backend == "cuda":  # elsewhere they are PyTorch's
+        yield from ((record_products, target, dtype, labels) for dtype in DTYPES[:2] for labels in (100, 200))
     yield record_masks, target, torch.float32
     yield from ((record_rectify, target, torch.bfloat16, mix) for mix in ("logit", "prob"))
 

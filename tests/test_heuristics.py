@@ -37,6 +37,25 @@ def test_splits_keep_programs_busy(images, tiles, programs, splits):
     assert busiest_splits(images, tiles, programs) == splits
 
 
+@pytest.mark.parametrize(
+    "images, channels, positions, itemsize, channels_last, splits",
+    [
+        (1, 256, 3136, 2, True, 13),
+        (1, 256, 3136, 2, False, 25),
+        (8, 512, 784, 2, True, 7),  # 25 tiles
+        (8, 512, 784, 2, False, 7),  # 13
+        (32, 96, 3136, 2, True, 7),
+        (1, 160, 1024, 2, True, 4),  # eight tiles
+        (1, 1024, 196, 2, True, 7),  # 13 of a wide cut's
+        (1, 2048, 784, 4, True, 13),  # of 32 positions
+    ],
+)
+def test_splits_of_few_images(images, channels, positions, itemsize, channels_last, splits):
+    """Forward: four tiles a program at least where that was measured, else two."""
+    chip = Chip(132, 9, 227 * 1024)
+    assert sweep_config(images, channels, positions, 4, itemsize, 8, channels_last, chip).splits == splits
+
+
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("itemsize", [2, 4])

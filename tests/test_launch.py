@@ -198,6 +198,43 @@ def test_launches_are_prepared_once_and_side_by_side(calls, monkeypatch):
     assert calls.ordinary == calls.direct == []
 
 
+def test_a_recorder_holds_launches_back_to_compile_them_side_by_side(calls, monkeypatch):
+    """Until something reads what they write; in their order, and not at all after an error."""
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(launch.Recorder, "add", lambda *arguments: None)
+    x, y, out = torch.zeros(3, 256)
+    both = threading.Barrier(2, timeout=30)
+    calls.kernel.warmup = lambda *arguments, grid, **options: both.wait() and None or calls.Compiled()
+
+    def pair():
+        return [launch.Launch(calls.kernel, (grid,), (256, 3), **CONSTANTS) for grid in (2, 3)]
+
+    def grids():
+        return [grid[0] for grid, *_ in calls.ordinary]
+
+    one, other = pair()
+    with launch.Recorder([x, y]):
+        launch.prepare([(one, (x, y, out))])
+        one(x, y, out)
+        other(x, y, x.new_empty(256))
+        out.view(2, 128)
+        assert calls.loaded == calls.ordinary == []
+        out + 1
+        assert sorted(calls.loaded[:2]) == [(2, 1, 1), (3, 1, 1)] and grids() == [2, 3]
+        one(x, y, out)  # what is compiled is launched at once
+        assert grids() == [2, 3] and len(calls.direct) == 1
+    one, other = pair()
+    with launch.Recorder([x, y]):
+        other(x, y, out)
+        one(x, y, out)
+        assert grids() == [2, 3]
+    assert grids() == [2, 3, 3, 2]
+    with pytest.raises(ZeroDivisionError), launch.Recorder([x, y]):
+        pair()[0](x, y, out)
+        1 / 0  # noqa: B018
+    assert len(calls.ordinary) == 4
+
+
 def test_a_compilation_that_fails_is_raised_and_tried_again(calls, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     tensors = torch.zeros(3, 256).unbind()

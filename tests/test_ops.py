@@ -75,12 +75,13 @@ def test_rectify(mix, gating, implementation, device):
 
 
 def test_gradients_of_each_hypothesis_are_contiguous(fused, device):
-    """And lie one after another, so that each is aligned where all are: the layers' backwards read them."""
+    """And lie one after another, aligned where 8 images are: the layers' backwards read them."""
     h = [torch.randn(8, 5, device=device).bfloat16().requires_grad_() for _ in range(3)]
     mixed = ar_kernels.rectify(h, torch.zeros(8, 3, device=device), implementation=fused)
     grads = torch.autograd.grad(mixed.sum(), h)
     assert all(grad.is_contiguous() for grad in grads)
     assert [grad.storage_offset() for grad in grads] == [0, 40, 80]
+    assert all(grad.data_ptr() % 16 == 0 for grad in grads)
 
 
 @pytest.mark.parametrize("mix", MIXES)

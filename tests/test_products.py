@@ -113,15 +113,29 @@ def test_a_row_has_the_same_bits_in_every_batch(device):
         assert torch.equal(part, dfeatures[rows])
 
 
-def test_which_are_small():
+def test_which_are_small(monkeypatch):
     def small(images, labels, columns, dtype=torch.bfloat16):
-        return products.are_small(torch.empty(images, 1, device="meta", dtype=dtype), torch.empty(labels, columns))
+        return products.are_for_us(torch.empty(images, 1, device="meta", dtype=dtype), torch.empty(labels, columns))
 
     assert small(128, 100, 2560) and small(256, 100, 640) and small(2, 10, 256) and small(256, 128, 4096)
     assert not small(257, 10, 256)  # images
     assert not small(256, 129, 256)  # results
     assert not small(2, 10, 4097)  # columns
     assert not small(2, 10, 256, torch.float32) and not small(2, 10, 256, torch.float64)
+    z = torch.empty(2, 1, device="meta", dtype=torch.bfloat16)
+    assert not products.are_for_us(z, torch.empty(256, 10).t())  # which PyTorch's products read as it lies
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert not small(2, 10, 256)
+
+
+def test_sizes_beyond_32_bits_are_refused():
+    features, weight = torch.empty(2**16, 2**15, device="meta"), torch.empty(2, 2**15, device="meta")
+    for call in (
+        lambda: products.hypothesis(features, weight, features),
+        lambda: products.hypothesis_backward(features, features, weight, None, None),
+    ):
+        with pytest.raises(ValueError, match="fewer than 2³¹ values each"):
+            call()
 
 
 @pytest.mark.parametrize("labels, few", [(10, True), (20000, False)])

@@ -50,11 +50,12 @@ class Launch:
         self.prepared = not self._direct
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        kernel = self._launch(tensors)
-        if _recording.recorder is not None:
-            _recording.recorder.add(self, kernel, tensors)
+        if _recording.recorder is None:
+            self.launch(tensors)
+        else:
+            _recording.recorder.hold(self, tensors)
 
-    def _launch(self, tensors: tuple[Tensor | None, ...]) -> CompiledKernel | None:
+    def launch(self, tensors: tuple[Tensor | None, ...]) -> CompiledKernel | None:
         """None: a launch that cannot be repeated without Triton."""
         if not self._direct or self.kernel.pre_run_hooks:
             self._ordinary(tensors)
@@ -68,6 +69,7 @@ class Launch:
         run = self._compiled.get(kinds)
         if run is None:
             self._compile(kinds, tensors)
+            self.prepared = True
         else:
             run(*addresses, *self._tail)
         return self._kernels.get(kinds)
@@ -97,18 +99,28 @@ class Launch:
             self._direct = False
 
 
-def prepare(calls: Sequence[tuple[Launch, Sequence[Tensor | None]]]) -> None:
-    """Before the first of these calls: compiles side by side what they need.
+_Call = tuple[Launch, Sequence[Tensor | None]]
+
+
+def prepare(calls: Sequence[_Call]) -> None:
+    """Before the first of these calls: compiles side by side what they need, and what else a recorder holds.
 
     Triton holds Python's lock only while it reads a kernel's source: its passes run at once, and so do the assembler
     and, in some versions, a C compiler, which are processes.
     """
-    fresh = [(launch, tensors) for launch, tensors in calls if not launch.prepared]
+    if _recording.recorder is None:
+        _prepare(calls)
+    else:
+        _recording.recorder.prepare(calls)
+
+
+def _prepare(calls: Sequence[_Call]) -> None:
+    fresh = {launch: tensors for launch, tensors in calls if not launch.prepared}
     if not fresh:
         return
     device = driver.active.get_current_device()
     with ThreadPoolExecutor(len(fresh)) as pool:
-        for done in [pool.submit(launch.prepare, device, *tensors) for launch, tensors in fresh]:
+        for done in [pool.submit(launch.prepare, device, *tensors) for launch, tensors in fresh.items()]:
             done.result()
 
 
@@ -155,7 +167,8 @@ class Recorder(TorchDispatchMode):
     """What a call with `tensors` allocates and launches within the block, for csrc/plans.cpp to repeat.
 
     That is possible if nothing else happens but PyTorch's matrix products and conversions and `operators`, and every
-    kernel takes pointers and integers alone.
+    kernel takes pointers and integers alone. Launches whose kernels are not compiled yet, and those behind them, are
+    held back until something reads a tensor, or the block ends: then all are compiled side by side.
     """
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
@@ -171,6 +184,8 @@ class Recorder(TorchDispatchMode):
         self._places: dict[int, int] = {}  # by address: the last of _allocated there
         self._steps: list[int] = []
         self._used: set[int] = set()
+        self._held: list[_Call] = []
+        self._coming: list[_Call] = []  # to be compiled beside them
 
     def __enter__(self) -> "Recorder":
         _recording.recorder = self
@@ -179,8 +194,30 @@ class Recorder(TorchDispatchMode):
     def __exit__(self, *error: object) -> None:
         _recording.recorder = None
         super().__exit__(*error)
+        if error[0] is None:
+            self._flush()
+
+    def prepare(self, calls: Sequence[_Call]) -> None:
+        self._coming += calls
+
+    def hold(self, launch: Launch, tensors: Sequence[Tensor | None]) -> None:
+        """A launch, at once or with others."""
+        self._held.append((launch, tensors))
+        if all([one.prepared for one, _ in self._held]):
+            self._flush()
+
+    def _flush(self) -> None:
+        held, self._held = self._held, []
+        with torch.cuda.device_of(self._tensors[0]):
+            _prepare([*self._coming, *held])
+            self._coming = []
+            for launch, tensors in held:
+                self.add(launch, launch.launch(tensors), tensors)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        reads = not func.is_view and any([isinstance(value, Tensor) for value in args])
+        if self._held and reads and func not in _ALLOCATIONS:
+            self._flush()
         result = func(*args, **(kwargs or {}))
         if func in _ALLOCATIONS:
             if result.numel() > 0:

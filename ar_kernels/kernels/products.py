@@ -8,6 +8,7 @@ copies of it are not made. A sum goes over its terms in the same order whatever 
 
 import functools
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,11 +23,12 @@ _MOST_COLUMNS = 4096
 """K·C: a program goes through all of them, and cuBLAS splits them. 2,560 were measured."""
 
 
-def are_small(z: Tensor, output_w: Tensor) -> bool:
-    """Whether the products of z's batch with output_w are for these kernels."""
+def are_for_us(z: Tensor, output_w: Tensor) -> bool:
+    """Whether the products of z's batch with output_w are for these kernels: on NVIDIA's GPUs, in half precision, few
+    images, labels and columns, W_O's rows dense."""
     images, (labels, columns) = z.shape[0], output_w.shape
-    few = images <= _MOST_IMAGES and images * labels <= _MOST_RESULTS
-    return z.dtype.itemsize == 2 and few and columns <= _MOST_COLUMNS
+    few = images <= _MOST_IMAGES and images * labels <= _MOST_RESULTS and columns <= _MOST_COLUMNS
+    return torch.version.hip is None and z.dtype.itemsize == 2 and few and output_w.stride(1) == 1
 
 
 @triton.jit
@@ -106,7 +108,7 @@ def _backward_plan(
 ) -> Launch:
     wide = labels > 128
     rows, width, warps = (64, 128, 8) if wide else (32, 64, 4)
-    inner = 64 if wide else 256 // w_bytes  # of a float32 W_O as many bytes: more spill registers on AMD
+    inner = 64 if wide else 256 // w_bytes  # of a float32 W_O as many bytes
     tiles = triton.cdiv(images, rows) if needs_features else 0
     programs = tiles + (triton.cdiv(labels, rows) if needs_output_w else 0)
     return Launch(
@@ -114,6 +116,12 @@ def _backward_plan(
         (images, tiles, labels, columns, *grad_strides, *w_strides),
         ROWS=rows, COLUMNS=width, INNER=inner, num_warps=warps, num_stages=2,
     )  # fmt: skip
+
+
+def _check_sizes(features: Tensor, output_w: Tensor) -> None:
+    if max(features.numel(), output_w.numel()) >= 2**31:
+        sizes = f"{tuple(features.shape)} and {tuple(output_w.shape)}"
+        raise ValueError(f"features and output_w must have fewer than 2³¹ values each, got {sizes}")
 
 
 def _near(matrix: Tensor) -> Tensor:
@@ -124,6 +132,7 @@ def _near(matrix: Tensor) -> Tensor:
 
 def hypothesis(features: Tensor, output_w: Tensor, out: Tensor) -> None:
     """Launches into out [N, L]; features: contiguous [N, K·C]. output_w: [L, K·C], any strides."""
+    _check_sizes(features, output_w)
     output_w = _near(output_w)
     _forward_plan(*out.shape, features.shape[1], output_w.stride())(features, output_w, out)
 
@@ -132,6 +141,7 @@ def hypothesis_backward(
     grad: Tensor, features: Tensor, output_w: Tensor, dfeatures: Tensor | None, doutput_w: Tensor | None
 ) -> None:
     """Launches into dfeatures [N, K·C] and doutput_w [L, K·C]; grad: [N, L], any strides."""
+    _check_sizes(features, output_w)
     grad, output_w = _near(grad), _near(output_w)
     launch = _backward_plan(
         *grad.shape, features.shape[1], grad.stride(), output_w.stride(), output_w.itemsize,

@@ -168,5 +168,5 @@ def rectify_backward(
     dh: Tensor,
     dscores: Tensor,
 ) -> None:
-    """Launches into dh [N, D+1, L], whose memory is [D+1, N, L], and dscores [N, D+1]."""
+    """Launches into dh [D+1, N, L] and dscores [N, D+1]."""
     _plan(hypotheses.shape, hypotheses.dtype, mix, gating)[1](grad, hypotheses, scores, y, lse, dh, dscores)

@@ -518,8 +518,7 @@ std::tuple<Tensor, Tensor> rectify_backward(const Tensor& grad, const Tensor& hy
   in_parallel(
       arguments.images, hypotheses.numel(), rectify_scratch(arguments),
       [&](int64_t begin, int64_t end, void* memory) { target.rectify_backward(arguments, begin, end, memory); });
-  return {torch::stable::transpose(dh, 0, 1),
-          scores.scalar_type() == dtype ? ds : torch::stable::to(ds, scores.scalar_type())};
+  return {dh, scores.scalar_type() == dtype ? ds : torch::stable::to(ds, scores.scalar_type())};
 }
 
 // Whether a matrix has its elements of the second dimension beside each other.
