@@ -5,9 +5,9 @@ PyTorch's. It is told beside x * 2 on x [64, 256], forward and backward by torch
 same process: the speed of the machine cancels. Nothing is waited for inside a block; `tail_us` is what was still in the
 queue at its end, spread over its calls, and is small where the figure is the host's alone (on a CPU there is no queue).
 PyTorch runs the backward of CUDA tensors in a thread of its own; `one_thread_us` is the time without it, which tells
-what handing over costs. Rows with `part` break ours down: an autograd.Function that only hands over what is there,
-PyTorch's three products with W_O, the plans of both directions (csrc/plans.cpp, which the products are part of), and
-the layer without plans.
+what handing over costs. Rows with `part` break ours down: an autograd.Function that only hands over what is there, the
+plans of both directions (csrc/plans.cpp), and the layer without plans. For comparison PyTorch's three products with
+W_O, which float32's plans have and bfloat16's have kernels in place of.
 """
 
 import argparse
