@@ -74,12 +74,19 @@ class Launch:
             run(*addresses, *self._tail)
         return self._kernels.get(kinds)
 
-    def prepare(self, device: int, *tensors: Tensor | None) -> None:
-        """Compiles and loads what a call with such tensors will need, in any thread; launches nothing."""
+    def build(self, device: int, tensors: Sequence[Tensor | None]) -> Any:
+        """Compiles what a call with such tensors will need, in any thread; loads and launches nothing."""
         with torch.cuda.device(device):
             compiled = self.kernel.warmup(*tensors, *self.sizes, grid=self.grid, **self.constants)
-            if isinstance(compiled, CompiledKernel):
-                compiled[self.grid]
+            if isinstance(compiled, CompiledKernel):  # some versions build a launcher, which load() finds on the disk
+                driver.active.launcher_cls(compiled.src, compiled.metadata)
+        return compiled
+
+    def load(self, compiled: Any) -> None:
+        """Loads what was built, in one thread at a time: launchers of Triton 3.6 are modules of one name, and one that
+        is loaded again takes another's place there until its caller has looked."""
+        if isinstance(compiled, CompiledKernel):
+            compiled[self.grid]
         self.prepared = True
 
     def _ordinary(self, tensors: tuple[Tensor | None, ...]) -> Any:
@@ -120,8 +127,9 @@ def _prepare(calls: Sequence[_Call]) -> None:
         return
     device = driver.active.get_current_device()
     with ThreadPoolExecutor(len(fresh)) as pool:
-        for done in [pool.submit(launch.prepare, device, *tensors) for launch, tensors in fresh.items()]:
-            done.result()
+        built = {launch: pool.submit(launch.build, device, tensors) for launch, tensors in fresh.items()}
+    for launch, future in built.items():
+        launch.load(future.result())
 
 
 # ---------------------------------------------------------------------------------------------- recording
