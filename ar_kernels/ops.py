@@ -728,16 +728,16 @@ def _eager_backward(
     needs_score = needs_score_w or needs_score_b
     needs_attention = needs_z or needs_w or needs_score
     if grad_hypothesis is not None and features is not None and output_w is not None:  # features is no output beside it
-        if multiply is None and (needs_attention or needs_output_w):
-            factors: list[Tensor | None] = [grad_hypothesis, features, output_w]
-            found = run("hypothesis_backward", factors, [needs_attention, needs_output_w])
-            grad_features = found[0] if needs_attention else None
-            doutput_w = found[1] if needs_output_w else None
-        elif multiply is not None:
+        if multiply is not None:
             if needs_output_w:
                 doutput_w = _in_dtype(multiply(grad_hypothesis.t(), features), output_w.dtype)
             if needs_attention:
                 grad_features = multiply(grad_hypothesis, _in_dtype(output_w, z.dtype))
+        elif needs_attention or needs_output_w:
+            factors: list[Tensor | None] = [grad_hypothesis, features, output_w]
+            found = run("hypothesis_backward", factors, [needs_attention, needs_output_w])
+            grad_features = found[0] if needs_attention else None
+            doutput_w = found[1] if needs_output_w else None
     grads = grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean
     if needs_attention and any(grad is not None for grad in grads):
         dz, dw, dscore_w, dscore_b = _backward(

@@ -202,7 +202,8 @@ def test_launches_are_prepared_once_and_side_by_side(calls, monkeypatch):
     assert calls.ordinary == calls.direct == []
 
 
-def test_a_recorder_holds_launches_back_to_compile_them_side_by_side(calls, monkeypatch):
+@pytest.mark.parametrize("read", [lambda out: out + 1, lambda out: torch.cat([out, out])], ids=["alone", "of a list"])
+def test_a_recorder_holds_launches_back_to_compile_them_side_by_side(read, calls, monkeypatch):
     """Until something reads what they write; in their order, and not at all after an error."""
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(launch.Recorder, "add", lambda *arguments: None)
@@ -223,7 +224,7 @@ def test_a_recorder_holds_launches_back_to_compile_them_side_by_side(calls, monk
         other(x, y, x.new_empty(256))
         out.view(2, 128)
         assert calls.loaded == calls.ordinary == []
-        out + 1
+        read(out)
         assert calls.loaded[:2] == [(2, 1, 1), (3, 1, 1)] and grids() == [2, 3]
         one(x, y, out)  # what is compiled is launched at once
         assert grids() == [2, 3] and len(calls.direct) == 1

@@ -17,6 +17,7 @@ import torch
 import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
@@ -223,9 +224,9 @@ class Recorder(TorchDispatchMode):
                 self.add(launch, launch.launch(tensors), tensors)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        reads = not func.is_view and any([isinstance(value, Tensor) for value in args])
-        if self._held and reads and func not in _ALLOCATIONS:
-            self._flush()
+        if self._held and not func.is_view and func not in _ALLOCATIONS:
+            if any([isinstance(value, Tensor) for value in tree_leaves((args, kwargs))]):
+                self._flush()
         result = func(*args, **(kwargs or {}))
         if func in _ALLOCATIONS:
             if result.numel() > 0:
