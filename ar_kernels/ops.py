@@ -30,6 +30,8 @@ except ImportError:  # another torch: every call goes through Function.apply
 
 _triton_library = torch.library.Library("ar_kernels", "DEF")
 _launchers: dict[str, Callable[..., Any]] = {}
+"""What the Triton operators do, by name."""
+
 _native_library = torch.library.Library(native.NAMESPACE, "DEF")
 
 
@@ -47,15 +49,24 @@ def _define(
     """
     name = schema.split("(")[0]
     stand_in = functools.partial(_load_native, name) if native else None
+    planned = None
     if implementation is not None:
         _launchers[name] = implementation
-    for library, python in ((_triton_library, implementation), (_native_library, stand_in)):
+        planned = functools.partial(_run_operator, name, schema.split("->")[0].count("Tensor"))
+    for library, python in ((_triton_library, planned), (_native_library, stand_in)):
         if python is None:
             continue
         whole = schema.replace(") ->", f", {extra}) ->") if extra and library is _triton_library else schema
         library.define(whole, tags=(torch.Tag.flexible_layout,))
         library.impl(name, python, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
+
+
+def _run_operator(name: str, tensors: int, *arguments: Any) -> Any:
+    """A Triton operator, called by the dispatcher, of a compiled graph for instance; its tensors come first."""
+    if plans.are_used(arguments[0]):
+        return plans.run(name, _launchers[name], _import_kernels().launch, arguments[:tensors], arguments[tensors:])
+    return _launchers[name](*arguments)
 
 
 def _load_native(name: str, *arguments: Any) -> Any:
@@ -79,6 +90,8 @@ def _operators(implementation: str) -> Any:
 
 def _dispatch(implementation: str, name: str, tensors: list[Tensor | None], options: list[Any], *extra: Any) -> Any:
     """The operator of this name. extra: options that the Triton one alone takes."""
+    if implementation == "triton" and _is_eager() and plans.are_used(tensors[0], tensors):  # without the dispatcher
+        return plans.run(name, _launchers[name], _import_kernels().launch, tensors, (*options, *extra))
     operator = getattr(_operators(implementation), name).default
     return operator(*tensors, *options, *(extra if implementation == "triton" else ()))
 
@@ -93,11 +106,13 @@ def _product_of(implementation: str, dtype: torch.dtype) -> Callable[[Tensor, Te
     return torch.ops.ar_kernels_native.product.default if is_native else torch.mm
 
 
-def _eager_product_of(
+def _wanted_product_of(
     implementation: str, z: Tensor, output_w: Tensor | None
 ) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """The same of an eager call; None: the operators hypothesis and hypothesis_backward, which are for small ones."""
-    if implementation == "triton" and output_w is not None and _import_kernels().products.are_for_us(z, output_w):
+    """The same of a call that is not compiled; None: the operators hypothesis and hypothesis_backward, which are for
+    small ones."""
+    is_ours = implementation == "triton" and output_w is not None and not torch.compiler.is_compiling()
+    if is_ours and _import_kernels().products.are_for_us(z, output_w):
         return None
     return _product_of(implementation, z.dtype)
 
@@ -555,14 +570,25 @@ def _forward(
     alike: bool,
     taps_first: bool,
 ) -> tuple[Tensor | None, ...]:
-    """The operator's outputs and the hypothesis; those that were not asked for are empty or None. run: _dispatch with
-    an implementation, or _launch. multiply: as _eager_product_of has it."""
+    """The operator's outputs and the hypothesis, None for those that were not asked for. run: _dispatch with an
+    implementation, or _launch. multiply: as _wanted_product_of has it."""
     tensors = [z, w, b, score_w, score_b]
     if w.dim() == 2:
         outputs = run("gated_attend", tensors, [gated_heads, wants_logits, wants_mean, alike])
     else:
         outputs = run("gated_attend3x3", tensors, [gated_heads, wants_mean, alike], taps_first)
-    return *outputs, None if output_w is None else _hypothesis_of(run, multiply, outputs[5], output_w)
+    pooled, lse, logits, scores, gates, features, mean = outputs
+    gated = gated_heads > 0
+    return (
+        pooled,
+        lse,
+        logits if wants_logits or w.dim() == 4 else None,
+        scores if gated else None,
+        gates if gated else None,
+        features if gated else None,
+        mean if wants_mean else None,
+        None if output_w is None else _hypothesis_of(run, multiply, features, output_w),
+    )
 
 
 def _hypothesis_of(
@@ -588,22 +614,11 @@ class _GatedAttend(torch.autograd.Function):
         z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, tap, implementation, taps_first
     ):
         alike = are_deterministic_algorithms_enabled()
-        pooled, lse, logits, scores, gates, features, mean, hypothesis = _forward(
+        outputs = _forward(
             functools.partial(_dispatch, implementation), _product_of(implementation, z.dtype),
             z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, alike, taps_first,
         )  # fmt: skip
-        gated = gated_heads > 0
-        return (
-            pooled,
-            lse,
-            logits if wants_logits or w.dim() == 4 else None,
-            scores if gated else None,
-            gates if gated else None,
-            features if gated else None,
-            mean if wants_mean else None,
-            hypothesis,
-            z.view_as(z) if tap else None,
-        )
+        return *outputs, z.view_as(z) if tap else None
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -693,7 +708,7 @@ def _backward(
     return run("gated_attend3x3_backward", tensors, options, taps_first)
 
 
-def _eager_backward(
+def _wanted_backward(
     run: Callable[..., Any],
     multiply: Callable[[Tensor, Tensor], Tensor] | None,
     z: Tensor,
@@ -721,6 +736,7 @@ def _eager_backward(
     needs_score_w: bool,
     needs_score_b: bool,
     needs_output_w: bool,
+    channels_last: bool,
     taps_first: bool,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of z, w, score_w, score_b (in lse's dtype) and output_w, None where they are not needed."""
@@ -742,7 +758,7 @@ def _eager_backward(
     if needs_attention and any(grad is not None for grad in grads):
         dz, dw, dscore_w, dscore_b = _backward(
             run, z, w, b, score_w, pooled, lse, logits, scores, gates, *grads, upstream,
-            needs_z, needs_w, needs_score, _is_channels_last(z), taps_first,
+            needs_z, needs_w, needs_score, channels_last, taps_first,
         )  # fmt: skip
     return (
         dz if needs_z else None,
@@ -790,20 +806,16 @@ class _GatedAttendBackward(torch.autograd.Function):
         return _map_samples(_GatedAttendBackward, info, in_dims, arguments)
 
 
-_FORWARD, _BACKWARD, _RECTIFY, _RECTIFY_BACKWARD = range(4)
-"""What plans are made of."""
-
-
 def _planned_forward(z: Tensor, w: Tensor, b: Any, score_w: Any, score_b: Any, output_w: Any, *options: Any) -> Any:
-    multiply = _eager_product_of("triton", z, output_w)
+    multiply = _wanted_product_of("triton", z, output_w)
     return _forward(_launch, multiply, z, w, b, score_w, score_b, output_w, *options)
 
 
 def _planned_backward(z: Tensor, w: Tensor, b: Any, score_w: Any, output_w: Any, *options: Any) -> Any:
-    return _eager_backward(_launch, _eager_product_of("triton", z, output_w), z, w, b, score_w, output_w, *options)
+    return _wanted_backward(_launch, _wanted_product_of("triton", z, output_w), z, w, b, score_w, output_w, *options)
 
 
-def _eager_forward(
+def _wanted_forward(
     inputs: Sequence[Any], how: tuple[Any, ...], wanted: tuple[int, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     """Those of _GatedAttend's outputs that are wanted, and all that _forward made."""
@@ -812,35 +824,34 @@ def _eager_forward(
     tensors = [*inputs]
     options = [gated_heads, wants_logits, wants_mean, are_deterministic_algorithms_enabled(), taps_first]
     if implementation == "triton" and plans.are_used(z):
-        made: Any = plans.run(_FORWARD, _planned_forward, _import_kernels().launch, tensors, options)
+        made: Any = plans.run("forward", _planned_forward, _import_kernels().launch, tensors, options)
     else:
-        multiply = _eager_product_of(implementation, z, inputs[5])
+        multiply = _wanted_product_of(implementation, z, inputs[5])
         made = _forward(functools.partial(_dispatch, implementation), multiply, *tensors, *options)
     return tuple([made[i] if i < 8 else z.view_as(z) for i in wanted]), made
 
 
-class _EagerGatedAttend(torch.autograd.Function):
-    """_GatedAttend for eager calls, at less host time: what was not asked for is saved without being an output, and a
-    direction goes by one plan, products with output_w included. A backward that is itself recorded or transformed
-    differentiates _GatedAttend."""
+class _WantedGatedAttend(torch.autograd.Function):
+    """_GatedAttend where nothing transforms it: what was not asked for is saved without being an output, so that a
+    compiled graph makes no zeros for its gradient, and a direction of an eager call goes by one plan, products with
+    output_w included. A backward that is itself recorded or transformed differentiates _GatedAttend."""
 
     @staticmethod
     def forward(ctx, z, w, b, score_w, score_b, output_w, wanted, how):
-        outputs, made = _eager_forward((z, w, b, score_w, score_b, output_w), how, wanted)
+        outputs, made = _wanted_forward((z, w, b, score_w, score_b, output_w), how, wanted)
         pooled, lse, logits, scores, gates, features, _, _ = made
         if w.dim() == 2:
             logits = None
-        if how[0] == 0:  # no gated heads
-            scores = gates = features = None
         ctx.save_for_backward(z, w, b, score_w, score_b, output_w, pooled, lse, logits, scores, gates, features)
         ctx.set_materialize_grads(False)
         ctx.how, ctx.wanted = how, wanted
+        ctx.channels_last = _is_channels_last(z)  # here: strides read in backward make Dynamo copy every gradient
         return outputs
 
     @staticmethod
     def backward(ctx, *grads):
         z, w, b, score_w, score_b, output_w, pooled, lse, logits, scores, gates, features = ctx.saved_tensors
-        if torch.is_grad_enabled() or _functorch_is_active():
+        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or _functorch_is_active()):
             inputs = z, w, b, score_w, score_b, output_w
             return *_differentiated(inputs, ctx.how, ctx.wanted, ctx.needs_input_grad, grads), None, None
         _, _, _, _, implementation, taps_first = ctx.how
@@ -849,16 +860,16 @@ class _EagerGatedAttend(torch.autograd.Function):
             received[i] = grad
         needs_z, needs_w, needs_b, needs_score_w, needs_score_b, needs_output_w, _, _ = ctx.needs_input_grad
         tensors = [z, w, b, score_w, output_w, pooled, lse, logits, scores, gates, features, *received]
-        options = [needs_z, needs_w, needs_score_w, needs_score_b, needs_output_w, taps_first]
+        options = [needs_z, needs_w, needs_score_w, needs_score_b, needs_output_w, ctx.channels_last, taps_first]
         if all([grad is None for grad in received[:8]]):  # nothing but the tap was used
             return received[8], None, None, None, None, None, None, None
         found: Any
         with autocast_off(z):
             if implementation == "triton" and plans.are_used(z, grads):
-                found = plans.run(_BACKWARD, _planned_backward, _import_kernels().launch, tensors, options)
+                found = plans.run("backward", _planned_backward, _import_kernels().launch, tensors, options)
             else:
-                multiply = _eager_product_of(implementation, z, output_w)
-                found = _eager_backward(functools.partial(_dispatch, implementation), multiply, *tensors, *options)
+                multiply = _wanted_product_of(implementation, z, output_w)
+                found = _wanted_backward(functools.partial(_dispatch, implementation), multiply, *tensors, *options)
         dz, dw, dscore_w, dscore_b, doutput_w = found
         db = _mask_bias_gradient(lse, b, received[1], received[2]) if needs_b else None
         if dscore_b is not None:
@@ -908,24 +919,24 @@ def gated_attend(
     logits come with lse too. Other arguments as in eager.gated_attend. What was not asked for may be None."""
     through = tap and z.requires_grad  # a frozen map stays frozen
     how = gated_heads, wants_logits, wants_mean, through, implementation, taps_first
-    if _is_eager():
-        inputs = [value if value is None else _unwrap_if_dead(value) for value in (z, w, b, score_w, score_b, output_w)]
-        wanted = _wanted(
-            wants_pooled, wants_logits, wants_scores, gated_heads > 0, output_w is not None, wants_mean, through
-        )
-        if torch.is_grad_enabled():
-            found = super(torch.autograd.Function, _EagerGatedAttend).apply(*inputs, wanted, how)
+    inputs: Sequence[Tensor | None] = (z, w, b, score_w, score_b, output_w)
+    if _is_transformed():
+        _leave_graph()
+        outputs: Any = _apply(_GatedAttend, *inputs, *how)
+    else:
+        asked = wants_pooled, wants_logits, wants_scores, gated_heads > 0, output_w is not None, wants_mean, through
+        if torch.compiler.is_compiling():
+            wanted, apply = _wanted(*asked), _WantedGatedAttend.apply
         else:
-            found, _ = _eager_forward(inputs, how, wanted)
-        outputs: Any = [None] * 9
+            wanted, apply = _known_wanted(*asked), super(torch.autograd.Function, _WantedGatedAttend).apply
+            inputs = [value if value is None else _unwrap_if_dead(value) for value in inputs]
+        found = apply(*inputs, wanted, how) if torch.is_grad_enabled() else _wanted_forward(inputs, how, wanted)[0]
+        outputs = [None] * 9
         for i, output in zip(wanted, found):
             outputs[i] = output
-    else:
-        outputs = _apply(_GatedAttend, z, w, b, score_w, score_b, output_w, *how)
     return GatedAttended(*(outputs if through else (*outputs[:-1], z)))
 
 
-@functools.cache
 def _wanted(
     pooled: bool, logits: bool, scores: bool, gated: bool, hypothesis: bool, mean: bool, tap: bool
 ) -> tuple[int, ...]:
@@ -936,14 +947,24 @@ def _wanted(
     return tuple(i for i, is_asked in enumerate(asked) if is_asked)
 
 
+_known_wanted = functools.cache(_wanted)  # Dynamo knows no caches
+
+
+def _is_transformed() -> bool:
+    """Whether functorch or forward mode looks on, who have to see Function.apply of _GatedAttend."""
+    return _functorch_is_active is None or _functorch_is_active() or forward_ad._current_level >= 0
+
+
 def _is_eager() -> bool:
-    """Whether nobody looks on who has to see Function.apply: no torch.compile, functorch or forward mode."""
-    return (
-        _functorch_is_active is not None
-        and not torch.compiler.is_compiling()
-        and not _functorch_is_active()
-        and forward_ad._current_level < 0
-    )
+    """Whether nobody does, nor torch.compile."""
+    return not torch.compiler.is_compiling() and not _is_transformed()
+
+
+def _leave_graph() -> None:
+    """What functorch transforms must not be compiled: Dynamo keeps a Function only where a tensor requires_grad, and
+    functorch's do not. It would trace the operator without its derivative, which is then zero."""
+    if torch.compiler.is_compiling() and _functorch_is_active is not None and _functorch_is_active():
+        torch._dynamo.graph_break("ar_kernels: torch.compile would lose the fused operators' derivatives in torch.func")
 
 
 # ---------------------------------------------------------------------------------------------- head_hypotheses
@@ -1106,24 +1127,10 @@ _define(
 )
 
 
-def _run_rectify(number: int, name: str, implementation: str, tensors: list[Any], mix: str, gating: str | None) -> Any:
-    """The operator of this name, by a plan where one may be used."""
-    if implementation == "triton" and _is_eager() and plans.are_used(tensors[0], tensors):
-        options = [MIXES.index(mix), GATINGS.index(gating)]
-        return plans.run(number, functools.partial(_planned_rectify, name), _import_kernels().launch, tensors, options)
-    return _dispatch(implementation, name, tensors, [mix, gating])
-
-
-def _planned_rectify(name: str, *arguments: Any) -> Any:
-    *tensors, mix, gating = arguments
-    return _launch(name, tensors, [MIXES[mix], GATINGS[gating]])
-
-
 class _Rectify(torch.autograd.Function):
     @staticmethod
     def forward(hypotheses, scores, mix, gating, implementation):
-        output, lse = _run_rectify(_RECTIFY, "rectify", implementation, [hypotheses, scores], mix, gating)
-        return output, output.new_empty(0) if lse is None else lse
+        return _dispatch(implementation, "rectify", [hypotheses, scores], [mix, gating])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -1145,7 +1152,7 @@ class _RectifyBackward(torch.autograd.Function):
     @staticmethod
     def forward(grad, hypotheses, scores, output, lse, mix, gating, implementation):
         tensors = [grad, hypotheses, scores, output, lse]
-        dh, dscores = _run_rectify(_RECTIFY_BACKWARD, "rectify_backward", implementation, tensors, mix, gating)
+        dh, dscores = _dispatch(implementation, "rectify_backward", tensors, [mix, gating])
         return dh.transpose(0, 1), dscores
 
     @staticmethod
@@ -1171,6 +1178,7 @@ class _RectifyBackward(torch.autograd.Function):
 
 def rectify(hypotheses: Tensor, scores: Tensor, mix: str, gating: str | None, implementation: str) -> Tensor:
     """The fused rectified output [N, L]; implementation as in gated_attend, other arguments as in eager.rectify."""
+    _leave_graph()
     return _apply(_Rectify, hypotheses, scores, mix, gating, implementation)[0]
 
 
@@ -1215,7 +1223,7 @@ _define(
 class _AttentionMasks(torch.autograd.Function):
     @staticmethod
     def forward(logits, lse, heads):
-        return (torch.ops.ar_kernels.attention_masks.default(logits, lse, heads),)
+        return (_dispatch("triton", "attention_masks", [logits, lse], [heads]),)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -1235,7 +1243,7 @@ class _AttentionMasks(torch.autograd.Function):
 class _AttentionMasksBackward(torch.autograd.Function):
     @staticmethod
     def forward(grad, logits, lse, masks, heads):
-        return torch.ops.ar_kernels.attention_masks_backward.default(grad, masks, logits.shape[1])
+        return _dispatch("triton", "attention_masks_backward", [grad, masks], [logits.shape[1]])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -1260,6 +1268,7 @@ class _AttentionMasksBackward(torch.autograd.Function):
 
 def attention_masks(logits: Tensor, lse: Tensor, heads: int) -> Tensor:
     """A = exp(ℓ - lse) of the first `heads` of logits [N, K, S], lse [N, K], by Triton kernels: [N, heads, S]."""
+    _leave_graph()
     return _apply(_AttentionMasks, logits, lse, heads)[0]
 
 
@@ -1300,7 +1309,7 @@ class _MaskPenalty(torch.autograd.Function):
 
     @staticmethod
     def forward(masks, weight):
-        parts, gram = torch.ops.ar_kernels.mask_overlap.default(masks)
+        parts, gram = _dispatch("triton", "mask_overlap", [masks], [])
         return parts.mean() * (weight / masks.shape[1]), gram
 
     @staticmethod
@@ -1322,7 +1331,7 @@ class _MaskPenalty(torch.autograd.Function):
 class _MaskPenaltyBackward(torch.autograd.Function):
     @staticmethod
     def forward(factor, masks, gram):
-        return (torch.ops.ar_kernels.mask_overlap_backward.default(factor, masks, gram),)
+        return (_dispatch("triton", "mask_overlap_backward", [factor, masks, gram], []),)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -1346,6 +1355,7 @@ class _MaskPenaltyBackward(torch.autograd.Function):
 
 def mask_penalty(masks: Tensor, weight: float) -> Tensor:
     """weight times losses.mask_regulariser of masks [N, K, H, W] in float32 or float64, by Triton kernels."""
+    _leave_graph()
     return _apply(_MaskPenalty, masks, weight)[0]
 
 

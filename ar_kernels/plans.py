@@ -75,27 +75,36 @@ def are_used(data: Tensor, gradients: Sequence[Tensor | None] = ()) -> bool:
 
 
 def run(
-    number: int,
-    launch: Callable[..., Sequence[Tensor | None]],
+    name: str,
+    launch: Callable[..., Any],
     kernels: Any,
-    tensors: list[Tensor | None],
-    options: list[Any],
-) -> Sequence[Tensor | None]:
-    """launch(*tensors, *options), by a plan if there is one; what is empty of the result may then be None.
+    tensors: Sequence[Tensor | None],
+    options: Sequence[int | str | None],
+) -> Any:
+    """launch(*tensors, *options), a tensor or several, by a plan if there is one.
 
-    number: of what launch does, each its own. kernels: the module launch of ar_kernels.kernels.
+    name: of what launch does. kernels: the module launch of ar_kernels.kernels.
     """
     if kernels.is_watched():
         return launch(*tensors, *options)
-    key = [number, torch.are_deterministic_algorithms_enabled(), *options]
+    key = [_number(name), torch.are_deterministic_algorithms_enabled(), *map(_number, options)]
     if tensors[0].dtype == torch.float32:  # type: ignore[union-attr]
         key.append(torch.backends.cuda.matmul.fp32_precision == "tf32")
     outputs = _replay()(tensors, key)
     if len(outputs) > 1:
-        return outputs
-    if outputs:
-        return launch(*tensors, *options)
+        return tuple(outputs)
+    if len(outputs) == 1:
+        return launch(*tensors, *options) if outputs[0] is None else outputs[0]
     with kernels.Recorder(tensors) as recorder:
         made = launch(*tensors, *options)
-    torch.ops.ar_kernels_plans.record(tensors, key, *recorder.plan(made))
+    returned = [made] if isinstance(made, Tensor) else made
+    torch.ops.ar_kernels_plans.record(tensors, key, *recorder.plan(returned))
     return made
+
+
+_words: dict[str | None, int] = {}
+
+
+def _number(value: int | str | None) -> int:
+    """An option, or a word's own number: plans are found by numbers."""
+    return value if isinstance(value, int) else _words.setdefault(value, len(_words))

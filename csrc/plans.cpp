@@ -132,7 +132,7 @@ struct Step {
 struct Plan {
   void* context;
   std::vector<Allocation> allocations;
-  std::vector<int64_t> outputs;  // allocations; -1: empty
+  std::vector<int64_t> outputs;  // allocations; -1: None
   std::vector<Step> steps;       // none: there can be no plan
 };
 
@@ -203,11 +203,12 @@ void describe(const Tensors& tensors, const Numbers& options, Numbers& key, std:
     key.insert(key.end(), shape.strides, shape.strides + shape.dim);
     addresses.push_back(address_of(*tensor));
   }
-  // A kernel for unaligned addresses is another one; and of tensors in one place a record cannot tell which was used.
-  bool odd = false;
+  // Of tensors in one place a record cannot tell which was used: it is right wherever the same ones are.
+  bool odd = false;  // a kernel for unaligned addresses is another one
   for (size_t i = 0; i < addresses.size(); ++i) {
     odd = odd || reinterpret_cast<uintptr_t>(addresses[i]) % kAlignment != 0;
-    for (size_t j = 0; j < i && addresses[i] != nullptr; ++j) odd = odd || addresses[i] == addresses[j];
+    const size_t first = std::find(addresses.begin(), addresses.begin() + i, addresses[i]) - addresses.begin();
+    if (first < i && addresses[i] != nullptr) key.push_back(static_cast<int64_t>(i << 8 | first));
   }
   key.push_back(odd);
 }
@@ -286,7 +287,10 @@ class Run {
 
   Tensors outputs() {
     Tensors found;
-    for (const int64_t i : plan_.outputs) found.push_back(i < 0 ? std::nullopt : std::move(allocated_[i]));
+    for (const int64_t i : plan_.outputs) {
+      if (i >= 0 && !allocated_[i].has_value()) keep(i, allocate(plan_.allocations[i], type_, index_));  // it is empty
+      found.push_back(i < 0 ? std::nullopt : std::move(allocated_[i]));
+    }
     return found;
   }
 
@@ -343,7 +347,7 @@ class Run {
   std::vector<void*> parameters_;
 };
 
-// The call's outputs, empty ones None; nothing where no plan is known, one None where there is none to be followed.
+// The call's outputs; nothing where no plan is known, one None where there is none to be followed.
 Tensors replay(Tensors tensors, Numbers options) {
   STD_TORCH_CHECK(!tensors.empty() && tensors[0].has_value(), "tensors must begin with one, got None or none");
   thread_local Numbers key;
@@ -452,7 +456,7 @@ void share_scratch(Plan& plan, int64_t given) {
 }
 
 // Keeps what a call with these tensors and options did. allocated: tensors like those that it allocated, on any device.
-// outputs: which of them it returned, -1 for an empty one. steps: each a Kind and, of a launch, the kernel's handle,
+// outputs: which of them it returned, -1 for None. steps: each a Kind and, of a launch, the kernel's handle,
 // the grid, warps, bytes of shared memory, the number of parameters, and of each parameter its slot and value; of a
 // product, two slots, each with whether it is transposed, and the result; of a conversion, a slot and the result; of an
 // operator, its number and a slot for each argument. None: there can be no plan.
@@ -522,14 +526,14 @@ void record(Tensors tensors, Numbers options, std::vector<Tensor> allocated, Num
     plan->outputs.push_back(i);
   }
   for (int64_t i = 0; i < made && !plan->steps.empty(); ++i) {
-    STD_TORCH_CHECK(last[i] >= 0, "no step uses allocation ", i);
+    STD_TORCH_CHECK(last[i] >= 0 || (is_output[i] && bytes_of(plan->allocations[i]) == 0), "no step uses allocation ", i);
     if (!is_output[i]) plan->steps[last[i]].after.push_back(i);
   }
   share_scratch(*plan, given);
   Numbers key;
   std::vector<char*> addresses;
   describe(tensors, options, key, addresses);
-  STD_TORCH_CHECK(key.back() == 0 || plan->steps.empty(), "tensors must be aligned, each in a place of its own");
+  STD_TORCH_CHECK(key.back() == 0 || plan->steps.empty(), "tensors must be aligned");
   const std::unique_lock lock(mutex);
   if (plans.size() >= kMostPlans) plans.clear();
   plans[std::move(key)] = plan;

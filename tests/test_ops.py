@@ -264,6 +264,53 @@ def test_compiled_backward_reads_gradients_as_they_come(layout, frozen, fused, d
             assert node.meta["val"].numel() < z.numel(), node.format_node()
 
 
+def test_a_compiled_backward_has_no_gradients_of_what_was_not_asked_for(fused, device):
+    """A hypothesis alone, as in training: neither P nor lse nor the scores get zeros that are made, saved and read."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    layer = Layer(n=2, c=6, h=3, w=4, k=3, bias=False, device=device)
+    names = ("feature_map", "mask_weight", "output_weight", "gate_weight")
+    values = [layer.tensors[name].requires_grad_() for name in names]
+    graphs = []
+
+    def step(*values):
+        return ar_kernels.attention_module(*values, implementation=fused).hypothesis.square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=aot_autograd(fw_compiler=lambda g, _: graphs.append(g) or g))
+    got, want = torch.autograd.grad(compiled(*values), values), torch.autograd.grad(step(*values), values)
+    for mine, truth in zip(got, want):
+        torch.testing.assert_close(mine, truth, rtol=1e-10, atol=1e-10)
+    (node,) = [node for node in graphs[1].graph.nodes if "gated_attend_backward" in str(node.target)]
+    pooled, lse, logits, scores, gates, features, mean, upstream = node.args[8:16]
+    assert [pooled, lse, logits, scores, mean, upstream] == [None] * 6
+    assert features is not None and gates is not None  # gates are always returned
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize("transform", ["grad", "vmap", "vmap of grad"])
+def test_functorch_within_compile_is_right_or_refused(transform, fused, device):
+    """Dynamo leaves out the derivatives of Functions there, which once made gradients zero, with a warning."""
+    layer = Layer(n=2, c=6, h=3, w=4, k=3, bias=False, device=device)
+    z, *weights = (layer.tensors[n] for n in ("feature_map", "mask_weight", "output_weight", "gate_weight"))
+
+    def loss(z):
+        return ar_kernels.attention_module(z, *weights, implementation=fused).hypothesis.square().sum()
+
+    gradient = torch.func.grad(loss)
+    call, argument = {
+        "grad": (gradient, z),
+        "vmap": (torch.vmap(loss), torch.stack([z, 2 * z])),
+        "vmap of grad": (torch.vmap(gradient), torch.stack([z, 2 * z])),
+    }[transform]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: call(x), backend="aot_eager")
+    torch.testing.assert_close(compiled(argument), call(argument))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="derivatives in torch.func"):
+        torch.compile(lambda x: call(x), backend="aot_eager", fullgraph=True)(argument)
+
+
 def test_strides_beyond_two_to_the_31(fused, device):
     """Offsets inside one image pass 2³¹: virtual memory, of which two rows are touched."""
     storage = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device)
@@ -401,7 +448,7 @@ def test_no_cast_of_float32_weights_under_autocast(fused, device):
     with torch.autocast(device.type, dtype=torch.bfloat16), torch.profiler.profile() as profile:
         ar_kernels.attend(z, w, implementation=fused).pooled.sum().backward()
     names = {event.name for event in profile.events()}
-    assert {f"{NAMESPACES[fused]}::gated_attend", "_EagerGatedAttend"} & names  # a plan calls no operator by name
+    assert {f"{NAMESPACES[fused]}::gated_attend", "_WantedGatedAttend"} & names  # a plan calls no operator by name
     assert not names & {"aten::to", "aten::_to_copy"}, names
     assert w.grad.dtype == torch.float32
 

@@ -81,8 +81,8 @@ def driver(double):
 
 @pytest.fixture
 def toy(driver):
-    """toy(x, y, shift): x + y + shift, y may be None, by plans.run; toy.python counts how often Python did it,
-    toy.launched has the grid, threads and bytes of shared memory of what the driver was given."""
+    """toy.call(x, y, shift): the first of the operator's results, x + y + shift, y may be None, and an empty one, by
+    plans.run; toy.calls gives both. toy.python counts how often Python did it, toy.launched has the grid, threads and bytes of shared memory of what the driver was given."""
     pytest.importorskip("triton", reason="the triton package is not installed")
     from ar_kernels.kernels import launch
 
@@ -124,9 +124,10 @@ def toy(driver):
             launch._recording.recorder.add(made, kernel_of(y is not None), tensors)
         return out, x.new_empty(0)
 
-    toy.number = next(_numbers)
     toy.operator = operator
-    toy.call = lambda x, y, shift: plans.run(toy.number, lambda *a: toy.operator(*a), launch, [x, y], [shift])[0]
+    toy.name = f"toy {next(_numbers)}"
+    toy.calls = lambda *tensors: plans.run(toy.name, lambda *a: toy.operator(*a), launch, tensors[:2], tensors[2:])
+    toy.call = lambda x, y, shift: toy.calls(x, y, shift)[0]
     return toy
 
 
@@ -145,6 +146,43 @@ def test_a_plan_repeats_a_call_on_other_tensors(toy):
     assert toy.python == 1 and toy.launched == [[2, 3, 1, 128, 96]] * 2
 
 
+def test_results_are_those_of_the_launcher(toy):
+    """Empty ones have their dtype, None is None, and one tensor alone is no tuple."""
+    x, y = whole(2, 4, 6)
+    plain = toy.operator
+
+    def several(x, y, shift):
+        return plain(x, y, shift)[0], x.new_empty(0, dtype=torch.float64), None, x.new_empty(3, 0)
+
+    def one(x, y, shift):
+        return plain(x, y, shift)[0]
+
+    for operator in (several, one):
+        toy.operator, toy.name = operator, f"toy {next(_numbers)}"
+        want, got = toy.calls(x, y, 5), toy.calls(x, y, 5)
+        assert type(want) is type(got)
+        pairs = [(want, got)] if operator is one else zip(want, got, strict=True)
+        for a, b in pairs:
+            assert (a is None) == (b is None)
+            assert a is None or (a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a, b))
+    assert toy.python == 2 and len(toy.launched) == 2
+
+
+def test_operators_of_a_graph_go_by_plans(toy, monkeypatch):
+    """What the dispatcher calls: tensors first, then options, words among them."""
+    from ar_kernels.kernels import launch
+
+    monkeypatch.setattr(plans, "are_used", lambda *arguments: True)
+    monkeypatch.setattr(ops, "_import_kernels", lambda: SimpleNamespace(launch=launch))
+    shifts = {"five": 5, "six": 6, None: 7}
+    monkeypatch.setitem(ops._launchers, toy.name, lambda x, y, word: toy.operator(x, y, shifts[word]))
+    for _ in range(3):
+        x, y = whole(2, 4, 6)
+        for word, shift in shifts.items():
+            assert torch.equal(ops._run_operator(toy.name, 2, x, y, word)[0], x + y + shift)
+    assert toy.python == 3 and len(toy.launched) == 6
+
+
 def test_what_a_plan_is_found_by(toy):
     """Each of these is another plan: None, a shape, strides, an option, a dtype's or a device's is."""
     x, y = whole(2, 4, 6)
@@ -159,16 +197,39 @@ def test_what_a_plan_is_found_by(toy):
     assert toy.python == len(variants) + 2
 
 
-def test_unaligned_tensors_and_tensors_in_one_place_have_no_plan(toy):
+def test_unaligned_tensors_have_no_plan(toy):
     memory = whole(25)
     x, y = whole(2, 4, 6)
     for _ in range(2):
-        for a, b in ((memory[1:].view(4, 6), y), (x, memory[1:].view(4, 6)), (x, x)):
+        for a, b in ((memory[1:].view(4, 6), y), (x, memory[1:].view(4, 6))):
             assert torch.equal(toy.call(a, b, 5), a + b + 5)
-    assert toy.python == 6 and toy.launched == []
+    assert toy.python == 4 and toy.launched == []
     for _ in range(2):
         assert torch.equal(toy.call(x, y, 5), x + y + 5)
-    assert toy.python == 7 and len(toy.launched) == 1
+    assert toy.python == 5 and len(toy.launched) == 1
+
+
+def test_tensors_in_one_place_have_a_plan_of_their_own(toy):
+    """As one tensor of zeros that a compiled graph hands over as several gradients."""
+    for _ in range(2):
+        x, y = whole(2, 4, 6)
+        for a, b in ((x, x), (x, y), (y, y)):
+            assert torch.equal(toy.call(a, b, 5), a + b + 5)
+    assert toy.python == 2 and len(toy.launched) == 4
+
+
+def test_a_factor_in_the_place_of_another_layout_has_no_plan(toy):
+    """The record knows it by the first tensor there, which is no factor of that product."""
+
+    def operator(x, y, shift):
+        toy.python += 1
+        return torch.mm(y, y.t()), x.new_empty(0)
+
+    toy.operator = operator
+    for _ in range(2):
+        x = torch.randn(4, 6)
+        assert torch.equal(toy.call(x, x.view(6, 4), 5), x.view(6, 4) @ x.view(6, 4).t())
+    assert toy.python == 2
 
 
 def test_products_and_conversions_are_repeated(toy):
@@ -438,6 +499,7 @@ def closed(monkeypatch):
         with monkeypatch.context() as context:
             context.setattr(ops, "_planned_forward", fail)
             context.setattr(ops, "_planned_backward", fail)
+            context.setattr(ops, "_launchers", dict.fromkeys(ops._launchers, fail))
             return function(*arguments)
 
     return call
@@ -528,7 +590,7 @@ def test_the_second_call_of_3x3_heads_needs_no_python(device, ordinary, closed):
 @pytest.mark.gpu
 @pytest.mark.parametrize("gating", ["softmax", None])
 @pytest.mark.parametrize("mix", ["logit", "prob"])
-def test_rectified_outputs_need_no_python(mix, gating, device, ordinary, monkeypatch):
+def test_rectified_outputs_need_no_python(mix, gating, device, ordinary, closed):
     """The logit mix has no log-sum-exp to keep."""
 
     def mixed(seed):
@@ -540,14 +602,43 @@ def test_rectified_outputs_need_no_python(mix, gating, device, ordinary, monkeyp
 
     mixed(0)
     want = ordinary(mixed, 1)
-    monkeypatch.setattr(ops, "_planned_rectify", lambda *arguments: pytest.fail("went through Python"))
-    equal(mixed(1), want)
+    equal(closed(mixed, 1), want)
+
+
+@planned
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_compiled_graphs_need_no_python(kernel_size, device, ordinary, closed):
+    """Their operators go by plans of their own; what they need not return is empty there."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    layer = ar_kernels.AttentionModule(64, 10, 4, kernel_size=kernel_size).to(device, torch.bfloat16)
+    gates = ar_kernels.GlobalGates(64, 2, kernel_size=kernel_size).to(device, torch.bfloat16)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def network(z):
+        out = layer(z, global_gates=gates, masks=True, mean=True, tap=True)
+        own = out.mean[:, :10].to(z.dtype)
+        mixed = ar_kernels.rectify([out.hypothesis, own], out.global_scores, implementation="triton")
+        return mixed, out.masks, out.feature_map
+
+    def step(seed):
+        torch.manual_seed(seed)
+        z = torch.randn(2, 64, 7, 7, device=device).bfloat16().requires_grad_()
+        outputs = network(z)
+        loss = sum(output.float().square().sum() for output in outputs)
+        made = torch.autograd.grad(loss, (z, *layer.parameters(), *gates.parameters()))
+        return dict(enumerate((*(output.detach() for output in outputs), *made)))
+
+    step(0)
+    want = ordinary(step, 1)
+    equal(closed(step, 1), want)
 
 
 @planned
 @pytest.mark.gpu
 def test_what_a_plan_is_not_for_goes_the_ordinary_way(device, ordinary):
-    """Unaligned tensors, tensors in one place, weights that must be copied; each again when it is as usual."""
+    """Unaligned tensors, weights that must be copied; tensors in one place; each again when it is as usual."""
     z, weights = drawn(device)
     step(z, weights)
     wide = torch.randn(z.numel() + 1, device=device, dtype=z.dtype)

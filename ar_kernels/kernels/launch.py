@@ -183,10 +183,8 @@ class Recorder(TorchDispatchMode):
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         super().__init__()
         given = [(i, tensor.data_ptr()) for i, tensor in enumerate(tensors) if tensor is not None]
-        given = [(i, address) for i, address in given if address != 0]
-        self._slots = {address: i for i, address in given}
-        aligned = all(address % _ALIGNMENT == 0 for _, address in given)
-        self.possible = aligned and len(self._slots) == len(given)  # of two in one place nobody knows which is meant
+        self._slots = {address: i for i, address in reversed(given) if address != 0}  # of two in one place the first
+        self.possible = all(address % _ALIGNMENT == 0 for address in self._slots)
         self._given = len(tensors)
         self._tensors = tensors
         self._allocated: list[Tensor] = []  # on no device: sizes and strides
@@ -326,17 +324,21 @@ class Recorder(TorchDispatchMode):
 
     def plan(self, outputs: Sequence[Tensor | None]) -> tuple[list[Tensor], list[int], list[int]]:
         """record's last arguments; without steps where no plan is possible."""
-        full = [None if output is None or output.numel() == 0 else output for output in outputs]
-        places = [-1 if output is None else self._places.get(output.data_ptr(), -1) for output in full]
-        for output, place in zip(full, places):
-            if output is None:
-                continue
-            if place >= 0 and output.numel() == self._allocated[place].numel():
-                self._allocated[place] = _like(output)
-            else:
-                self.possible = False
+        self.possible &= self._used == set(range(len(self._allocated)))
+        places = []
+        for output in outputs:
+            place = -1
+            if output is not None and output.numel() == 0:
+                place = len(self._allocated)
+                self._allocated.append(_like(output))
+            elif output is not None:
+                place = self._places.get(output.data_ptr(), -1)
+                self.possible &= place >= 0 and output.numel() == self._allocated[place].numel()
+                if self.possible:
+                    self._allocated[place] = _like(output)
+            places.append(place)
         made = [place for place in places if place >= 0]
-        if not self.possible or len(made) > len(set(made)) or self._used != set(range(len(self._allocated))):
+        if not self.possible or len(made) > len(set(made)):
             return [], [], []
         return self._allocated, places, self._steps
 
