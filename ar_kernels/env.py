@@ -32,7 +32,7 @@ def report() -> dict[str, object]:
             "note": native.build_note(),
             "cpu": reasons["cpu"] or _target(),
             "cuda": reasons["cuda"] or "can run",
-            "plans": plans.why_not() or "are used: eager calls of the Triton operators repeat without Python",
+            "plans": plans.why_not() or "are used: calls of the Triton operators repeat without Python",
         },
         "runs": {device: _runs(device) for device in devices},
         "variables": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_VARIABLES)},

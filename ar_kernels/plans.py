@@ -1,4 +1,4 @@
-"""What eager calls of the Triton operators do, repeated by csrc/plans.cpp without Python: when, and else why not.
+"""What calls of the Triton operators do, repeated by csrc/plans.cpp without Python: when, and else why not.
 
 The first call with tensors of some shapes, strides and dtypes goes the ordinary way and is watched. If nothing happened
 but allocations, launches of kernels, matrix products and conversions, the native library keeps that as a plan and

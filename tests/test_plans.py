@@ -81,8 +81,9 @@ def driver(double):
 
 @pytest.fixture
 def toy(driver):
-    """toy.call(x, y, shift): the first of the operator's results, x + y + shift, y may be None, and an empty one, by
-    plans.run; toy.calls gives both. toy.python counts how often Python did it, toy.launched has the grid, threads and bytes of shared memory of what the driver was given."""
+    """toy.calls(x, y, shift): the operator's results by plans.run: x + y + shift, y may be None, and an empty one;
+    toy.call gives the first alone. toy.python counts how often Python did it, toy.launched has the grid, threads and
+    bytes of shared memory of what the driver was given."""
     pytest.importorskip("triton", reason="the triton package is not installed")
     from ar_kernels.kernels import launch
 
