@@ -90,7 +90,8 @@ def _operators(implementation: str) -> Any:
 
 def _dispatch(implementation: str, name: str, tensors: list[Tensor | None], options: list[Any], *extra: Any) -> Any:
     """The operator of this name. extra: options that the Triton one alone takes."""
-    if implementation == "triton" and _is_eager() and plans.are_used(tensors[0], tensors):  # without the dispatcher
+    data: Any = tensors[0]
+    if implementation == "triton" and _is_eager() and plans.are_used(data, tensors):  # without the dispatcher
         return plans.run(name, _launchers[name], _import_kernels().launch, tensors, (*options, *extra))
     operator = getattr(_operators(implementation), name).default
     return operator(*tensors, *options, *(extra if implementation == "triton" else ()))

@@ -526,7 +526,8 @@ void record(Tensors tensors, Numbers options, std::vector<Tensor> allocated, Num
     plan->outputs.push_back(i);
   }
   for (int64_t i = 0; i < made && !plan->steps.empty(); ++i) {
-    STD_TORCH_CHECK(last[i] >= 0 || (is_output[i] && bytes_of(plan->allocations[i]) == 0), "no step uses allocation ", i);
+    STD_TORCH_CHECK(last[i] >= 0 || (is_output[i] && bytes_of(plan->allocations[i]) == 0), "no step uses allocation ",
+                    i);
     if (!is_output[i]) plan->steps[last[i]].after.push_back(i);
   }
   share_scratch(*plan, given);
