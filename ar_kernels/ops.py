@@ -89,7 +89,7 @@ def _operators(implementation: str) -> Any:
 
 
 def _dispatch(implementation: str, name: str, tensors: list[Tensor | None], options: list[Any], *extra: Any) -> Any:
-    """The operator of this name. extra: options that the Triton one alone takes."""
+    """What the operator of this name does. extra: options that the Triton one alone takes."""
     data: Any = tensors[0]
     if implementation == "triton" and _is_eager() and plans.are_used(data, tensors):  # without the dispatcher
         return plans.run(name, _launchers[name], _import_kernels().launch, tensors, (*options, *extra))
@@ -110,8 +110,8 @@ def _product_of(implementation: str, dtype: torch.dtype) -> Callable[[Tensor, Te
 def _wanted_product_of(
     implementation: str, z: Tensor, output_w: Tensor | None
 ) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """The same of a call that is not compiled; None: the operators hypothesis and hypothesis_backward, which are for
-    small ones."""
+    """The same of _WantedGatedAttend; None: the operators hypothesis and hypothesis_backward, which are for small ones
+    and not for compiled graphs."""
     is_ours = implementation == "triton" and output_w is not None and not torch.compiler.is_compiling()
     if is_ours and _import_kernels().products.are_for_us(z, output_w):
         return None
@@ -126,12 +126,20 @@ def _launch(name: str, tensors: list[Tensor | None], options: list[Any], *extra:
 def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """function.apply(*arguments) without its inspect.signature, which takes longer than the rest of it.
 
-    Where nothing records, the forward alone. What torch.compile and functorch see is function.apply itself.
+    Where nothing records, the forward alone. What torch.compile and functorch see is function.apply itself, but not
+    both at once: Dynamo keeps a Function only where a tensor requires_grad, and functorch's tensors do not. It would
+    trace the forward, and the derivative would be zero.
     """
-    if _functorch_is_active is None or torch.compiler.is_compiling() or _functorch_is_active():
+    if torch.compiler.is_compiling():
+        if _functorch_is_active is not None and _is_transformed():
+            torch._dynamo.graph_break("ar_kernels: torch.compile would lose derivatives of torch.func and forward mode")
+            return torch._dynamo.disable(function.apply)(*arguments)
         return function.apply(*arguments)
+    if _functorch_is_active is None or _functorch_is_active():
+        return function.apply(*arguments)
+    arguments = _unwrap_dead_wrappers(arguments)
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-        return super(torch.autograd.Function, function).apply(*_unwrap_dead_wrappers(arguments))  # type: ignore[misc]
+        return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
     return function.forward(*arguments)
 
 
@@ -846,13 +854,14 @@ class _WantedGatedAttend(torch.autograd.Function):
         ctx.save_for_backward(z, w, b, score_w, score_b, output_w, pooled, lse, logits, scores, gates, features)
         ctx.set_materialize_grads(False)
         ctx.how, ctx.wanted = how, wanted
+        ctx.traced = torch.compiler.is_compiling()  # not asked in backward, which compiled autograd traces too
         ctx.channels_last = _is_channels_last(z)  # here: strides read in backward make Dynamo copy every gradient
         return outputs
 
     @staticmethod
     def backward(ctx, *grads):
         z, w, b, score_w, score_b, output_w, pooled, lse, logits, scores, gates, features = ctx.saved_tensors
-        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or _functorch_is_active()):
+        if not ctx.traced and (torch.is_grad_enabled() or _functorch_is_active()):
             inputs = z, w, b, score_w, score_b, output_w
             return *_differentiated(inputs, ctx.how, ctx.wanted, ctx.needs_input_grad, grads), None, None
         _, _, _, _, implementation, taps_first = ctx.how
@@ -922,7 +931,6 @@ def gated_attend(
     how = gated_heads, wants_logits, wants_mean, through, implementation, taps_first
     inputs: Sequence[Tensor | None] = (z, w, b, score_w, score_b, output_w)
     if _is_transformed():
-        _leave_graph()
         outputs: Any = _apply(_GatedAttend, *inputs, *how)
     else:
         asked = wants_pooled, wants_logits, wants_scores, gated_heads > 0, output_w is not None, wants_mean, through
@@ -952,20 +960,13 @@ _known_wanted = functools.cache(_wanted)  # Dynamo knows no caches
 
 
 def _is_transformed() -> bool:
-    """Whether functorch or forward mode looks on, who have to see Function.apply of _GatedAttend."""
+    """Whether functorch or forward mode looks on."""
     return _functorch_is_active is None or _functorch_is_active() or forward_ad._current_level >= 0
 
 
 def _is_eager() -> bool:
-    """Whether nobody does, nor torch.compile."""
+    """Whether nobody looks on, not torch.compile either."""
     return not torch.compiler.is_compiling() and not _is_transformed()
-
-
-def _leave_graph() -> None:
-    """What functorch transforms must not be compiled: Dynamo keeps a Function only where a tensor requires_grad, and
-    functorch's do not. It would trace the operator without its derivative, which is then zero."""
-    if torch.compiler.is_compiling() and _functorch_is_active is not None and _functorch_is_active():
-        torch._dynamo.graph_break("ar_kernels: torch.compile would lose the fused operators' derivatives in torch.func")
 
 
 # ---------------------------------------------------------------------------------------------- head_hypotheses
@@ -1179,7 +1180,6 @@ class _RectifyBackward(torch.autograd.Function):
 
 def rectify(hypotheses: Tensor, scores: Tensor, mix: str, gating: str | None, implementation: str) -> Tensor:
     """The fused rectified output [N, L]; implementation as in gated_attend, other arguments as in eager.rectify."""
-    _leave_graph()
     return _apply(_Rectify, hypotheses, scores, mix, gating, implementation)[0]
 
 
@@ -1269,7 +1269,6 @@ class _AttentionMasksBackward(torch.autograd.Function):
 
 def attention_masks(logits: Tensor, lse: Tensor, heads: int) -> Tensor:
     """A = exp(ℓ - lse) of the first `heads` of logits [N, K, S], lse [N, K], by Triton kernels: [N, heads, S]."""
-    _leave_graph()
     return _apply(_AttentionMasks, logits, lse, heads)[0]
 
 
@@ -1356,7 +1355,6 @@ class _MaskPenaltyBackward(torch.autograd.Function):
 
 def mask_penalty(masks: Tensor, weight: float) -> Tensor:
     """weight times losses.mask_regulariser of masks [N, K, H, W] in float32 or float64, by Triton kernels."""
-    _leave_graph()
     return _apply(_MaskPenalty, masks, weight)[0]
 
 

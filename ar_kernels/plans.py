@@ -8,6 +8,7 @@ The environment variable AR_KERNELS_PLANS=0, read at import, turns them off.
 """
 
 import functools
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -87,7 +88,8 @@ def run(
     """
     if kernels.is_watched():
         return launch(*tensors, *options)
-    key = [_number(name), torch.are_deterministic_algorithms_enabled(), *map(_number, options)]
+    numbers = [option if isinstance(option, int) else _number_of(option) for option in options]
+    key = [_number_of(name), len(options), torch.are_deterministic_algorithms_enabled(), *numbers]
     if tensors[0].dtype == torch.float32:  # type: ignore[union-attr]
         key.append(torch.backends.cuda.matmul.fp32_precision == "tf32")
     outputs = _replay()(tensors, key)
@@ -102,9 +104,10 @@ def run(
     return made
 
 
-_words: dict[str | None, int] = {}
+_numbers: dict[str | None, int] = {}
+_counter = itertools.count(1)  # of which no two threads get the same
 
 
-def _number(value: int | str | None) -> int:
-    """An option, or a word's own number: plans are found by numbers."""
-    return value if isinstance(value, int) else _words.setdefault(value, len(_words))
+def _number_of(word: str | None) -> int:
+    """Plans are found by numbers."""
+    return _numbers.get(word) or _numbers.setdefault(word, next(_counter))

@@ -287,28 +287,77 @@ def test_a_compiled_backward_has_no_gradients_of_what_was_not_asked_for(fused, d
     assert features is not None and gates is not None  # gates are always returned
 
 
-@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize("of", ["a layer", "the eager formulas of a layer head by head", "head_hypotheses", "rectify"])
 @pytest.mark.parametrize("transform", ["grad", "vmap", "vmap of grad"])
-def test_functorch_within_compile_is_right_or_refused(transform, fused, device):
+def test_functorch_within_compile_is_right_or_refused(transform, of, fused, device):
     """Dynamo leaves out the derivatives of Functions there, which once made gradients zero, with a warning."""
-    layer = Layer(n=2, c=6, h=3, w=4, k=3, bias=False, device=device)
-    z, *weights = (layer.tensors[n] for n in ("feature_map", "mask_weight", "output_weight", "gate_weight"))
+    layer = Layer(n=2, c=6, h=3, w=4, k=3, bias=False, labels=5, dtype=torch.float32, device=device)
+    names = ("feature_map", "mask_weight", "output_weight", "gate_weight")
+    z, w, output, gate = (layer.tensors[name] for name in names)
+    by_head = output.unflatten(1, (3, -1)).transpose(0, 1).contiguous()
+    halves = [value.bfloat16() for value in (z, w, gate)]  # so that the weight is rounded to their dtype
 
-    def loss(z):
-        return ar_kernels.attention_module(z, *weights, implementation=fused).hypothesis.square().sum()
+    def loss(weight):
+        if of == "a layer":
+            made = ar_kernels.attention_module(z, w, weight, gate, implementation=fused).hypothesis
+        elif of == "head_hypotheses":
+            made = functional.head_hypotheses(halves[0].flatten(2)[:, :3, :6], weight)
+        elif of == "rectify":
+            made = ar_kernels.rectify(weight[None], z[:1, :5, 0, 0], mix="prob", implementation=fused)
+        else:
+            made = ar_kernels.attention_module(*halves[:2], weight, halves[2], implementation="eager").hypothesis
+        return made.float().square().sum()
 
+    weight = output if of in ("a layer", "rectify") else by_head
     gradient = torch.func.grad(loss)
     call, argument = {
-        "grad": (gradient, z),
-        "vmap": (torch.vmap(loss), torch.stack([z, 2 * z])),
-        "vmap of grad": (torch.vmap(gradient), torch.stack([z, 2 * z])),
+        "grad": (gradient, weight),
+        "vmap": (torch.vmap(loss), torch.stack([weight, 2 * weight])),
+        "vmap of grad": (torch.vmap(gradient), torch.stack([weight, 2 * weight])),
     }[transform]
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: call(x), backend="aot_eager")
-    torch.testing.assert_close(compiled(argument), call(argument))
+    torch.testing.assert_close(compiled(argument), call(argument), rtol=1e-3, atol=1e-3)
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="derivatives in torch.func"):
+    with pytest.raises(Exception, match="derivatives of torch.func"):
         torch.compile(lambda x: call(x), backend="aot_eager", fullgraph=True)(argument)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_forward_mode_of_a_compiled_layer_raises(inside, fused, device):
+    """As it does without torch.compile; the tangent is not lost."""
+    layer = Layer(n=2, c=6, device=device)
+    z, w = layer.tensors["feature_map"], layer.tensors["mask_weight"]
+
+    def pooled(z):
+        return ar_kernels.attend(z, w, implementation=fused).pooled
+
+    def tangent(z):
+        return torch.func.jvp(pooled, (z,), (z,))[1]
+
+    torch._dynamo.reset()
+    with pytest.raises(NotImplementedError, match="jvp"):
+        if inside:
+            torch.compile(tangent, backend="aot_eager")(z)
+        else:
+            with torch.autograd.forward_ad.dual_level():
+                torch.compile(pooled, backend="aot_eager")(torch.autograd.forward_ad.make_dual(z, z))
+
+
+def test_double_backward_under_compiled_autograd_is_no_wrong_number(fused, device):
+    """It traces an eager layer's backward, whose derivative the operators alone do not have."""
+    layer = Layer(n=2, c=6, bias=False, device=device)
+    z, w = layer.tensors["feature_map"].requires_grad_(), layer.tensors["mask_weight"].requires_grad_()
+
+    def penalised():
+        loss = ar_kernels.attend(z, w, implementation=fused).pooled.square().sum()
+        (grad,) = torch.autograd.grad(loss, z, create_graph=True)
+        (loss + grad.square().sum()).backward()
+
+    torch._dynamo.reset()
+    compiled = torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager"))
+    with compiled, pytest.raises((AttributeError, RuntimeError), match="has no attribute|double backward"):
+        penalised()
 
 
 def test_strides_beyond_two_to_the_31(fused, device):
@@ -567,3 +616,8 @@ def test_a_tensor_that_outlived_its_transform(fused, device):
     with torch.no_grad():
         plain = ar_kernels.attention_module(left[0], **tensors, implementation=fused).hypothesis
     assert torch.equal(got, want) and torch.equal(plain, want)
+    h, scores = torch.randn(2, 3, 5, device=device), torch.randn(2, 3, device=device)
+    torch.func.grad(keep)(h)
+    with torch.no_grad():
+        mixed = ar_kernels.rectify(left[1], scores, implementation=fused)
+        assert torch.equal(mixed, ar_kernels.rectify(2 * h, scores, implementation=fused))

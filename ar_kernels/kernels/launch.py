@@ -348,7 +348,7 @@ def _share_memory(one: Tensor, other: Tensor) -> bool:  # a contiguous tensor's 
 
 
 def _layout(tensor: Tensor) -> tuple:
-    return tensor.shape, tensor.stride()
+    return tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _like(tensor: Tensor) -> Tensor:
