@@ -117,7 +117,8 @@ def main() -> None:
                     rows.append({"dtype": arguments.dtype, "layout": layout, "cache": state} | row)
                     counts = f"kernels {len(row['kernels'])}, new binaries {row['new_binaries']}"
                     print(f"{layout:14} cache {state:7} {row['what']:40} {row['seconds']:8.3f} s  {counts}", flush=True)
-    print(save("first-call", {"C": CHANNELS, "K": HEADS, "L": LABELS, "rows": rows}, arguments.out))
+        path = save("first-call", {"C": CHANNELS, "K": HEADS, "L": LABELS, "rows": rows}, arguments.out)
+    print(path)
 
 
 if __name__ == "__main__":

@@ -190,8 +190,9 @@ def main() -> None:
         for row in (*measure(*sizes), *breakdown(*sizes)):
             rows.append(row)
             print(*(f"{name} {value}" for name, value in row.items()), sep="  ", flush=True)
+        path = save("host", {"case": str(CASE), "rows": rows}, arguments.out)  # now: the next may be cut off
     if rows:
-        print(save("host", {"case": str(CASE), "rows": rows}, arguments.out))
+        print(path)
 
 
 if __name__ == "__main__":
