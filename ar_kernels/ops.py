@@ -62,11 +62,15 @@ def _define(
         torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
 
 
-def _run_operator(name: str, tensors: int, *arguments: Any) -> Any:
-    """A Triton operator, called by the dispatcher, of a compiled graph for instance; its tensors come first."""
+def _run_operator(name: str, count: int, *arguments: Any) -> Any:
+    """A Triton operator, called by the dispatcher, of a compiled graph for instance; so many tensors come first."""
     if plans.are_used(arguments[0]):
-        return plans.run(name, _launchers[name], _import_kernels().launch, arguments[:tensors], arguments[tensors:])
+        return _run_by_plan(name, arguments[:count], arguments[count:])
     return _launchers[name](*arguments)
+
+
+def _run_by_plan(name: str, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
+    return plans.run(name, _launchers[name], _import_kernels().launch, tensors, options)
 
 
 def _load_native(name: str, *arguments: Any) -> Any:
@@ -91,8 +95,8 @@ def _operators(implementation: str) -> Any:
 def _dispatch(implementation: str, name: str, tensors: list[Tensor | None], options: list[Any], *extra: Any) -> Any:
     """What the operator of this name does. extra: options that the Triton one alone takes."""
     data: Any = tensors[0]
-    if implementation == "triton" and _is_eager() and plans.are_used(data, tensors):  # without the dispatcher
-        return plans.run(name, _launchers[name], _import_kernels().launch, tensors, (*options, *extra))
+    if implementation == "triton" and plans.are_used(data, tensors) and not _is_transformed():
+        return _run_by_plan(name, tensors, (*options, *extra))  # without the dispatcher
     operator = getattr(_operators(implementation), name).default
     return operator(*tensors, *options, *(extra if implementation == "triton" else ()))
 
@@ -962,11 +966,6 @@ _known_wanted = functools.cache(_wanted)  # Dynamo knows no caches
 def _is_transformed() -> bool:
     """Whether functorch or forward mode looks on."""
     return _functorch_is_active is None or _functorch_is_active() or forward_ad._current_level >= 0
-
-
-def _is_eager() -> bool:
-    """Whether nobody looks on, not torch.compile either."""
-    return not torch.compiler.is_compiling() and not _is_transformed()
 
 
 # ---------------------------------------------------------------------------------------------- head_hypotheses

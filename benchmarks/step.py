@@ -25,7 +25,13 @@ from ar_kernels.models import WideAttentiveResNet, WideResNet
 from . import official_form
 from .results import save
 
-MODES = ("eager", "captured", "compiled", "reduce-overhead")
+COMPILED = {"compiled": None, "reduce-overhead": "reduce-overhead"}
+"""torch.compile's own names of the modes that are compiled."""
+
+MODES = ("eager", "captured", *COMPILED)
+
+WITH_GRAPHS = ("captured", "reduce-overhead")
+"""Modes whose memory stays allocated to CUDA graphs, so that a step's peak is not told."""
 
 REG_W = 0.001
 """The weight of the official nets' mask regulariser."""
@@ -50,9 +56,7 @@ class Training:
         self._before = self._allocated()
         model = model.to(device, memory_format=torch.channels_last).train()
         self._optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        self._model = model
-        if mode in ("compiled", "reduce-overhead"):
-            self._model = torch.compile(model, mode=None if mode == "compiled" else mode)
+        self._model = torch.compile(model, mode=COMPILED[mode]) if mode in COMPILED else model
         images = torch.randn(batch, 3, 32, 32, device=device)
         self._images = images.contiguous(memory_format=torch.channels_last)
         self._labels = torch.randint(0, labels, (batch,), device=device)
@@ -159,8 +163,7 @@ def compare(
     for name, net in made.items():
         nets[name] = Training(net, mode, batch, labels, device)
         seconds[name] = round(nets[name].warm_up(min(10, steps)), 2)
-        has_graphs = mode in ("captured", "reduce-overhead")  # whose memory stays allocated
-        peaks[name] = None if has_graphs else nets[name].peak_mb()
+        peaks[name] = None if mode in WITH_GRAPHS else nets[name].peak_mb()
     for index in range(blocks):
         for name in times if index % 2 == 0 else reversed(times):
             times[name].append(nets[name].block(steps))
