@@ -3,6 +3,8 @@
 What it computes is tested with every other implementation, in test_attend.py and test_ops.py.
 """
 
+import functools
+import itertools
 import json
 import os
 import platform
@@ -20,7 +22,7 @@ from layers import Layer, channels_last
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ar_kernels
-from ar_kernels import env, native, plans
+from ar_kernels import env, native, ops, plans
 
 ROOT = Path(__file__).parent.parent
 X86 = platform.machine() in ("x86_64", "AMD64")
@@ -198,6 +200,221 @@ def test_bad_factors():
         product(torch.ones(2, 3), torch.ones(3, 2, dtype=torch.float64))
 
 
+# ---------------------------------------------------------------------------------------------- a layer as one operator
+
+TENSORS = ("z", "w", "b", "score_w", "score_b", "output_w")
+MADE = ("pooled", "lse", "logits", "scores", "gates", "features", "mean", "hypothesis")
+
+LAYERS = {
+    "many images": {"n": 33, "c": 96, "h": 8, "w": 7, "labels": 10},
+    "few images": {"n": 3, "c": 64, "h": 5, "w": 4, "labels": 9},
+    "an image in parts": {"n": 1, "c": 64, "h": 48, "w": 40, "labels": 3},
+    "no images": {"n": 0, "c": 16, "h": 3, "w": 2, "labels": 5},
+    "large W_O": {"n": 9, "c": 1088, "h": 8, "w": 8, "labels": 500},
+    "W_O's width is odd": {"n": 5, "c": 37, "h": 7, "w": 9, "k": 3, "labels": 6},
+    "W_O's columns lie in memory": {"n": 12, "c": 16, "h": 3, "w": 5, "labels": 32, "turned": True},
+    "W_O's rows lie apart": {"n": 12, "c": 16, "h": 3, "w": 5, "labels": 6, "gap": 3},
+    "some heads gated": {"n": 12, "c": 16, "h": 4, "w": 4, "k": 5, "gated": 3, "labels": 7},
+    "no scores": {"n": 12, "c": 16, "h": 4, "w": 4, "labels": 7, "scored": False},
+    "no gates": {"n": 5, "c": 16, "h": 4, "w": 4, "gated": 0, "labels": 0},
+    "no W_O": {"n": 5, "c": 16, "h": 4, "w": 4, "labels": 0},
+    "bfloat16": {"n": 12, "c": 16, "h": 4, "w": 5, "labels": 6, "dtype": torch.bfloat16},
+    "float32 of float64 weights": {"n": 12, "c": 16, "h": 4, "w": 5, "labels": 6, "weight": torch.float64},
+    "float64": {"n": 12, "c": 16, "h": 4, "w": 5, "labels": 6, "dtype": torch.float64, "weight": torch.float64},
+    "3×3": {"n": 12, "c": 16, "h": 4, "w": 5, "labels": 6, "taps": (3, 3)},
+    "3×3, odd": {"n": 2, "c": 7, "h": 9, "w": 5, "k": 3, "gated": 2, "labels": 6, "taps": (3, 3)},
+}
+
+RECEIVED = [
+    ("hypothesis",),
+    ("hypothesis", "scores"),
+    ("hypothesis", "pooled", "lse", "mean", "upstream"),
+    ("pooled", "logits"),
+    ("features",),
+    ("upstream",),
+    (),
+]
+"""Of which outputs, or of the tapped map, there is a gradient."""
+
+
+def _layer_tensors(
+    n, c, h, w, labels, k=4, gated=None, scored=True, taps=(), dtype=torch.float32, weight=torch.float32,
+    turned=False, gap=0, layout=None,
+):  # fmt: skip
+    """What the operator layer takes, and K'."""
+    generator = torch.Generator().manual_seed(0)
+    draw = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
+    gated = k if gated is None else gated
+    width = gated * c * (9 if taps else 1)
+    z = draw(n, c, h, w).to(dtype)
+    output_w = None
+    if labels:
+        rows = (draw(width, labels) if turned else draw(labels, width + gap)).to(weight) / 8
+        output_w = rows.t() if turned else rows[:, :width]
+    weights = [draw(k, c, *taps) / 8, draw(k), draw(k, c, *taps) / 8 if scored else None, draw(k) if scored else None]
+    weights = [None if each is None else each.to(weight) for each in weights]
+    return [z if layout is None else layout(z), *weights, output_w], gated
+
+
+def _assert_same(found, expected):
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert one.dtype == other.dtype and one.stride() == other.stride() and torch.equal(one, other)
+
+
+def _gradients(tensors, made, received):
+    """What the operator layer_backward takes, with gradients of those outputs."""
+    generator = torch.Generator().manual_seed(1)
+    z, w, b, score_w, _, output_w = tensors
+    values = dict(zip(MADE, made)) | {"upstream": z}
+    grads = [
+        torch.randn(value.shape, generator=generator).to(value.dtype)
+        if name in received and value is not None
+        else None
+        for name, value in values.items()
+    ]
+    pooled, lse, logits, scores, gates, features = made[:6]
+    saved = pooled, lse, logits if w.dim() == 4 else None, scores, gates, features
+    return [z, w, b, score_w, output_w, *saved, *grads]
+
+
+def assert_a_layer_is_its_parts(layout=None, **sizes):
+    """The bits, dtypes and strides of the operators that compute the attention and the products."""
+    tensors, gated = _layer_tensors(**sizes, layout=layout)
+    run, multiply = functools.partial(ops._dispatch, "native"), ops._product_of("native", tensors[0].dtype)
+    native_ops = torch.ops.ar_kernels_native
+    for flags in itertools.product((0, 1), repeat=3):
+        options = [gated, *flags, 0]
+        made = native_ops.layer(tensors, options)
+        _assert_same(made, ops._forward(run, multiply, *tensors, *options))
+    for received in RECEIVED:
+        arguments = _gradients(tensors, made, received)
+        for needs in itertools.product((0, 1), repeat=5):
+            for channels_last_ in (0, 1):
+                options = [*needs, channels_last_, 0]
+                expected = ops._wanted_backward(run, multiply, *arguments, *options)
+                _assert_same(native_ops.layer_backward(arguments, options), expected)
+
+
+@built
+@pytest.mark.parametrize("layout", [None, channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_is_its_parts(name, layout):
+    assert_a_layer_is_its_parts(layout, **LAYERS[name])
+
+
+@built
+def test_a_layer_of_positions_without_rows():
+    assert_a_layer_is_its_parts(lambda z: z.flatten(2), **LAYERS["many images"])
+
+
+@built
+@pytest.mark.parametrize("name", ["many images", "bfloat16"])
+def test_gradients_of_features_and_of_their_product_add_up(name):
+    tensors, gated = _layer_tensors(**LAYERS[name])
+    operators = torch.ops.ar_kernels_native
+    made = operators.layer(tensors, [gated, 0, 0, 0, 0])
+    arguments = _gradients(tensors, made, ("features", "hypothesis"))
+    found = operators.layer_backward(arguments, [1, 1, 1, 1, 1, 0, 0])
+    features, hypothesis = 16, 18
+    alone = operators.layer_backward([*arguments[:features], None, *arguments[17:]], [0, 0, 0, 0, 1, 0, 0])
+    output_w = arguments[4].to(tensors[0].dtype)
+    total = operators.product(arguments[hypothesis], output_w) + arguments[features]
+    rest = operators.layer_backward([*arguments[:features], total, None, None, None], [1, 1, 1, 1, 0, 0, 0])
+    _assert_same(found, [*rest[:4], alone[4]])
+
+
+@built
+@pytest.mark.parametrize("layout", [None, channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", ["many images", "large W_O", "an image in parts", "3×3"])
+def test_a_layer_has_the_same_bits_whatever_the_number_of_threads(name, layout):
+    """Threads have the products of their own images, or share each product: by their number too."""
+    sizes = LAYERS[name] if name != "many images" else {"n": 37, "c": 64, "h": 28, "w": 20, "labels": 100}
+    tensors, gated = _layer_tensors(**sizes, layout=layout)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            made = torch.ops.ar_kernels_native.layer(tensors, [gated, 1, 1, 1, 0])
+            arguments = _gradients(tensors, made, ("hypothesis", "mean"))
+            results.append(made + torch.ops.ar_kernels_native.layer_backward(arguments, [1, 1, 1, 1, 1, 0, 0]))
+    finally:
+        torch.set_num_threads(before)
+    _assert_same(results[1], results[0])
+    _assert_same(results[2], results[0])
+
+
+@built
+@pytest.mark.parametrize(
+    ("backward", "change", "message"),
+    [
+        (False, None, r"tensors must be \[z, w, b, score_w, score_b, output_w\], got 5"),
+        (False, [4, 0, 0, 0], r"options must be \[gated_heads, .*taps_first\], got 4"),
+        (False, [4, 0, 0, 0, 1], "taps_first must be 0 on a CPU, got 1"),
+        (False, [5, 0, 0, 0, 0], "gated_heads must be from 0 to K = 4, got 5"),
+        (False, [0, 0, 0, 0, 0], r"output_w must be None without gated heads, got \[6, 64\]"),
+        (False, {"z": None}, "z must be a tensor, got None"),
+        (False, {"z": torch.zeros(2, 16)}, r"z must be \[N, C, H, W\] or \[N, C, S\] .*, got \[2, 16\]"),
+        (False, {"w": None}, "w must be a tensor, got None"),
+        (False, {"w": torch.zeros(16)}, r"w must be \[K, C\] with a head, got \[16\]"),
+        (False, {"score_b": torch.zeros(3)}, r"score_b must be \[4\], got \[3\]"),
+        (False, {"output_w": torch.zeros(6, 63)}, r"output_w must be \[L, 64\], got \[6, 63\]"),
+        (False, {"output_w": torch.zeros(64)}, r"output_w must be \[L, 64\], got \[64\]"),
+        (False, {"output_w": torch.zeros(6, 64, dtype=torch.int32)}, "output_w must be float16, .*, got Int"),
+        (True, None, r"tensors must be \[z, w, .*upstream\], got 19"),
+        (True, [1, 1, 1, 1, 1, 0], r"options must be \[needs_z, .*taps_first\], got 6"),
+        (True, {"z": torch.zeros(2)}, r"z must be \[N, C, H, W\] or \[N, C, S\] .*, got \[2\]"),
+        (True, {"pooled": None}, "pooled must be a tensor, got None"),
+        (True, {"lse": None}, "lse must be a tensor, got None"),
+        (True, {"w": torch.zeros(4, 16, 3, 3), "grad_hypothesis": None}, "logits must be a tensor, got None"),
+        (True, {"output_w": torch.zeros(6, 63)}, r"output_w must be \[L, 64\], got \[6, 63\]"),
+        (True, {"features": torch.zeros(12, 63)}, r"features must be \[12, 64\], got \[12, 63\]"),
+        (True, {"features": torch.zeros(12, 64).double()}, "features must be Float like z, got Double"),
+        (True, {"grad_hypothesis": torch.zeros(12, 7)}, r"grad_hypothesis must be \[12, 6\], got \[12, 7\]"),
+        (True, {"grad_hypothesis": torch.zeros(12, 6).double()}, "grad_hypothesis must be Float like z, got Double"),
+        (True, {"grad_pooled": torch.zeros(12, 4)}, r"grad_pooled must be \[12, 4, 16\], got \[12, 4\]"),
+    ],
+)
+def test_bad_arguments_of_a_layer(backward, change, message):
+    tensors, gated = _layer_tensors(n=12, c=16, h=3, w=5, labels=6)
+    options = [gated, 0, 0, 0, 0]
+    names, operator = TENSORS, torch.ops.ar_kernels_native.layer
+    if backward:
+        tensors = _gradients(tensors, operator(tensors, options), ("hypothesis", "pooled"))
+        options = [1, 1, 1, 1, 1, 0, 0]
+        names = ("z", "w", "b", "score_w", "output_w", *MADE[:6], *(f"grad_{name}" for name in MADE), "upstream")
+        operator = torch.ops.ar_kernels_native.layer_backward
+    assert len(names) == len(tensors)
+    if change is None:
+        tensors = tensors[:-1]
+    elif isinstance(change, list):
+        options = change
+    else:
+        tensors = [change.get(name, tensor) for name, tensor in zip(names, tensors)]
+    with pytest.raises(RuntimeError, match=message):
+        operator(tensors, options)
+
+
+@built
+def test_a_layer_of_no_tensors_is_refused():
+    with pytest.raises(RuntimeError, match="ar_kernels_native::layer cannot run: there are no tensors"):
+        torch.ops.ar_kernels_native.layer([None] * 6, [0] * 5)
+
+
+@built
+def test_a_layer_loads_the_library():
+    code = (
+        "import torch, ar_kernels\n"
+        "z, w = torch.ones(1, 2, 3), torch.ones(1, 2)\n"
+        "print(torch.ops.ar_kernels_native.layer([z, w, None, None, None, None], [0, 0, 0, 0, 0])[0].tolist())\n"
+    )
+    run = _python(code)
+    assert (run.stdout, run.returncode) == ("[[[1.0, 1.0]]]\n", 0), run.stderr
+
+
 # ---------------------------------------------------------------------------------------------- targets
 
 OF_TARGET = """
@@ -239,6 +456,9 @@ for dtype in (torch.bfloat16, torch.float16):
     z = torch.zeros(grad.numel() // 8, 8, 1, 1, dtype=dtype, requires_grad=True)
     (got,) = torch.autograd.grad(ar_kernels.attend(z, w, implementation="native").pooled.flatten(), z, grad)
     assert torch.equal(got.flatten(), grad.to(dtype))
+import test_native
+for name in ("many images", "few images", "W_O's width is odd", "bfloat16", "3×3"):
+    test_native.assert_a_layer_is_its_parts(**test_native.LAYERS[name])
 assert native.target() == sys.argv[1], native.target()
 """
 
@@ -266,7 +486,7 @@ def test_an_unknown_target_is_refused():
 @pytest.mark.skipif(not (ROOT / "build").exists(), reason="no objects: setup.py build_ext --inplace was not run here")
 def test_no_target_leaks_instructions_into_another():
     """A function that two targets' files define under one name is kept once by the linker: with whose instructions?"""
-    objects = [file for file in ROOT.glob("build/temp*/*-*.o") if not file.stem.endswith("-cuda")]
+    objects = [file for file in ROOT.glob("build/temp*/*-*.o") if not file.stem.endswith(("-cuda", "-node"))]
     assert objects
     for file in objects:
         symbols = subprocess.run(["nm", "-C", "--defined-only", str(file)], capture_output=True, text=True).stdout
@@ -292,11 +512,20 @@ def test_gradients_of_no_images_have_the_strides_that_were_traced(layout):
 
 
 @built
+def test_a_library_without_an_operator_has_no_kernels_for_it():
+    """As one built without nvcc has none of the sweeps for Hopper."""
+    assert native.has_kernels("cpu") and not native.has_kernels("xpu")
+    assert not native.has_kernels("cuda", "an_operator_of_no_library") and not native.has_kernels("cuda", "layer")
+
+
+@built
 def test_an_operator_refuses_what_has_no_kernel():
     """The stand-in in Python would otherwise be sent what it sends on."""
     with pytest.raises(RuntimeError, match="tensors must all be dense and on cpu, got a torch.sparse_coo one on cpu"):
         w = torch.ones(2, 5).to_sparse()
         torch.ops.ar_kernels_native.gated_attend(torch.ones(1, 5, 4), w, None, None, None, 0, False, False)
+    with pytest.raises(RuntimeError, match="tensors must all be dense and on cpu, got a torch.sparse_coo one on cpu"):
+        torch.ops.ar_kernels_native.layer([torch.ones(1, 5, 4), w, None, None, None, None], [0, 0, 0, 0, 0])
 
 
 # ---------------------------------------------------------------------------------------------- memory
@@ -451,7 +680,8 @@ def unpacked(tmp_path_factory) -> Path:
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         names = tar.getnames()
-        assert not any("_native." in name or "/tests/" in name for name in names), "of a checkout, not of the package"
+        built = ("_native.", "/_node-", "/tests/")
+        assert not any(part in name for name in names for part in built), "of a checkout, not of the package"
         assert any(name.endswith("csrc/cpu/operators.cpp") for name in names)
         tar.extractall(folder, filter="data")
     return next(path for path in folder.iterdir() if path.is_dir())
@@ -482,11 +712,29 @@ def test_a_wheel_built_from_the_sdist_works(unpacked, tmp_path):
         "    torch.ops.ar_kernels_native.gated_attend(torch.ones(1, 5, 4), w, None, None, None, 0, False, False)\n"
         "except RuntimeError as error:\n"
         "    print(error)\n"
+        "from ar_kernels import node, ops\n"
+        "assert node.why_not() is None, node.why_not()\n"
+        "out = ar_kernels.attend(torch.ones(1, 2, 3), torch.ones(1, 2, requires_grad=True), implementation='native')\n"
+        "out.pooled.sum().backward()\n"
+        "try:\n"
+        "    out.pooled.sum().backward()\n"
+        "except RuntimeError as error:\n"
+        "    print(error)\n"
+        "def fail(*arguments):\n"
+        "    raise KeyError('of Python')\n"
+        "node.module().set_python(fail, fail)\n"
+        "w = torch.ones(1, 2, requires_grad=True)\n"
+        "out = ar_kernels.attend(torch.ones(1, 2, 3), w, implementation='native')\n"
+        "try:\n"
+        "    torch.autograd.grad(out.pooled.sum(), w, create_graph=True)\n"
+        "except KeyError as error:\n"
+        "    print(error)\n"
     )
     run = _python(code, PYTHONPATH=str(tmp_path / "installed"))
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith(str(tmp_path / "installed"))
-    assert "w must be [2, 5], got [2, 4]" in run.stdout
+    for line in ("w must be [2, 5], got [2, 4]", "backward through the graph a second time", "'of Python'"):
+        assert line in run.stdout
 
 
 def _static_libstdcxx() -> str:
@@ -580,4 +828,8 @@ for images, channels, labels in ((1, 16, 1), (7, 528, 33), (130, 64, 10)):
     x, w, g = (torch.randn(sizes) for sizes in ((images, channels), (labels, channels), (images, labels)))
     for a, b in ((x, w.t()), (g, w), (g.t(), x)):
         assert torch.ops.ar_kernels_native.product(a, b).isfinite().all()
+import test_native
+for name, sizes in test_native.LAYERS.items():
+    if name != "large W_O":
+        test_native.assert_a_layer_is_its_parts(**sizes)
 """

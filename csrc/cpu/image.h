@@ -261,7 +261,7 @@ void for_each_group(const BackwardArguments& a, int64_t first, int64_t last, A* 
   for (int64_t group = first; group < last; ++group) {
     if (dw != nullptr) memset(dw, 0, rows * c_step * sizeof(A));
     const int64_t items = layer.items();
-    for (int64_t item = items * group / a.groups; item < items * (group + 1) / a.groups; ++item)
+    for (int64_t item = first_of(group, a.groups, items); item < first_of(group + 1, a.groups, items); ++item)
       sweep(item / layer.splits, item % layer.splits);
     if (dw == nullptr) continue;
     for (int64_t row = 0; row < rows; ++row)

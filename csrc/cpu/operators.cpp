@@ -13,10 +13,13 @@
 #include <array>
 #include <memory>
 #include <new>
+#include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../checks.h"
+#include "../handover.h"
 #include "targets.h"
 
 namespace ar_kernels {
@@ -24,6 +27,9 @@ namespace ar_kernels {
 namespace {
 
 using MaybeTensor = std::optional<Tensor>;
+using Options = std::vector<int64_t>;
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 constexpr int64_t kTileBytes = 1 << 18;   // of a tile, which stays in the second-level cache
 constexpr int64_t kFewestPositions = 16;  // of a tile, if the map has them; AVX-512's lanes
@@ -37,6 +43,8 @@ constexpr int64_t kLargePagesBytes = 1 << 22;     // of dZ: wherever it begins, 
 constexpr int64_t kElementsPerThread = 1 << 17;   // less is not worth another thread
 constexpr int64_t kAdditionsPerThread = 1 << 20;  // likewise, of the last sums
 constexpr int64_t kProductPerThread = 1 << 23;    // likewise, multiply-adds of a product
+constexpr int64_t kFewestRows = 4;                // for which a thread reads all of W_O: a product's block of rows
+constexpr int64_t kMostShared = 1 << 21;          // elements of W_O, of which every thread reads all
 constexpr int64_t kProductLanes = 16;             // AVX-512's: with fewer, PyTorch's products are as fast or faster
 
 Kind kind_of(ScalarType dtype) {
@@ -97,10 +105,14 @@ Layer layer_of(const Tensor& z, const Tensor& w, int64_t gated, bool alike) {
   return layer;
 }
 
+Tensor in_dtype(const Tensor& tensor, ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+}
+
 // Small tensors in the accumulator's dtype, contiguous; what they already are costs nothing.
 MaybeTensor accumulated(const MaybeTensor& tensor, ScalarType dtype) {
   if (!tensor.has_value()) return tensor;
-  const Tensor converted = tensor->scalar_type() == dtype ? *tensor : torch::stable::to(*tensor, dtype);
+  const Tensor converted = in_dtype(*tensor, dtype);
   return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
 }
 
@@ -143,6 +155,115 @@ void in_parallel(int64_t count, int64_t elements, int64_t scratch, const Work& w
   });
 }
 
+// Whether a matrix has its elements of the second dimension beside each other.
+bool has_rows(const Tensor& matrix) { return matrix.stride(1) == 1 && matrix.stride(0) >= matrix.size(1); }
+
+bool has_columns(const Tensor& matrix) { return matrix.stride(0) == 1 && matrix.stride(1) >= matrix.size(0); }
+
+// A product of ours, which is yet to be computed.
+struct Product {
+  ProductArguments arguments;
+  Tensor a, b, out;
+};
+
+// a b of matrices: ours in float32 with AVX-512, where both lie as in a product with W_O and K C is whole vectors;
+// nothing where it is PyTorch's.
+std::optional<Product> our_product(const Tensor& a, const Tensor& b) {
+  ProductArguments p = {Way::kSums, a.size(0),   a.size(1),   b.size(1), nullptr,
+                        nullptr,    a.stride(0), b.stride(0), nullptr};
+  bool fits = a.scalar_type() == ScalarType::Float && p.rows > 0 && p.inner > 0 && p.columns > 0;
+  if (has_rows(a) && has_columns(b) && !has_rows(b)) {
+    p.way = Way::kDots;
+    p.b_step = b.stride(1);
+  } else if (has_columns(a) && has_rows(b) && !has_rows(a)) {
+    p.way = Way::kOuter;
+    p.a_step = a.stride(1);
+  } else {
+    fits = fits && has_rows(a) && has_rows(b);
+  }
+  const int64_t lanes = kernels().product_lanes(), vectors = p.way == Way::kDots ? p.inner : p.columns;
+  if (!fits || lanes < kProductLanes || vectors % lanes != 0) return std::nullopt;
+  const Tensor out = empty({p.rows, p.columns}, ScalarType::Float);
+  p.a = static_cast<const float*>(a.const_data_ptr());
+  p.b = static_cast<const float*>(b.const_data_ptr());
+  p.out = static_cast<float*>(out.mutable_data_ptr());
+  return Product{p, a, b, out};
+}
+
+int64_t multiply_adds(const ProductArguments& p) { return p.rows * p.inner * p.columns; }
+
+// Of a feature map, which take as long.
+int64_t elements_worth(int64_t multiply_adds) { return multiply_adds / (kProductPerThread / kElementsPerThread); }
+
+// Computes a product of ours, if there is one that still has to be.
+void multiply(std::optional<Product>& product) {
+  if (!product.has_value()) return;
+  const ProductArguments& p = product->arguments;
+  const Kernels& target = kernels();
+  const int64_t grain = kProductPerThread * parts(p) / multiply_adds(p) + 1;
+  torch::stable::parallel_for(0, parts(p), grain, [&](int64_t begin, int64_t end) { target.multiply(p, begin, end); });
+  product.reset();
+}
+
+// a b of matrices, by PyTorch, or by us: then it is left to the caller to compute.
+Tensor begun(const Tensor& a, const Tensor& b, std::optional<Product>& ours) {
+  ours = our_product(a, b);
+  return ours.has_value() ? ours->out : torch::stable::matmul(a, b);
+}
+
+// a b of matrices.
+Tensor product(const Tensor& a, const Tensor& b) {
+  STD_TORCH_CHECK(a.dim() == 2, "a must be a matrix, got ", shape_of(a));
+  STD_TORCH_CHECK(b.dim() == 2 && b.size(0) == a.size(1), "b must be a matrix [", a.size(1), ", N], got ", shape_of(b));
+  check_float("a", a);
+  check_dtype("b", b, "a", a);
+  std::optional<Product> ours;
+  const Tensor out = begun(a, b, ours);
+  multiply(ours);
+  return out;
+}
+
+// A layer's products with W_O, of ours, that threads compute beside their sweeps over images: to wake them once more
+// takes as long as a product.
+struct Products {
+  std::optional<Product> of_images;  // rows are images: the hypothesis, or the gradient of features
+  std::optional<Product> of_weight;  // W_O's gradient
+
+  int64_t elements() const {
+    const int64_t images = of_images.has_value() ? multiply_adds(of_images->arguments) : 0;
+    const int64_t weight = of_weight.has_value() ? multiply_adds(of_weight->arguments) : 0;
+    return elements_worth(images + weight);
+  }
+
+  // What groups [begin, end) of images have to do: the rows of their images, and a share of W_O's columns.
+  void multiply_share(int64_t begin, int64_t end, int64_t groups) const {
+    const Kernels& target = kernels();
+    if (of_images.has_value()) {
+      ProductArguments p = of_images->arguments;
+      const int64_t first = first_of(begin, groups, p.rows), last = first_of(end, groups, p.rows);
+      p.a += first * p.a_step;
+      p.out += first * p.columns;
+      p.rows = last - first;
+      target.multiply(p, 0, parts(p));
+    }
+    if (of_weight.has_value()) {
+      const ProductArguments& p = of_weight->arguments;
+      target.multiply(p, first_of(begin, groups, parts(p)), first_of(end, groups, parts(p)));
+    }
+  }
+};
+
+// Whether threads that sweep over images had better multiply the rows of theirs: each reads all of W_O for that, which
+// for few rows, or where W_O comes from memory, takes longer than to wake them again for a part of W_O each. The
+// forward of 32 images by two threads takes 10 % less time so with W_O of 5 MB, 15 % more with 16 MB.
+bool images_fit(const Layer& layer, int64_t elements, int64_t output_w) {
+  if (layer.taps > 1 || layer.splits > 1 || layer.images == 0) return false;
+  const int64_t threads = torch::stable::get_num_threads();
+  elements += elements_worth(layer.images * output_w);
+  const int64_t images = std::max(layer.images / threads, kElementsPerThread * layer.images / elements);
+  return images >= kFewestRows && output_w <= kMostShared;
+}
+
 // Calls work(stage, items): all stages in one where images are not split, else one after another.
 template <class Work>
 void in_stages(const Layer& layer, std::initializer_list<Stage> stages, const Work& work) {
@@ -168,9 +289,18 @@ void check_weight(const char* name, const MaybeTensor& weight, int64_t heads, in
     check_shape(name, weight, {heads, channels, 3, 3});
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
-    const Tensor& z, const Tensor& w, const MaybeTensor& b, const MaybeTensor& score_w, const MaybeTensor& score_b,
-    int64_t gated_heads, bool wants_logits, bool wants_mean, bool alike, int64_t taps) {
+void check_output_weight(const Tensor& output_w, int64_t gated_heads, int64_t width) {
+  STD_TORCH_CHECK(gated_heads > 0, "output_w must be None without gated heads, got ", shape_of(output_w));
+  STD_TORCH_CHECK(output_w.dim() == 2 && output_w.size(1) == gated_heads * width, "output_w must be [L, ",
+                  gated_heads * width, "], got ", shape_of(output_w));
+  check_float("output_w", output_w);
+}
+
+// The attention's outputs, and the hypothesis where there is W_O.
+std::pair<Outputs, MaybeTensor> forward(const Tensor& z, const Tensor& w, const MaybeTensor& b,
+                                        const MaybeTensor& score_w, const MaybeTensor& score_b,
+                                        const MaybeTensor& output_w, int64_t gated_heads, bool wants_logits,
+                                        bool wants_mean, bool alike, int64_t taps) {
   check_map("z", z);
   const int64_t images = z.size(0), channels = z.size(1), heads = heads_of(z, w, taps);
   check_weight("w", w, heads, channels, taps);
@@ -179,6 +309,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   check_shape("score_b", score_b, {heads});
   STD_TORCH_CHECK(gated_heads >= 0 && gated_heads <= heads, "gated_heads must be from 0 to K = ", heads, ", got ",
                   gated_heads);
+  if (output_w.has_value()) check_output_weight(*output_w, gated_heads, channels * taps);
 
   const ScalarType dtype = accumulator_dtype(z.scalar_type());
   const Layer layer = layer_of(z, w, gated_heads, alike);
@@ -193,6 +324,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
       gated ? empty({images, gated_heads * channels * taps}, z.scalar_type()) : empty({0}, z.scalar_type());
   const Tensor mean = wants_mean ? empty({images, channels}, dtype) : empty({0}, dtype);
 
+  MaybeTensor factor;
+  Products products;
+  if (output_w.has_value()) {
+    factor = torch::stable::transpose(in_dtype(*output_w, z.scalar_type()), 0, 1);
+    if (images_fit(layer, z.numel(), output_w->numel())) products.of_images = our_product(features, *factor);
+  }
   if (images > 0) {
     const MaybeTensor weights[] = {tap_rows(w, taps, dtype), accumulated(b, dtype), tap_rows(score_w, taps, dtype),
                                    accumulated(score_b, dtype)};
@@ -218,9 +355,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
       arguments.parts = parts.mutable_data_ptr();
     }
     if (taps == 1) {
-      in_parallel(
-          layer.items(), z.numel(), target.forward_scratch(arguments),
-          [&](int64_t begin, int64_t end, void* memory) { target.attend_forward(arguments, begin, end, memory); });
+      in_parallel(layer.items(), z.numel() + products.elements(), target.forward_scratch(arguments),
+                  [&](int64_t begin, int64_t end, void* memory) {
+                    target.attend_forward(arguments, begin, end, memory);
+                    products.multiply_share(begin, end, layer.items());
+                  });
       if (layer.splits > 1)
         in_parallel(images, layer.items() * heads * channels, 1,
                     [&](int64_t begin, int64_t end, void*) { target.merge_splits(arguments, begin, end); });
@@ -236,19 +375,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     }
   }
   const Tensor by_channel = taps == 1 ? pooled : torch::stable::transpose(torch::stable::transpose(pooled, 1, 2), 2, 3);
-  return {by_channel, lse, logits, scores, gates, features, mean};
+  MaybeTensor hypothesis;
+  if (products.of_images.has_value())
+    hypothesis = products.of_images->out;
+  else if (output_w.has_value())
+    hypothesis = product(features, *factor);
+  return {{by_channel, lse, logits, scores, gates, features, mean}, hypothesis};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_attend(
-    const Tensor& z, const Tensor& w, const MaybeTensor& b, const MaybeTensor& score_w, const MaybeTensor& score_b,
-    int64_t gated_heads, bool wants_logits, bool wants_mean, bool alike) {
-  return forward(z, w, b, score_w, score_b, gated_heads, wants_logits, wants_mean, alike, 1);
+Outputs gated_attend(const Tensor& z, const Tensor& w, const MaybeTensor& b, const MaybeTensor& score_w,
+                     const MaybeTensor& score_b, int64_t gated_heads, bool wants_logits, bool wants_mean, bool alike) {
+  return forward(z, w, b, score_w, score_b, std::nullopt, gated_heads, wants_logits, wants_mean, alike, 1).first;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_attend3x3(
-    const Tensor& z, const Tensor& w, const MaybeTensor& b, const MaybeTensor& score_w, const MaybeTensor& score_b,
-    int64_t gated_heads, bool wants_mean, bool alike) {
-  return forward(z, w, b, score_w, score_b, gated_heads, true, wants_mean, alike, 9);
+Outputs gated_attend3x3(const Tensor& z, const Tensor& w, const MaybeTensor& b, const MaybeTensor& score_w,
+                        const MaybeTensor& score_b, int64_t gated_heads, bool wants_mean, bool alike) {
+  return forward(z, w, b, score_w, score_b, std::nullopt, gated_heads, true, wants_mean, alike, 9).first;
 }
 
 // Memory new to the process is cleared page by page as it is first written: with small pages that takes longer than
@@ -294,18 +436,17 @@ Tensor summed(const Kernels& target, const Tensor& rows, const MaybeTensor& weig
   torch::stable::parallel_for(0, heads * channels, kAdditionsPerThread / count + 1, [&](int64_t begin, int64_t end) {
     target.weight_sums(kind, from, weight, count, heads, channels, to, begin, end);
   });
-  return sums.scalar_type() == dtype ? sums : torch::stable::to(sums, dtype);
+  return in_dtype(sums, dtype);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& z, const Tensor& w, const MaybeTensor& b,
-                                                    const MaybeTensor& score_w, const Tensor& pooled, const Tensor& lse,
-                                                    const MaybeTensor& logits, const MaybeTensor& scores,
-                                                    const MaybeTensor& gates, const MaybeTensor& grad_pooled,
-                                                    const MaybeTensor& grad_lse, const MaybeTensor& grad_logits,
-                                                    const MaybeTensor& grad_scores, const MaybeTensor& grad_gates,
-                                                    const MaybeTensor& grad_features, const MaybeTensor& grad_mean,
-                                                    const MaybeTensor& upstream, bool needs_z, bool needs_w,
-                                                    bool needs_score, bool channels_last, int64_t taps) {
+// products: still to be computed; grad_features may be one of them.
+Gradients backward(const Tensor& z, const Tensor& w, const MaybeTensor& b, const MaybeTensor& score_w,
+                   const Tensor& pooled, const Tensor& lse, const MaybeTensor& logits, const MaybeTensor& scores,
+                   const MaybeTensor& gates, const MaybeTensor& grad_pooled, const MaybeTensor& grad_lse,
+                   const MaybeTensor& grad_logits, const MaybeTensor& grad_scores, const MaybeTensor& grad_gates,
+                   const MaybeTensor& grad_features, const MaybeTensor& grad_mean, const MaybeTensor& upstream,
+                   bool needs_z, bool needs_w, bool needs_score, bool channels_last, int64_t taps,
+                   Products products = {}) {
   check_map("z", z);
   const int64_t images = z.size(0), channels = z.size(1), heads = heads_of(z, w, taps);
   const int64_t gated = gates.has_value() && gates->dim() == 2 ? gates->size(1) : 0;
@@ -352,6 +493,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& z, const Tenso
     return {dz, zeros(needs_w, w.scalar_type()), zeros(scored, scored ? score_w->scalar_type() : w.scalar_type()),
             dscore_b};
   }
+  if (products.of_images.has_value() && !images_fit(layer, z.numel(), products.of_images->b.numel()))
+    multiply(products.of_images);
+  if (taps > 1) multiply(products.of_weight);
   MaybeTensor features = grad_features;
   if (features.has_value() && taps > 1) {  // taps before channels
     const Tensor rows = torch::stable::reshape(*features, {images, gated, channels, taps});
@@ -410,9 +554,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& z, const Tenso
                                        taps > 1 ? masks.mutable_data_ptr() : nullptr};
   const Kernels& target = kernels();
   if (taps == 1) {
-    in_parallel(groups, z.numel(), target.backward_scratch(arguments), [&](int64_t begin, int64_t end, void* memory) {
-      target.attend_backward(arguments, begin, end, memory);
-    });
+    in_parallel(groups, z.numel() + products.elements(), target.backward_scratch(arguments),
+                [&](int64_t begin, int64_t end, void* memory) {
+                  products.multiply_share(begin, end, groups);
+                  target.attend_backward(arguments, begin, end, memory);
+                });
   } else {
     in_stages(layer, {Stage::kLogits, Stage::kMasks, Stage::kMaps}, [&](Stage stage, int64_t items) {
       const bool by_group = stage == Stage::kAll || stage == Stage::kMaps;
@@ -432,23 +578,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& z, const Tenso
   return {dz, dw, dscore_w, dscore_b};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> gated_attend_backward(
-    const Tensor& z, const Tensor& w, const MaybeTensor& b, const MaybeTensor& score_w, const Tensor& pooled,
-    const Tensor& lse, const MaybeTensor& scores, const MaybeTensor& gates, const MaybeTensor& grad_pooled,
-    const MaybeTensor& grad_lse, const MaybeTensor& grad_logits, const MaybeTensor& grad_scores,
-    const MaybeTensor& grad_gates, const MaybeTensor& grad_features, const MaybeTensor& grad_mean,
-    const MaybeTensor& upstream, bool needs_z, bool needs_w, bool needs_score, bool channels_last) {
+Gradients gated_attend_backward(const Tensor& z, const Tensor& w, const MaybeTensor& b, const MaybeTensor& score_w,
+                                const Tensor& pooled, const Tensor& lse, const MaybeTensor& scores,
+                                const MaybeTensor& gates, const MaybeTensor& grad_pooled, const MaybeTensor& grad_lse,
+                                const MaybeTensor& grad_logits, const MaybeTensor& grad_scores,
+                                const MaybeTensor& grad_gates, const MaybeTensor& grad_features,
+                                const MaybeTensor& grad_mean, const MaybeTensor& upstream, bool needs_z, bool needs_w,
+                                bool needs_score, bool channels_last) {
   return backward(z, w, b, score_w, pooled, lse, std::nullopt, scores, gates, grad_pooled, grad_lse, grad_logits,
                   grad_scores, grad_gates, grad_features, grad_mean, upstream, needs_z, needs_w, needs_score,
                   channels_last, 1);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> gated_attend3x3_backward(
-    const Tensor& z, const Tensor& w, const MaybeTensor& score_w, const Tensor& pooled, const Tensor& lse,
-    const Tensor& logits, const MaybeTensor& scores, const MaybeTensor& gates, const MaybeTensor& grad_pooled,
-    const MaybeTensor& grad_lse, const MaybeTensor& grad_logits, const MaybeTensor& grad_scores,
-    const MaybeTensor& grad_gates, const MaybeTensor& grad_features, const MaybeTensor& grad_mean,
-    const MaybeTensor& upstream, bool needs_z, bool needs_w, bool needs_score, bool channels_last) {
+Gradients gated_attend3x3_backward(const Tensor& z, const Tensor& w, const MaybeTensor& score_w, const Tensor& pooled,
+                                   const Tensor& lse, const Tensor& logits, const MaybeTensor& scores,
+                                   const MaybeTensor& gates, const MaybeTensor& grad_pooled,
+                                   const MaybeTensor& grad_lse, const MaybeTensor& grad_logits,
+                                   const MaybeTensor& grad_scores, const MaybeTensor& grad_gates,
+                                   const MaybeTensor& grad_features, const MaybeTensor& grad_mean,
+                                   const MaybeTensor& upstream, bool needs_z, bool needs_w, bool needs_score,
+                                   bool channels_last) {
   return backward(z, w, std::nullopt, score_w, pooled, lse, logits, scores, gates, grad_pooled, grad_lse, grad_logits,
                   grad_scores, grad_gates, grad_features, grad_mean, upstream, needs_z, needs_w, needs_score,
                   channels_last, 9);
@@ -518,42 +667,95 @@ std::tuple<Tensor, Tensor> rectify_backward(const Tensor& grad, const Tensor& hy
   in_parallel(
       arguments.images, hypotheses.numel(), rectify_scratch(arguments),
       [&](int64_t begin, int64_t end, void* memory) { target.rectify_backward(arguments, begin, end, memory); });
-  return {dh, scores.scalar_type() == dtype ? ds : torch::stable::to(ds, scores.scalar_type())};
+  return {dh, in_dtype(ds, scores.scalar_type())};
 }
 
-// Whether a matrix has its elements of the second dimension beside each other.
-bool has_rows(const Tensor& matrix) { return matrix.stride(1) == 1 && matrix.stride(0) >= matrix.size(1); }
+// That lists hold what they should, by its names.
+void check_lists(const Tensors& tensors, size_t count, const char* names, const Options& options, size_t option_count,
+                 const char* option_names) {
+  STD_TORCH_CHECK(tensors.size() == count, "tensors must be [", names, "], got ", tensors.size());
+  STD_TORCH_CHECK(options.size() == option_count, "options must be [", option_names, "], got ", options.size());
+  STD_TORCH_CHECK(options.back() == 0, "taps_first must be 0 on a CPU, got ", options.back());
+}
 
-bool has_columns(const Tensor& matrix) { return matrix.stride(0) == 1 && matrix.stride(1) >= matrix.size(0); }
+const Tensor& given(const char* name, const MaybeTensor& tensor) {
+  STD_TORCH_CHECK(tensor.has_value(), name, " must be a tensor, got None");
+  return *tensor;
+}
 
-// a b of matrices. Ours in float32 with AVX-512, where both lie as in a product with W_O and K C is whole vectors.
-Tensor product(const Tensor& a, const Tensor& b) {
-  STD_TORCH_CHECK(a.dim() == 2, "a must be a matrix, got ", shape_of(a));
-  STD_TORCH_CHECK(b.dim() == 2 && b.size(0) == a.size(1), "b must be a matrix [", a.size(1), ", N], got ", shape_of(b));
-  check_float("a", a);
-  check_dtype("b", b, "a", a);
-  ProductArguments p = {Way::kSums, a.size(0),   a.size(1),   b.size(1), nullptr,
-                        nullptr,    a.stride(0), b.stride(0), nullptr};
-  bool fits = a.scalar_type() == ScalarType::Float && p.rows > 0 && p.inner > 0 && p.columns > 0;
-  if (has_rows(a) && has_columns(b) && !has_rows(b)) {
-    p.way = Way::kDots;
-    p.b_step = b.stride(1);
-  } else if (has_columns(a) && has_rows(b) && !has_rows(a)) {
-    p.way = Way::kOuter;
-    p.a_step = a.stride(1);
-  } else {
-    fits = fits && has_rows(a) && has_rows(b);
+MaybeTensor only_if(bool wanted, const Tensor& tensor) { return wanted ? MaybeTensor(tensor) : std::nullopt; }
+
+// All that a layer makes forward: None for what was not asked for.
+Tensors layer(const Tensors& tensors, const Options& options) {
+  check_lists(tensors, 6, "z, w, b, score_w, score_b, output_w", options, 5,
+              "gated_heads, wants_logits, wants_mean, alike, taps_first");
+  const Tensor &z = given("z", tensors[0]), &w = given("w", tensors[1]);
+  const int64_t gated_heads = options[0], taps = w.dim() == 4 ? 9 : 1;
+  const bool wants_logits = options[1] != 0 || taps > 1, wants_mean = options[2] != 0, alike = options[3] != 0;
+  const auto [outputs, hypothesis] =
+      forward(z, w, tensors[2], tensors[3], tensors[4], tensors[5], gated_heads, wants_logits, wants_mean, alike, taps);
+  const auto& [pooled, lse, logits, scores, gates, features, mean] = outputs;
+  const bool gated = gated_heads > 0;
+  return {pooled,
+          lse,
+          only_if(wants_logits, logits),
+          only_if(gated, scores),
+          only_if(gated, gates),
+          only_if(gated, features),
+          only_if(wants_mean, mean),
+          hypothesis};
+}
+
+// Gradients of z, w, score_w, score_b (in lse's dtype) and W_O: None where they are not needed.
+Tensors layer_backward(const Tensors& tensors, const Options& options) {
+  check_lists(tensors, 20,
+              "z, w, b, score_w, output_w, pooled, lse, logits, scores, gates, features, grad_pooled, grad_lse, "
+              "grad_logits, grad_scores, grad_gates, grad_features, grad_mean, grad_hypothesis, upstream",
+              options, 7, "needs_z, needs_w, needs_score_w, needs_score_b, needs_output_w, channels_last, taps_first");
+  const Tensor &z = given("z", tensors[0]), &w = given("w", tensors[1]);
+  const Tensor &pooled = given("pooled", tensors[5]), &lse = given("lse", tensors[6]);
+  const MaybeTensor &output_w = tensors[4], &gates = tensors[9], &features = tensors[10];
+  const MaybeTensor &grad_hypothesis = tensors[18], &upstream = tensors[19];
+  const bool needs_z = options[0] != 0, needs_w = options[1] != 0, needs_score_w = options[2] != 0;
+  const bool needs_score_b = options[3] != 0, needs_output_w = options[4] != 0, channels_last = options[5] != 0;
+  const bool needs_score = needs_score_w || needs_score_b, needs_attention = needs_z || needs_w || needs_score;
+  const int64_t taps = w.dim() == 4 ? 9 : 1;
+  check_map("z", z);
+  MaybeTensor grad_features = tensors[16];
+  Tensors gradients(5);
+  Products products;
+  if (grad_hypothesis.has_value() && features.has_value() && output_w.has_value()) {
+    const int64_t gated = gates.has_value() && gates->dim() == 2 ? gates->size(1) : 0;
+    check_output_weight(*output_w, gated, z.size(1) * taps);
+    check_shape("features", *features, {z.size(0), output_w->size(1)});
+    check_dtype("features", features, "z", z);
+    check_shape("grad_hypothesis", *grad_hypothesis, {z.size(0), output_w->size(0)});
+    check_dtype("grad_hypothesis", grad_hypothesis, "z", z);
+    if (needs_output_w)
+      gradients[4] = begun(torch::stable::transpose(*grad_hypothesis, 0, 1), *features, products.of_weight);
+    const Tensor factor = in_dtype(*output_w, z.scalar_type());
+    if (needs_attention && grad_features.has_value())
+      grad_features = torch::stable::subtract(product(*grad_hypothesis, factor), *grad_features, -1);
+    else if (needs_attention)
+      grad_features = begun(*grad_hypothesis, factor, products.of_images);
   }
-  const Kernels& target = kernels();
-  const int64_t lanes = target.product_lanes(), vectors = p.way == Way::kDots ? p.inner : p.columns;
-  if (!fits || lanes < kProductLanes || vectors % lanes != 0) return torch::stable::matmul(a, b);
-  const Tensor out = empty({p.rows, p.columns}, ScalarType::Float);
-  p.a = static_cast<const float*>(a.const_data_ptr());
-  p.b = static_cast<const float*>(b.const_data_ptr());
-  p.out = static_cast<float*>(out.mutable_data_ptr());
-  const int64_t grain = kProductPerThread * parts(p) / (p.rows * p.inner * p.columns) + 1;
-  torch::stable::parallel_for(0, parts(p), grain, [&](int64_t begin, int64_t end) { target.multiply(p, begin, end); });
-  return out;
+  bool reaches_attention = grad_features.has_value() || tensors[17].has_value();
+  for (int i = 11; i < 16; ++i) reaches_attention = reaches_attention || tensors[i].has_value();
+  if (needs_attention && reaches_attention) {
+    const auto [dz, dw, dscore_w, dscore_b] =
+        backward(z, w, taps == 1 ? tensors[2] : std::nullopt, tensors[3], pooled, lse,
+                 taps == 1 ? std::nullopt : MaybeTensor(given("logits", tensors[7])), tensors[8], gates, tensors[11],
+                 tensors[12], tensors[13], tensors[14], tensors[15], grad_features, tensors[17], upstream, needs_z,
+                 needs_w, needs_score, channels_last, taps, products);
+    gradients[0] = only_if(needs_z, dz);
+    gradients[1] = only_if(needs_w, dw);
+    gradients[2] = only_if(needs_score_w, dscore_w);
+    gradients[3] = only_if(needs_score_b, dscore_b);
+  } else {
+    multiply(products.of_weight);
+  }
+  if (gradients[4].has_value()) gradients[4] = in_dtype(*gradients[4], output_w->scalar_type());
+  return gradients;
 }
 
 }  // namespace
@@ -566,9 +768,26 @@ STABLE_TORCH_LIBRARY_IMPL(ar_kernels_native, CPU, m) {
   m.impl("rectify", TORCH_BOX(&rectify));
   m.impl("rectify_backward", TORCH_BOX(&rectify_backward));
   m.impl("product", TORCH_BOX(&product));
+  m.impl("layer", TORCH_BOX(&layer));
+  m.impl("layer_backward", TORCH_BOX(&layer_backward));
 }
 
 }  // namespace ar_kernels
+
+AR_DIRECT int64_t ar_kernels_layer(const AtenTensorHandle* tensors, size_t count, const int64_t* options,
+                                   size_t options_count, AtenTensorHandle* outputs, size_t most, const char** error) {
+  return ar_kernels::hand_over(outputs, most, error, [&] {
+    return ar_kernels::layer(ar_kernels::owned(tensors, count), {options, options + options_count});
+  });
+}
+
+AR_DIRECT int64_t ar_kernels_layer_backward(const AtenTensorHandle* tensors, size_t count, const int64_t* options,
+                                            size_t options_count, AtenTensorHandle* outputs, size_t most,
+                                            const char** error) {
+  return ar_kernels::hand_over(outputs, most, error, [&] {
+    return ar_kernels::layer_backward(ar_kernels::owned(tensors, count), {options, options + options_count});
+  });
+}
 
 // What env prints: which target's kernels run on this machine.
 extern "C" __attribute__((visibility("default"))) const char* ar_kernels_target() {
