@@ -60,5 +60,5 @@ $(VENV)/.installed-%: constraints.txt pyproject.toml setup.py $(wildcard csrc/*.
 	touch $@
 
 clean:
-	rm -rf .venv build dist ar_kernels/_native.* *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv build dist ar_kernels/_native.* ar_kernels/_node-* *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

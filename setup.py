@@ -1,4 +1,5 @@
-"""Builds the optional native library (csrc/) into ar_kernels/_native.so; everything else is in pyproject.toml.
+"""Builds the optional native library (csrc/) into ar_kernels/_native.so, and autograd's node (csrc/node), for the torch
+and the Python that are there, into ar_kernels/_node-*; everything else is in pyproject.toml.
 
 AR_KERNELS_BUILD=0 skips it, =1 makes a failure fatal; by default one line says what was built, or why nothing was. pip
 shows that line only with -v, so it is installed too: `python -m ar_kernels.env` prints it.
@@ -10,6 +11,7 @@ CXX and CUDA_HOME are read as usual.
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -69,8 +71,16 @@ def find_compiler() -> str:
     raise CannotBuild(f"CXX names no program: {named}" if named else "there is no C++ compiler (c++, g++ or clang++)")
 
 
+def version_of(torch: Path) -> str:
+    """Without what tells builds of one version apart: their classes are laid out alike."""
+    version = re.search(r"""__version__ = ['"]([^'"+]+)""", (torch / "version.py").read_text(encoding="utf-8"))
+    if version is None:
+        raise CannotBuild(f"{torch / 'version.py'} names no version")
+    return version[1]
+
+
 class BuildNative(build_ext):
-    """One shared library, of no Python version: it uses torch's stable ABI alone."""
+    """One shared library, of no Python version: it uses torch's stable ABI alone. And one that does not: the node."""
 
     def get_ext_filename(self, name: str) -> str:
         return os.path.join(*name.split(".")) + ".so"
@@ -101,7 +111,9 @@ class BuildNative(build_ext):
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()
         folder = self.get_finalized_command("build_py").get_package_dir("ar_kernels")
-        shutil.copy(Path(self.build_lib, "ar_kernels", "_native.txt"), folder)
+        built = Path(self.build_lib, "ar_kernels")
+        for path in (built / "_native.txt", *built.glob("_node-*")):
+            shutil.copy(path, folder)
 
     def build_extension(self, extension: Extension) -> None:
         torch, compiler = find_torch(), find_compiler()
@@ -124,11 +136,15 @@ class BuildNative(build_ext):
                 define = [f"-DAR_TARGET={target}"] if target else []
                 cpu.append([compiler, *include, *own, *define, *flags, "-c", str(source), "-o", str(output)])
 
+        nodes = node_commands(compiler, torch, own[1:], objects)
+
         # All at once, the CUDA sources first: the largest of them take longest.
         archs = os.environ.get("AR_KERNELS_CUDA_ARCHS", CUDA_ARCHS).replace(";", " ").split()
         cuda, why_not = cuda_commands(archs, include, objects, strict) if archs else ([], None)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            of_cuda, of_cpu = ([pool.submit(run, command) for command in commands] for commands in (cuda, cpu))
+            of_cuda, of_node, of_cpu = (
+                [pool.submit(run, command) for command in commands] for commands in (cuda, nodes, cpu)
+            )
         for result in of_cpu:
             result.result()
         linker, commands, built = [compiler], cpu, f"CPU ({', '.join(TARGETS)})"
@@ -146,18 +162,42 @@ class BuildNative(build_ext):
         elif why_not:
             built += f"; not for CUDA: {why_not}"
 
-        link = [*linker, "-shared", *(command[-1] for command in commands), "-o", str(library), f"-L{torch / 'lib'}"]
-        if sys.platform == "linux":
-            # libtorch brings libtorch_cuda where there is one, and nothing else. nvcc moves -l behind -Xlinker.
-            link += ["-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu"]
-            # Some compilers link libstdc++ statically: it must not mix with the one that torch has loaded.
-            link += ["-Xlinker", "--exclude-libs", "-Xlinker", "ALL"]
-        else:
-            link += ["-undefined", "dynamic_lookup"]
-        if sanitize:
-            link += [*(["-Xcompiler"] if len(linker) > 1 else []), f"-fsanitize={sanitize}"]
-        run(link)
+        end = [*(["-Xcompiler"] if len(linker) > 1 else []), f"-fsanitize={sanitize}"] if sanitize else []
+        # libtorch brings libtorch_cuda where there is one, and nothing else.
+        run([*linker, *linked(commands, library, torch, ["-ltorch", "-ltorch_cpu"]), *end])
+
+        node = library.with_name(f"_node-{version_of(torch)}{sysconfig.get_config_var('EXT_SUFFIX')}")
+        node.unlink(missing_ok=True)  # of an earlier build
+        try:
+            for result in of_node:
+                result.result()
+            libraries = ["-ltorch_python", "-ltorch", "-ltorch_cpu", "-lc10"]
+            run([compiler, *linked(nodes, node, torch, libraries), *end[-1:]])
+            built += f"; node for torch {version_of(torch)}"
+        except subprocess.CalledProcessError as error:
+            if MODE == "1":
+                raise
+            built += f"; no node: {reason(error)}"
         self.tell(extension, f"built for {built}")
+
+
+def node_commands(compiler: str, torch: Path, own: list[str], objects: Path) -> list[list[str]]:
+    """How autograd's node is compiled; at -O3 GCC 13 warns of what is not there in torch's headers."""
+    include = ["-isystem", str(torch / "include"), "-isystem", sysconfig.get_path("include"), "-std=c++17"]
+    return [
+        [compiler, *include, "-O2", *own, "-c", str(source), "-o", str(objects / f"{source.stem}-node.o")]
+        for source in sorted((CSRC / "node").glob("*.cpp"))
+    ]
+
+
+def linked(commands: list[list[str]], library: Path, torch: Path, libraries: list[str]) -> list[str]:
+    """A linker's arguments for what these commands compile."""
+    link = ["-shared", *(command[-1] for command in commands), "-o", str(library), f"-L{torch / 'lib'}"]
+    if sys.platform != "linux":
+        return [*link, "-undefined", "dynamic_lookup"]
+    link += ["-Xlinker", "--no-as-needed", *libraries]  # nvcc moves -l behind -Xlinker
+    # Some compilers link libstdc++ statically: it must not mix with the one that torch has loaded.
+    return [*link, "-Xlinker", "--exclude-libs", "-Xlinker", "ALL"]
 
 
 def cuda_commands(

@@ -8,7 +8,7 @@ import platform
 
 import torch
 
-from . import __version__, functional, native, plans
+from . import __version__, functional, native, node, plans
 
 _VARIABLES = ("AR_KERNELS_", "TRITON_INTERPRET", "OMP_", "CUDA_VISIBLE_DEVICES")
 
@@ -33,6 +33,7 @@ def report() -> dict[str, object]:
             "cpu": reasons["cpu"] or _target(),
             "cuda": reasons["cuda"] or "can run",
             "plans": plans.why_not() or "are used: calls of the Triton operators repeat without Python",
+            "node": node.why_not() or "is used: eager layers' backwards run without Python",
         },
         "runs": {device: _runs(device) for device in devices},
         "variables": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_VARIABLES)},

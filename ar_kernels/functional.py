@@ -307,18 +307,11 @@ def attention_module(
     Dtypes of weights: the map's, or float32 beside a half map (they are rounded inside, their gradients are float32).
     Returns AttentionOutput; raises what attend raises.
     """
-    _check_map(feature_map)
-    _check_mask_weight(feature_map, mask_weight)
+    if not ops.fits(feature_map, mask_weight, mask_bias, gate_weight, gate_bias, output_weight, output_bias):
+        _check_layer(feature_map, mask_weight, mask_bias, gate_weight, gate_bias, output_weight, output_bias)
     heads = mask_weight.shape[0]
-    _check_weight("mask_bias", mask_bias, feature_map, (heads,))
-    _check_weight("gate_weight", gate_weight, feature_map, tuple(mask_weight.shape))
-    _check_weight("gate_bias", gate_bias, feature_map, (heads,))
-    if gate_bias is not None and gate_weight is None:
-        raise ValueError("gate_bias must come with gate_weight, got gate_weight=None")
-    _check_output_weight(feature_map, mask_weight, output_weight)
     by_head = output_weight.dim() > 2
     labels = output_weight.shape[1 if by_head else 0]
-    _check_weight("output_bias", output_bias, feature_map, (heads, labels))
     if (global_mask_weight is None) != (global_gate_weight is None):
         missing = "global_mask_weight" if global_mask_weight is None else "global_gate_weight"
         raise ValueError(f"global_mask_weight and global_gate_weight must come together, got {missing}=None")
@@ -520,6 +513,28 @@ def _check_mask_weight(feature_map: Tensor, mask_weight: Tensor) -> None:
     if spatial and feature_map.dim() == 3:
         raise ValueError(f"feature_map must be [N, C, H, W] for a mask_weight of 3×3 heads, got {_shape(feature_map)}")
     _check_kind("mask_weight", mask_weight, feature_map)
+
+
+def _check_layer(
+    feature_map: Tensor,
+    mask_weight: Tensor,
+    mask_bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    output_weight: Tensor,
+    output_bias: Tensor | None,
+) -> None:
+    _check_map(feature_map)
+    _check_mask_weight(feature_map, mask_weight)
+    heads = mask_weight.shape[0]
+    _check_weight("mask_bias", mask_bias, feature_map, (heads,))
+    _check_weight("gate_weight", gate_weight, feature_map, tuple(mask_weight.shape))
+    _check_weight("gate_bias", gate_bias, feature_map, (heads,))
+    if gate_bias is not None and gate_weight is None:
+        raise ValueError("gate_bias must come with gate_weight, got gate_weight=None")
+    _check_output_weight(feature_map, mask_weight, output_weight)
+    labels = output_weight.shape[1 if output_weight.dim() > 2 else 0]
+    _check_weight("output_bias", output_bias, feature_map, (heads, labels))
 
 
 def _check_output_weight(feature_map: Tensor, mask_weight: Tensor, output_weight: Tensor) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, are_deterministic_algorithms_enabled
 from torch.autograd import forward_ad
 
-from . import eager, native, plans
+from . import eager, native, node, plans
 from .reference import accumulator_dtype
 
 try:  # what Function.apply itself goes by, in torch 2.11 to 2.13
@@ -75,7 +75,10 @@ def _run_by_plan(name: str, tensors: Sequence[Tensor | None], options: Sequence[
 
 def _load_native(name: str, *arguments: Any) -> Any:
     """Stands in for a native operator until the library is loaded, whose kernels then come before this."""
-    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    given = (each for argument in arguments for each in (argument if isinstance(argument, list) else (argument,)))
+    tensors = [each for each in given if isinstance(each, Tensor)]
+    if not tensors:  # in a list
+        raise RuntimeError(f"{native.NAMESPACE}::{name} cannot run: there are no tensors")
     kind = tensors[0].device.type
     reason = native.why_not(kind)
     if reason is None and not native.has_kernels(kind, name):
@@ -102,6 +105,11 @@ def _dispatch(implementation: str, name: str, tensors: list[Tensor | None], opti
 
 
 _define("product(Tensor a, Tensor b) -> Tensor", None, lambda a, b: a.new_empty(a.shape[0], b.shape[1]))
+
+# The whole of _forward and of _wanted_backward, whose arguments they take in their order: of eager calls alone.
+for _name in ("layer", "layer_backward"):
+    _native_library.define(f"{_name}(Tensor?[] tensors, int[] options) -> Tensor?[]")
+    _native_library.impl(_name, functools.partial(_load_native, _name), "CompositeExplicitAutograd")
 
 
 def _product_of(implementation: str, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
@@ -828,30 +836,79 @@ def _planned_backward(z: Tensor, w: Tensor, b: Any, score_w: Any, output_w: Any,
     return _wanted_backward(_launch, _wanted_product_of("triton", z, output_w), z, w, b, score_w, output_w, *options)
 
 
-def _wanted_forward(
-    inputs: Sequence[Any], how: tuple[Any, ...], wanted: tuple[int, ...]
-) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-    """Those of _GatedAttend's outputs that are wanted, and all that _forward made."""
+def _has_layer(implementation: str, z: Tensor, gradients: Sequence[Tensor | None] = ()) -> bool:
+    """Whether the library has the whole layer, products with output_w included, for an eager call."""
+    is_there = implementation == "native" and z.device.type == "cpu"
+    return is_there and plans.nobody_looks_on(z, gradients) and native.has_layer()
+
+
+def _made(inputs: Sequence[Any], how: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+    """What _forward makes, by the shortest way there is."""
     z = inputs[0]
     gated_heads, wants_logits, wants_mean, _, implementation, taps_first = how
     tensors = [*inputs]
     options = [gated_heads, wants_logits, wants_mean, are_deterministic_algorithms_enabled(), taps_first]
     if implementation == "triton" and plans.are_used(z):
-        made: Any = plans.run("forward", _planned_forward, _import_kernels().launch, tensors, options)
-    else:
-        multiply = _wanted_product_of(implementation, z, inputs[5])
-        made = _forward(functools.partial(_dispatch, implementation), multiply, *tensors, *options)
-    return tuple([made[i] if i < 8 else z.view_as(z) for i in wanted]), made
+        return plans.run("forward", _planned_forward, _import_kernels().launch, tensors, options)
+    if _has_layer(implementation, z):
+        return torch.ops.ar_kernels_native.layer(tensors, options)
+    multiply = _wanted_product_of(implementation, z, inputs[5])
+    return _forward(functools.partial(_dispatch, implementation), multiply, *tensors, *options)
+
+
+def _outputs(z: Tensor, made: tuple[Tensor | None, ...], wanted: tuple[int, ...]) -> tuple[Tensor | None, ...]:
+    """Those of _GatedAttend's outputs that are wanted."""
+    return tuple([made[i] if i < 8 else z.view_as(z) for i in wanted])
+
+
+def _gradients(
+    saved: Sequence[Any],
+    how: tuple[Any, ...],
+    wanted: tuple[int, ...],
+    needs: Sequence[bool],
+    channels_last: bool,
+    grads: Sequence[Tensor | None],
+    traced: bool = False,
+) -> Sequence[Tensor | None]:
+    """Gradients of z, w, b, score_w, score_b and output_w, None where they are not needed. saved: those six, and the
+    first six that _forward made. grads: of the outputs that are wanted."""
+    z, w, b, score_w, score_b, output_w, pooled, lse, logits, scores, gates, features = saved
+    if not traced and (torch.is_grad_enabled() or _functorch_is_active()):
+        return _differentiated((z, w, b, score_w, score_b, output_w), how, wanted, needs, grads)
+    _, _, _, _, implementation, taps_first = how
+    received: list[Tensor | None] = [None] * 9
+    for i, grad in zip(wanted, grads):
+        received[i] = grad
+    needs_z, needs_w, needs_b, needs_score_w, needs_score_b, needs_output_w = needs
+    tensors = [z, w, b, score_w, output_w, pooled, lse, logits, scores, gates, features, *received]
+    options = [needs_z, needs_w, needs_score_w, needs_score_b, needs_output_w, channels_last, taps_first]
+    if all([grad is None for grad in received[:8]]):  # nothing but the tap was used
+        return received[8], None, None, None, None, None
+    found: Any
+    with autocast_off(z):
+        if implementation == "triton" and plans.are_used(z, grads):
+            found = plans.run("backward", _planned_backward, _import_kernels().launch, tensors, options)
+        elif _has_layer(implementation, z, grads):
+            found = torch.ops.ar_kernels_native.layer_backward(tensors, options)
+        else:
+            multiply = _wanted_product_of(implementation, z, output_w)
+            found = _wanted_backward(functools.partial(_dispatch, implementation), multiply, *tensors, *options)
+    dz, dw, dscore_w, dscore_b, doutput_w = found
+    db = _mask_bias_gradient(lse, b, received[1], received[2]) if needs_b else None
+    if dscore_b is not None:
+        dscore_b = dscore_b.to(score_b.dtype)
+    return dz, dw, db, dscore_w, dscore_b, doutput_w
 
 
 class _WantedGatedAttend(torch.autograd.Function):
     """_GatedAttend where nothing transforms it: what was not asked for is saved without being an output, so that a
-    compiled graph makes no zeros for its gradient, and a direction of an eager call goes by one plan, products with
-    output_w included. A backward that is itself recorded or transformed differentiates _GatedAttend."""
+    compiled graph makes no zeros for its gradient, and a direction of an eager call is one plan or operator, products
+    with output_w included. A backward that is itself recorded or transformed differentiates _GatedAttend. csrc/node
+    has the same in C++."""
 
     @staticmethod
     def forward(ctx, z, w, b, score_w, score_b, output_w, wanted, how):
-        outputs, made = _wanted_forward((z, w, b, score_w, score_b, output_w), how, wanted)
+        made = _made((z, w, b, score_w, score_b, output_w), how)
         pooled, lse, logits, scores, gates, features, _, _ = made
         if w.dim() == 2:
             logits = None
@@ -860,43 +917,55 @@ class _WantedGatedAttend(torch.autograd.Function):
         ctx.how, ctx.wanted = how, wanted
         ctx.traced = torch.compiler.is_compiling()  # not asked in backward, which compiled autograd traces too
         ctx.channels_last = _is_channels_last(z)  # here: strides read in backward make Dynamo copy every gradient
-        return outputs
+        return _outputs(z, made, wanted)
 
     @staticmethod
     def backward(ctx, *grads):
-        z, w, b, score_w, score_b, output_w, pooled, lse, logits, scores, gates, features = ctx.saved_tensors
-        if not ctx.traced and (torch.is_grad_enabled() or _functorch_is_active()):
-            inputs = z, w, b, score_w, score_b, output_w
-            return *_differentiated(inputs, ctx.how, ctx.wanted, ctx.needs_input_grad, grads), None, None
-        _, _, _, _, implementation, taps_first = ctx.how
-        received: list[Tensor | None] = [None] * 9
-        for i, grad in zip(ctx.wanted, grads):
-            received[i] = grad
-        needs_z, needs_w, needs_b, needs_score_w, needs_score_b, needs_output_w, _, _ = ctx.needs_input_grad
-        tensors = [z, w, b, score_w, output_w, pooled, lse, logits, scores, gates, features, *received]
-        options = [needs_z, needs_w, needs_score_w, needs_score_b, needs_output_w, ctx.channels_last, taps_first]
-        if all([grad is None for grad in received[:8]]):  # nothing but the tap was used
-            return received[8], None, None, None, None, None, None, None
-        found: Any
-        with autocast_off(z):
-            if implementation == "triton" and plans.are_used(z, grads):
-                found = plans.run("backward", _planned_backward, _import_kernels().launch, tensors, options)
-            else:
-                multiply = _wanted_product_of(implementation, z, output_w)
-                found = _wanted_backward(functools.partial(_dispatch, implementation), multiply, *tensors, *options)
-        dz, dw, dscore_w, dscore_b, doutput_w = found
-        db = _mask_bias_gradient(lse, b, received[1], received[2]) if needs_b else None
-        if dscore_b is not None:
-            dscore_b = dscore_b.to(score_b.dtype)
-        return dz, dw, db, dscore_w, dscore_b, doutput_w, None, None
+        needs = ctx.needs_input_grad[:6]
+        found = _gradients(ctx.saved_tensors, ctx.how, ctx.wanted, needs, ctx.channels_last, grads, ctx.traced)
+        return *found, None, None
+
+
+node.python = _made, _gradients
+
+
+def fits(*tensors: Any) -> bool:
+    """Whether csrc/node, in a tenth of the time that Python takes, finds a layer's feature_map, mask_weight, mask_bias,
+    gate_weight, gate_bias, output_weight and output_bias as they should be. Where not, they may be all the same."""
+    if torch.compiler.is_compiling():
+        return False
+    module: Any = node.module()
+    return module is not None and module.fits(*tensors)
+
+
+@functools.lru_cache(4096)
+def _call(module: Any, how: tuple[Any, ...], wanted: tuple[int, ...]) -> Any:
+    """What csrc/node is told of a call but its tensors."""
+    if how[4] == "triton":
+        replay = native.address("ar_kernels_replay")
+        numbers = plans.number_of("forward"), plans.number_of("backward")
+        return module.make_call(replay, numbers[0], replay, numbers[1], how, wanted)
+    forward, backward = native.address("ar_kernels_layer"), native.address("ar_kernels_layer_backward")
+    return module.make_call(forward, None, backward, None, how, wanted)
+
+
+def _by_node(inputs: Sequence[Any], how: tuple[Any, ...], wanted: tuple[int, ...]) -> Any:
+    """The outputs that are wanted, by the node in C++; None where there is none or it is not for such a call."""
+    z, implementation = inputs[0], how[4]
+    if implementation == "triton":
+        is_for_it = plans.are_used(z) and not _import_kernels().launch.is_watched()
+    else:
+        is_for_it = _has_layer(implementation, z)
+    module: Any = node.module() if is_for_it else None
+    return None if module is None else module.apply(_call(module, how, wanted), *inputs)
 
 
 def _differentiated(
     inputs: tuple[Any, ...],
     how: tuple[Any, ...],
     wanted: tuple[int, ...],
-    needs: tuple[bool, ...],
-    grads: tuple[Tensor | None, ...],
+    needs: Sequence[bool],
+    grads: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """Gradients of inputs by _GatedAttend, called anew; they have a graph where one is recorded."""
     again = torch.is_grad_enabled()
@@ -938,16 +1007,26 @@ def gated_attend(
         outputs: Any = _apply(_GatedAttend, *inputs, *how)
     else:
         asked = wants_pooled, wants_logits, wants_scores, gated_heads > 0, output_w is not None, wants_mean, through
-        if torch.compiler.is_compiling():
-            wanted, apply = _wanted(*asked), _WantedGatedAttend.apply
-        else:
-            wanted, apply = _known_wanted(*asked), super(torch.autograd.Function, _WantedGatedAttend).apply
-            inputs = [value if value is None else _unwrap_if_dead(value) for value in inputs]
-        found = apply(*inputs, wanted, how) if torch.is_grad_enabled() else _wanted_forward(inputs, how, wanted)[0]
+        wanted = _wanted(*asked) if torch.compiler.is_compiling() else _known_wanted(*asked)
         outputs = [None] * 9
-        for i, output in zip(wanted, found):
+        for i, output in zip(wanted, _wanted_outputs(inputs, how, wanted)):
             outputs[i] = output
     return GatedAttended(*(outputs if through else (*outputs[:-1], z)))
+
+
+def _wanted_outputs(inputs: Sequence[Any], how: tuple[Any, ...], wanted: tuple[int, ...]) -> Any:
+    """Those of _GatedAttend's outputs, recorded where something records."""
+    if torch.compiler.is_compiling():
+        apply = _WantedGatedAttend.apply
+    else:
+        found = _by_node(inputs, how, wanted)
+        if found is not None:
+            return found
+        apply = super(torch.autograd.Function, _WantedGatedAttend).apply
+        inputs = [value if value is None else _unwrap_if_dead(value) for value in inputs]
+    if torch.is_grad_enabled():
+        return apply(*inputs, wanted, how)
+    return _outputs(inputs[0], _made(inputs, how), wanted)
 
 
 def _wanted(

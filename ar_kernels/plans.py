@@ -61,18 +61,20 @@ def _replay() -> Any:
 _BATCHED = torch._C._dispatch_key_parse("Batched")
 
 
-def are_used(data: Tensor, gradients: Sequence[Tensor | None] = ()) -> bool:
-    """Whether a call with data may go by a plan: nobody looks on who has to see every operator, and gradients are no
-    batches of autograd's is_grads_batched."""
+def nobody_looks_on(data: Tensor, gradients: Sequence[Tensor | None] = ()) -> bool:
+    """Whether nobody has to see every operator of an eager call with data, and gradients are no batches of autograd's
+    is_grads_batched."""
     return (
-        wanted
-        and data.is_cuda
-        and type(data) is Tensor
+        type(data) is Tensor
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and not any([torch._C._dispatch_keys(value).has(_BATCHED) for value in gradients if value is not None])
-        and why_not() is None
     )
+
+
+def are_used(data: Tensor, gradients: Sequence[Tensor | None] = ()) -> bool:
+    """Whether a call with data may go by a plan."""
+    return wanted and data.is_cuda and nobody_looks_on(data, gradients) and why_not() is None
 
 
 def run(
@@ -88,8 +90,8 @@ def run(
     """
     if kernels.is_watched():
         return launch(*tensors, *options)
-    numbers = [option if isinstance(option, int) else _number_of(option) for option in options]
-    key = [_number_of(name), len(options), torch.are_deterministic_algorithms_enabled(), *numbers]
+    numbers = [option if isinstance(option, int) else number_of(option) for option in options]
+    key = [number_of(name), len(options), torch.are_deterministic_algorithms_enabled(), *numbers]
     if tensors[0].dtype == torch.float32:  # type: ignore[union-attr]
         key.append(torch.backends.cuda.matmul.fp32_precision == "tf32")
     outputs = _replay()(tensors, key)
@@ -108,6 +110,6 @@ _numbers: dict[str | None, int] = {}
 _counter = itertools.count(1)  # of which no two threads get the same
 
 
-def _number_of(word: str | None) -> int:
+def number_of(word: str | None) -> int:
     """Plans are found by numbers."""
     return _numbers.get(word) or _numbers.setdefault(word, next(_counter))

@@ -25,6 +25,7 @@
 #include <utility>
 #include <vector>
 
+#include "handover.h"
 #include "stream.h"
 
 namespace ar_kernels {
@@ -33,7 +34,7 @@ namespace {
 
 using torch::stable::Tensor;
 using Numbers = std::vector<int64_t>;
-using Tensors = std::vector<std::optional<Tensor>>;
+using Handles = std::vector<AtenTensorHandle>;  // of tensors that another owns, null for None
 
 constexpr int64_t kAlignment = 16;   // Triton compiles a kernel of its own for pointers that are no multiple of it
 constexpr size_t kMostPlans = 1024;  // then all are forgotten: as many as the launchers keep
@@ -150,21 +151,21 @@ struct Hash {
 std::shared_mutex mutex;
 std::unordered_map<Numbers, std::shared_ptr<const Plan>, Hash> plans;
 
-int32_t device_type(const Tensor& tensor) {
+int32_t device_type(AtenTensorHandle tensor) {
   int32_t type;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &type));
   return type;
 }
 
-int32_t device_index(const Tensor& tensor) {
+int32_t device_index(AtenTensorHandle tensor) {
   int32_t index;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor, &index));
   return index;
 }
 
-int32_t dtype_of(const Tensor& tensor) {
+int32_t dtype_of(AtenTensorHandle tensor) {
   int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &dtype));
   return dtype;
 }
 
@@ -172,36 +173,53 @@ struct Shape {
   int64_t dim, *sizes, *strides;
 };
 
-Shape shape_of(const Tensor& tensor) {
+Shape shape_of(AtenTensorHandle tensor) {
   Shape shape;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor.get(), &shape.dim));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &shape.sizes));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &shape.strides));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &shape.dim));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &shape.sizes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &shape.strides));
   return shape;
 }
 
-char* address_of(const Tensor& tensor) {
+char* address_of(AtenTensorHandle tensor) {
   void* address;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor.get(), &address));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &address));
   return static_cast<char*>(address);
 }
 
+// The same tensor, owned.
+Tensor own(AtenTensorHandle tensor) {
+  AtenTensorHandle another;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(tensor, &another));
+  return Tensor(another);
+}
+
+Handles handles_of(const Tensors& tensors) {
+  Handles handles;
+  for (const std::optional<Tensor>& tensor : tensors) handles.push_back(tensor.has_value() ? tensor->get() : nullptr);
+  return handles;
+}
+
+void check_first(const Handles& tensors) {
+  STD_TORCH_CHECK(!tensors.empty() && tensors[0] != nullptr, "tensors must begin with one, got None or none");
+}
+
 // What a plan is found by, and the tensors' addresses.
-void describe(const Tensors& tensors, const Numbers& options, Numbers& key, std::vector<char*>& addresses) {
+void describe(const Handles& tensors, const Numbers& options, Numbers& key, std::vector<char*>& addresses) {
   key.assign(options.begin(), options.end());
   addresses.clear();
-  for (const std::optional<Tensor>& tensor : tensors) {
-    if (!tensor.has_value()) {
+  for (const AtenTensorHandle tensor : tensors) {
+    if (tensor == nullptr) {
       key.push_back(-1);
       addresses.push_back(nullptr);
       continue;
     }
-    const Shape shape = shape_of(*tensor);
+    const Shape shape = shape_of(tensor);
     key.push_back(shape.dim);
-    key.push_back(int64_t{dtype_of(*tensor)} << 32 | int64_t{device_type(*tensor)} << 16 | device_index(*tensor));
+    key.push_back(int64_t{dtype_of(tensor)} << 32 | int64_t{device_type(tensor)} << 16 | device_index(tensor));
     key.insert(key.end(), shape.sizes, shape.sizes + shape.dim);
     key.insert(key.end(), shape.strides, shape.strides + shape.dim);
-    addresses.push_back(address_of(*tensor));
+    addresses.push_back(address_of(tensor));
   }
   // Of tensors in one place a record cannot tell which was used: it is right wherever the same ones are.
   bool odd = false;  // a kernel for unaligned addresses is another one
@@ -233,12 +251,12 @@ Tensor allocate(const Allocation& allocation, int32_t type, int32_t index) {
   return Tensor(tensor);
 }
 
-Tensor transpose(const Tensor& tensor) {
+Tensor transpose(AtenTensorHandle tensor) {
   const Shape shape = shape_of(tensor);
   STD_TORCH_CHECK(shape.dim == 2, "a factor must be a matrix, got ", shape.dim, " dimensions");
   const int64_t sizes[] = {shape.sizes[1], shape.sizes[0]}, strides[] = {shape.strides[1], shape.strides[0]};
   AtenTensorHandle turned;  // the last argument, whatever its name, is added to the tensor's own offset
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, 0, &turned));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor, 2, sizes, strides, 0, &turned));
   return Tensor(turned);
 }
 
@@ -259,16 +277,18 @@ Tensor convert(const Tensor& tensor, torch::headeronly::ScalarType dtype) {
 // Calls the steps of a plan, one after another.
 class Run {
  public:
-  Run(const Plan& plan, const Tensors& tensors, std::vector<char*>& addresses)
-      : plan_(plan), tensors_(tensors), addresses_(addresses), allocated_(plan.allocations.size()) {
-    type_ = device_type(*tensors[0]);
-    index_ = device_index(*tensors[0]);
+  Run(const Plan& plan, const Handles& tensors, std::vector<char*>& addresses)
+      : plan_(plan), given_(tensors.size()), slots_(tensors), addresses_(addresses) {
+    type_ = device_type(tensors[0]);
+    index_ = device_index(tensors[0]);
     if (type_ == aoti_torch_device_type_cuda()) {
       guard_.emplace(index_);
       stream_ = current_stream(index_);
     }
     if (current_context() != plan.context) check(driver.enter(plan.context), "cuCtxSetCurrent");  // a new thread
-    addresses_.resize(tensors.size() + allocated_.size());
+    allocated_.resize(plan.allocations.size());
+    slots_.resize(given_ + allocated_.size());
+    addresses_.resize(slots_.size());
   }
 
   void step(const Step& step) {
@@ -280,7 +300,7 @@ class Run {
     } else if (step.kind == Kind::kProduct) {
       keep(step.result, product(factor(step, 0), factor(step, 1)));
     } else {
-      keep(step.result, convert(slot(step.from[0]), plan_.allocations[step.result].scalar_type));
+      keep(step.result, convert(own(slots_[step.from[0]]), plan_.allocations[step.result].scalar_type));
     }
     for (const size_t i : step.after) allocated_[i].reset();
   }
@@ -296,18 +316,14 @@ class Run {
 
  private:
   void keep(size_t i, Tensor tensor) {
-    addresses_[tensors_.size() + i] = address_of(tensor);
+    slots_[given_ + i] = tensor.get();
+    addresses_[given_ + i] = address_of(tensor.get());
     allocated_[i] = std::move(tensor);
   }
 
-  const Tensor& slot(int64_t i) const {
-    const int64_t given = static_cast<int64_t>(tensors_.size());
-    return i < given ? *tensors_[i] : *allocated_[i - given];
-  }
-
   Tensor factor(const Step& step, int i) const {
-    const Tensor& tensor = slot(step.from[i]);
-    return step.transposed[i] ? transpose(tensor) : tensor;
+    const AtenTensorHandle tensor = slots_[step.from[i]];
+    return step.transposed[i] ? transpose(tensor) : own(tensor);
   }
 
   void launch(const Step& step) {
@@ -329,16 +345,17 @@ class Run {
     for (size_t i = 0; i < step.parameters.size(); ++i) {
       const int64_t at = step.parameters[i].slot;
       if (step.called->arguments[i] == 't')
-        stack.push_back(torch::stable::detail::from(slot(at)));
+        stack.push_back(torch::stable::detail::from(own(slots_[at])));
       else
-        stack.push_back(torch::stable::detail::from(at < 0 ? std::optional<Tensor>() : std::optional(slot(at))));
+        stack.push_back(torch::stable::detail::from(at < 0 ? std::optional<Tensor>() : std::optional(own(slots_[at]))));
     }
     TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(step.called->name, "", stack.data(), TORCH_ABI_VERSION));
   }
 
   const Plan& plan_;
-  const Tensors& tensors_;
-  std::vector<char*>& addresses_;
+  const size_t given_;
+  Handles slots_;                  // the tensors that were given, then those allocated
+  std::vector<char*>& addresses_;  // theirs
   Tensors allocated_;
   int32_t type_, index_;
   void* stream_ = nullptr;
@@ -348,8 +365,8 @@ class Run {
 };
 
 // The call's outputs; nothing where no plan is known, one None where there is none to be followed.
-Tensors replay(Tensors tensors, Numbers options) {
-  STD_TORCH_CHECK(!tensors.empty() && tensors[0].has_value(), "tensors must begin with one, got None or none");
+Tensors replay_handles(const Handles& tensors, const Numbers& options) {
+  check_first(tensors);
   thread_local Numbers key;
   thread_local std::vector<char*> addresses;
   describe(tensors, options, key, addresses);
@@ -364,6 +381,8 @@ Tensors replay(Tensors tensors, Numbers options) {
     return {std::nullopt};
   }
 }
+
+Tensors replay(Tensors tensors, Numbers options) { return replay_handles(handles_of(tensors), options); }
 
 // ---------------------------------------------------------------------------------------------- recording
 
@@ -462,15 +481,16 @@ void share_scratch(Plan& plan, int64_t given) {
 // operator, its number and a slot for each argument. None: there can be no plan.
 void record(Tensors tensors, Numbers options, std::vector<Tensor> allocated, Numbers outputs, Numbers steps) {
   STD_TORCH_CHECK(driver.launch != nullptr, "the driver is not open");
-  STD_TORCH_CHECK(!tensors.empty() && tensors[0].has_value(), "tensors must begin with one, got None or none");
+  const Handles handles = handles_of(tensors);
+  check_first(handles);
   std::optional<torch::stable::accelerator::DeviceGuard> guard;  // the current GPU may be another
-  if (device_type(*tensors[0]) == aoti_torch_device_type_cuda()) guard.emplace(device_index(*tensors[0]));
+  if (device_type(handles[0]) == aoti_torch_device_type_cuda()) guard.emplace(device_index(handles[0]));
   const auto plan = std::make_shared<Plan>();
   plan->context = current_context();
   for (const Tensor& tensor : allocated) {
-    const Shape shape = shape_of(tensor);
+    const Shape shape = shape_of(tensor.get());
     plan->allocations.push_back({Numbers(shape.sizes, shape.sizes + shape.dim),
-                                 Numbers(shape.strides, shape.strides + shape.dim), dtype_of(tensor),
+                                 Numbers(shape.strides, shape.strides + shape.dim), dtype_of(tensor.get()),
                                  tensor.scalar_type()});
   }
   const int64_t given = static_cast<int64_t>(tensors.size()), made = static_cast<int64_t>(allocated.size());
@@ -533,7 +553,7 @@ void record(Tensors tensors, Numbers options, std::vector<Tensor> allocated, Num
   share_scratch(*plan, given);
   Numbers key;
   std::vector<char*> addresses;
-  describe(tensors, options, key, addresses);
+  describe(handles, options, key, addresses);
   STD_TORCH_CHECK(key.back() == 0 || plan->steps.empty(), "tensors must be aligned");
   const std::unique_lock lock(mutex);
   if (plans.size() >= kMostPlans) plans.clear();
@@ -555,3 +575,10 @@ STABLE_TORCH_LIBRARY_IMPL(ar_kernels_plans, CompositeExplicitAutograd, m) {
 }
 
 }  // namespace ar_kernels
+
+AR_DIRECT int64_t ar_kernels_replay(const AtenTensorHandle* tensors, size_t count, const int64_t* options,
+                                    size_t options_count, AtenTensorHandle* outputs, size_t most, const char** error) {
+  return ar_kernels::hand_over(outputs, most, error, [&] {
+    return ar_kernels::replay_handles({tensors, tensors + count}, {options, options + options_count});
+  });
+}

@@ -356,7 +356,8 @@ def test_double_backward_under_compiled_autograd_is_no_wrong_number(fused, devic
 
     torch._dynamo.reset()
     compiled = torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager"))
-    with compiled, pytest.raises((AttributeError, RuntimeError), match="has no attribute|double backward"):
+    reasons = "has no attribute|double backward|must be Tensor, not NoneType"
+    with compiled, pytest.raises((AttributeError, RuntimeError, TypeError), match=reasons):
         penalised()
 
 
@@ -497,7 +498,8 @@ def test_no_cast_of_float32_weights_under_autocast(fused, device):
     with torch.autocast(device.type, dtype=torch.bfloat16), torch.profiler.profile() as profile:
         ar_kernels.attend(z, w, implementation=fused).pooled.sum().backward()
     names = {event.name for event in profile.events()}
-    assert {f"{NAMESPACES[fused]}::gated_attend", "_WantedGatedAttend"} & names  # a plan calls no operator by name
+    # A plan, and csrc/node, call no operator by name.
+    assert {f"{NAMESPACES[fused]}::gated_attend", "ar_kernels::gated_attend", "_WantedGatedAttend"} & names
     assert not names & {"aten::to", "aten::_to_copy"}, names
     assert w.grad.dtype == torch.float32
 

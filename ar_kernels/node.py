@@ -1,0 +1,67 @@
+"""An attended layer's node of autograd in C++ (csrc/node), where one was built for this torch and this Python.
+
+Without it ops._WantedGatedAttend does the same in Python: an eager call then takes more of the host's time, no more
+than that.
+
+The environment variable AR_KERNELS_NODE=0, read at import, turns it off.
+"""
+
+import functools
+import importlib.util
+import os
+import sysconfig
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from . import native
+
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+PATH = Path(__file__).with_name(f"_node-{torch.__version__.split('+')[0]}{SUFFIX}")
+"""Of the file that setup.py builds beside such a torch: its classes are laid out as that one's are, no other's."""
+
+python: Sequence[Callable[..., Any]] = ()
+"""What it calls where Python has to do it: ops._made and ops._gradients, set there."""
+
+CALLED = ("ar_kernels_replay", "ar_kernels_layer", "ar_kernels_layer_backward")
+"""What it calls in the native library: a plan (csrc/plans.cpp), and a layer on a CPU."""
+
+wanted = os.environ.get("AR_KERNELS_NODE", "1") != "0"
+
+
+def why_not() -> str | None:
+    """What stops the node from being used; None if nothing does."""
+    if not wanted:
+        return "AR_KERNELS_NODE=0 turns it off"
+    found = _load()
+    return found if isinstance(found, str) else None
+
+
+def module() -> ModuleType | None:
+    """What csrc/node/gated_attend.cpp exports, or None: why_not says why."""
+    found = _load() if wanted else None
+    return found if isinstance(found, ModuleType) else None
+
+
+@functools.cache
+def _load() -> ModuleType | str:
+    if not PATH.exists():
+        others = ", ".join(sorted(path.name for path in PATH.parent.glob("_node-*")))
+        return f"there is no {PATH.name}" + (f", only {others}" if others else "")
+    reason = native.why_not("cpu")
+    if reason is None and not all(native.address(name) for name in CALLED):
+        reason = "the native library was built from an older csrc"
+    if reason is not None:
+        return reason
+    spec = importlib.util.spec_from_file_location("ar_kernels._node", PATH)
+    assert spec is not None and spec.loader is not None
+    try:
+        loaded = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+    except ImportError as error:
+        return f"{PATH.name} cannot be loaded: {error}"
+    loaded.set_python(*python)
+    return loaded

@@ -1,0 +1,51 @@
+// The library's side of direct.h.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <exception>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "direct.h"
+
+#define AR_DIRECT extern "C" __attribute__((visibility("default")))
+
+namespace ar_kernels {
+
+using Tensors = std::vector<std::optional<torch::stable::Tensor>>;
+
+// The same tensors, owned.
+inline Tensors owned(const AtenTensorHandle* tensors, size_t count) {
+  Tensors found(count);
+  for (size_t i = 0; i < count; ++i) {
+    if (tensors[i] == nullptr) continue;
+    AtenTensorHandle another;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(tensors[i], &another));
+    found[i] = torch::stable::Tensor(another);
+  }
+  return found;
+}
+
+// Calls work(), which returns the outputs, and gives them to the caller.
+template <class Work>
+int64_t hand_over(AtenTensorHandle* outputs, size_t most, const char** error, const Work& work) {
+  thread_local std::string message;
+  try {
+    const Tensors made = work();
+    if (made.size() > most) throw std::runtime_error("there are more outputs than expected");
+    for (size_t i = 0; i < made.size(); ++i) {
+      outputs[i] = nullptr;
+      if (made[i].has_value()) TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(made[i]->get(), outputs + i));
+    }
+    return static_cast<int64_t>(made.size());
+  } catch (const std::exception& exception) {
+    message = exception.what();
+    *error = message.c_str();
+    return -1;
+  }
+}
+
+}  // namespace ar_kernels
