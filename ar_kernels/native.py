@@ -46,8 +46,10 @@ def build_note() -> str:
 
 def has_kernels(device_type: str, operator: str = "gated_attend") -> bool:
     """Whether the library, which must be loaded, holds this operator for this type of device."""
-    key = _KEYS.get(device_type)
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{operator}", key)
+    key, name = _KEYS.get(device_type), f"{NAMESPACE}::{operator}"
+    if key is None or not torch._C._dispatch_has_kernel(name):  # asking for a key raises where there is no operator
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
 
 
 def why_not(device_type: str) -> str | None:
@@ -88,6 +90,18 @@ def sweeps_float32(feature_map: Tensor, heads: int) -> bool:
     if channels % 8 == 0 and channels <= 1024 and positions % 4 == 0 and strides[1] % 4 == 0:
         return True
     return channels % 128 == 0 and channels <= 2048 and positions <= 225 and strides[1] == positions
+
+
+@functools.cache
+def has_layer() -> bool:
+    """Whether the library is there and has a layer's operators for the CPU."""
+    return _load() is None and has_kernels("cpu", "layer")
+
+
+def address(name: str) -> int:
+    """Of a function that csrc/node calls, 0 where the library, which must be loaded, has none of that name."""
+    function = getattr(ctypes.CDLL(str(PATH)), name, None)
+    return ctypes.cast(function, ctypes.c_void_p).value or 0 if function is not None else 0
 
 
 def target() -> str:
