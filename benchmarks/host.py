@@ -2,12 +2,13 @@
 
 At N 2, C 64, 7×7, L 10, K 4 the GPU is always done before Python is, so the time of a block of calls is Python's and
 PyTorch's. It is told beside x * 2 on x [64, 256], forward and backward by torch.autograd.grad like the layer, in the
-same process: the speed of the machine cancels. Nothing is waited for inside a block; `tail_us` is what was still in the
-queue at its end, spread over its calls, and is small where the figure is the host's alone (on a CPU there is no queue).
-PyTorch runs the backward of CUDA tensors in a thread of its own; `one_thread_us` is the time without it, which tells
-what handing over costs. Rows with `part` break ours down: an autograd.Function that only hands over what is there, the
-plans of both directions (csrc/plans.cpp), and the layer without plans. For comparison PyTorch's three products with
-W_O, which float32's plans have and bfloat16's have kernels in place of.
+same process, block by block in turns: the speed of the machine cancels. Nothing is waited for inside a block;
+`tail_us` is what was still in the queue at its end, spread over its calls, and is small where the figure is the host's
+alone (on a CPU there is no queue). PyTorch runs the backward of CUDA tensors in a thread of its own; `one_thread_us` is
+the time without it, which tells what handing over costs. Rows with `part` break ours down: what PyTorch takes for a
+node of its own with as many inputs, for an autograd.Function in Python that only hands over what is there; the plans of
+both directions (csrc/plans.cpp); the layer without the node in C++ (csrc/node), and without plans too. For comparison
+PyTorch's three products with W_O, which float32's plans have and bfloat16's have kernels in place of.
 """
 
 import argparse
@@ -15,14 +16,15 @@ import cProfile
 import pstats
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
 
-from ar_kernels import plans
+from ar_kernels import node, plans
 
 from .cases import LAYOUTS, Case, Shard
 from .results import save
@@ -32,31 +34,48 @@ from .suite import Contender, Problem, error, our_contenders, rival_contender
 CASE = Case(2, 64, 7, 10)
 
 
-def blocks(call: Callable[[], object], calls: int, count: int, device: str) -> tuple[float, float]:
-    """Microseconds of a call, and of what it leaves in the queue: medians over `count` blocks of `calls` calls."""
+class Times(NamedTuple):
+    """Microseconds of a call, and of what it leaves in the queue, of each block."""
+
+    blocks: list[float]
+    tails: list[float]
+
+    @property
+    def us(self) -> float:
+        return round(statistics.median(self.blocks), 2)
+
+    @property
+    def tail_us(self) -> float:
+        return round(statistics.median(self.tails), 2)
+
+
+def in_turns(those: Sequence[Callable[[], object]], calls: int, count: int, device: str) -> list[Times]:
+    """Times of each, `count` blocks of `calls` calls, a block of one after a block of another."""
 
     def wait() -> None:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    times, tails = [], []
-    for _ in range(20):
-        call()
-    for _ in range(count):
-        wait()
-        start = time.perf_counter()
-        for _ in range(calls):
+    found = [Times([], []) for _ in those]
+    for call in those:
+        for _ in range(20):
             call()
-        end = time.perf_counter()
-        wait()
-        times.append((end - start) * 1e6 / calls)
-        tails.append((time.perf_counter() - end) * 1e6 / calls)
-    return statistics.median(times), statistics.median(tails)
+    for _ in range(count):
+        for call, times in zip(those, found):
+            wait()
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            end = time.perf_counter()
+            wait()
+            times.blocks.append((end - start) * 1e6 / calls)
+            times.tails.append((time.perf_counter() - end) * 1e6 / calls)
+    return found
 
 
 def in_one_thread(call: Callable[[], object], calls: int, count: int, device: str) -> float:
     with torch.autograd.set_multithreading_enabled(False):
-        return round(blocks(call, calls, count, device)[0], 2)
+        return in_turns([call], calls, count, device)[0].us
 
 
 def contenders(problem: Problem) -> list[Contender]:
@@ -76,20 +95,23 @@ def measure(dtype: str, layout: str, device: str, calls: int, count: int) -> lis
         return torch.autograd.grad(x * 2, x, ones)
 
     less = -(-calls // 3), -(-count // 2)  # of what has no bar
-    yardstick, tail = blocks(double, calls, count, device)
-    rows = [base | {"implementation": "x * 2", "host_us": round(yardstick, 2), "tail_us": round(tail, 2)}]
+    (times,) = in_turns([double], calls, count, device)
+    rows = [base | {"implementation": "x * 2", "host_us": times.us, "tail_us": times.tail_us}]
     rows[0]["one_thread_us"] = in_one_thread(double, *less, device)
     z = problem.maps[0]
     for contender in contenders(problem):
         row = base | {"implementation": contender.name, "correct": error(contender, problem) <= 1}
         if row["correct"]:
             call = partial(contender.forward_backward, z)
-            both, tail = blocks(call, calls, count, device)
-            with_graph, _ = blocks(partial(contender.function, z, *contender.parameters), *less, device)
-            forward, _ = blocks(partial(contender.forward, z), *less, device)
-            row |= {"host_us": round(both, 2), "tail_us": round(tail, 2), "over_yardstick": round(both / yardstick, 2)}
+            yardstick, both = in_turns([double, call], calls, count, device)
+            ratios = [ours / theirs for ours, theirs in zip(both.blocks, yardstick.blocks)]
+            row |= {"host_us": both.us, "tail_us": both.tail_us, "yardstick_us": yardstick.us}
+            row |= {"over_yardstick": round(both.us / yardstick.us, 2)}
+            row |= {"ratio_min": round(min(ratios), 2), "ratio_max": round(max(ratios), 2)}
             row["one_thread_us"] = in_one_thread(call, *less, device)
-            row |= {"forward_us": round(with_graph, 2), "forward_no_grad_us": round(forward, 2)}
+            parts = partial(contender.function, z, *contender.parameters), partial(contender.forward, z)
+            with_graph, without = in_turns(parts, *less, device)
+            row |= {"forward_us": with_graph.us, "forward_no_grad_us": without.us}
         rows.append(row)
     return rows
 
@@ -122,31 +144,48 @@ def breakdown(dtype: str, layout: str, device: str, calls: int, count: int) -> l
     def handover() -> object:
         return torch.autograd.grad(Handover.apply(z, *ours.parameters, there)[0], (z, *ours.parameters), grad)
 
+    def own() -> object:
+        return torch.autograd.grad(torch.cat((mask, gate, output.view(-1, mask.shape[1]), few)), leaves, whole)
+
     def products() -> object:
         with torch.no_grad():
             return torch.mm(features, output.t()), torch.mm(grad.t(), features), torch.mm(grad, output)
 
-    parts: dict[str, Callable[[], object]] = {"a Function": handover, "products with W_O": products}
+    few = torch.zeros(1, mask.shape[1], device=device, dtype=z.dtype, requires_grad=True)
+    leaves = mask, gate, output, few
+    whole = torch.ones(2 * CASE.K + output.numel() // mask.shape[1] + 1, mask.shape[1], device=device, dtype=z.dtype)
+    parts: dict[str, Callable[[], object]] = {
+        "PyTorch's cat of as many": own, "a Function in Python": handover, "products with W_O": products
+    }  # fmt: skip
     rows = []
+    call = partial(ours.forward_backward, z)
+
+    def tell(name: str, part: Callable[[], object]) -> None:
+        rows.append({"part": name, "host_us": in_turns([part], calls, count, device)[0].us})
+        rows[-1]["one_thread_us"] = in_one_thread(part, calls, count, device)
+
+    made: list[tuple] = []
+    run = plans.run
     if device == "cuda" and plans.why_not() is None:
-        made: list[tuple] = []
-        run = plans.run
-        with patch.object(plans, "run", lambda *arguments: made.append(arguments) or run(*arguments)):
-            ours.forward_backward(z)
+        with (
+            patch.object(node, "wanted", False),
+            patch.object(plans, "run", lambda *arguments: made.append(arguments) or run(*arguments)),
+        ):
+            call()
 
         def both() -> object:
             with torch.no_grad():
                 return [run(*arguments) for arguments in made]
 
         parts["both plans"] = both
-    for name, call in parts.items():
-        rows.append({"part": name, "host_us": round(blocks(call, calls, count, device)[0], 2)})
-        rows[-1]["one_thread_us"] = in_one_thread(call, calls, count, device)
-    if "both plans" in parts:
-        with patch.object(plans, "are_used", lambda *arguments: False):
-            call = partial(ours.forward_backward, z)
-            rows.append({"part": "the layer without plans", "host_us": round(blocks(call, calls, count, device)[0], 2)})
-            rows[-1]["one_thread_us"] = in_one_thread(call, calls, count, device)
+    for name, part in parts.items():
+        tell(name, part)
+    if node.why_not() is None:
+        with patch.object(node, "wanted", False):
+            tell("the layer without the node", call)
+    if made:
+        with patch.object(node, "wanted", False), patch.object(plans, "are_used", lambda *arguments: False):
+            tell("the layer without plans", call)
     return [{"dtype": dtype, "layout": layout, "of": ours.name} | row for row in rows]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import benchmarks.__main__ as main
-from ar_kernels import native, reference
+from ar_kernels import native, node, reference
 from benchmarks import (
     bars,
     cases,
@@ -465,7 +465,9 @@ def test_host_time_of_every_contender():
     assert [row["implementation"] for row in rows] == ["x * 2", *ours, *(one.name for one in RIVALS)]
     assert all(row["correct"] and row["over_yardstick"] > 0 for row in rows[1:])
     parts = host.breakdown("float32", "contiguous", "cpu", calls=2, count=2)
-    assert [row["part"] for row in parts] == ["a Function", "products with W_O"]
+    without = ["the layer without the node"] * (node.why_not() is None)
+    names = ["PyTorch's cat of as many", "a Function in Python", "products with W_O", *without]
+    assert [row["part"] for row in parts] == names
     assert all(row["host_us"] > 0 and row["one_thread_us"] > 0 for row in parts)
 
 
