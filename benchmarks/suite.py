@@ -30,7 +30,7 @@ from .cases import BASELINES, DTYPES, LAYOUTS, Shard
 from .floors import floors
 from .results import Results
 from .rivals import RIVALS, Rival, Weights
-from .timing import CACHED_BYTES, free, measure, measure_beside, rotation, touch_memory
+from .timing import CACHED_BYTES, free, keep_memory, measure, measure_beside, rotation, touch_memory
 
 LEVELS = ("none", "eager", "compiled", "max-autotune")
 """How many rivals: none, uncompiled ones, also compiled ones, also those that search; each has all before it."""
@@ -446,6 +446,7 @@ def run(
     selected, left = list(selected), []
     if device == "cpu" and any(shard.nbytes >= LARGE_ON_CPU for shard in selected):
         touch_memory()
+        keep_memory()
     for shard in selected:
         todo = plan.missing(shard, results)
         if has_ours(shard, results) and not todo:

@@ -1,8 +1,10 @@
 """What the benchmarks stand on: what is measured, what a row may say, what is done again, and the verdicts."""
 
 import json
+import platform
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -607,3 +609,29 @@ def test_free_memory_is_the_container_s_where_that_is_less(tmp_path):
     (tmp_path / "memory" / "memory.limit_in_bytes").write_text("1000\n")
     (tmp_path / "memory" / "memory.usage_in_bytes").write_text("2000\n")
     assert timing.free_memory(tmp_path) == 0
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this is not glibc")
+def test_memory_that_is_freed_is_kept():
+    """Blocks of 20 MB that were written and freed come back with no page of the system's cleared for them again."""
+    code = (
+        "import resource, sys, torch\n"
+        "from benchmarks import timing\n"
+        "assert sys.argv[1] == '0' or timing.keep_memory()\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(8):\n"
+        "        blocks = [torch.empty(20 * 2**18).fill_(1) for _ in range(4)]\n"
+        "        blocks.clear()\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "faults()\n"
+        "print(faults())\n"
+    )
+    run = [
+        subprocess.run(
+            [sys.executable, "-c", code, keeps], capture_output=True, text=True, cwd=results.FOLDER.parents[1]
+        )
+        for keeps in "01"
+    ]
+    given_back, kept = (int(one.stdout) for one in run)
+    assert kept < 100 < given_back, (run[0].stderr, run[1].stderr)
