@@ -8,6 +8,7 @@ turns warnings into errors: for those who change csrc/. AR_KERNELS_SANITIZE=addr
 CXX and CUDA_HOME are read as usual.
 """
 
+import hashlib
 import importlib.util
 import os
 import platform
@@ -72,11 +73,19 @@ def find_compiler() -> str:
 
 
 def version_of(torch: Path) -> str:
-    """Without what tells builds of one version apart: their classes are laid out alike."""
-    version = re.search(r"""__version__ = ['"]([^'"+]+)""", (torch / "version.py").read_text(encoding="utf-8"))
+    """A release without what tells its builds apart, which are laid out alike; another version whole."""
+    version = re.search(r"""__version__ = ['"]([^'"]+)""", (torch / "version.py").read_text(encoding="utf-8"))
     if version is None:
         raise CannotBuild(f"{torch / 'version.py'} names no version")
-    return version[1]
+    return re.sub(r"^(\d+\.\d+\.\d+)\+.*", r"\1", version[1])
+
+
+def number_of_sources() -> str:
+    """Changes with any of them: what is built of others does not fit."""
+    whole = hashlib.sha256()
+    for path in sorted(path for path in CSRC.rglob("*") if path.is_file()):
+        whole.update(path.as_posix().encode() + b"\0" + path.read_bytes())
+    return whole.hexdigest()[:16]
 
 
 class BuildNative(build_ext):
@@ -98,7 +107,9 @@ class BuildNative(build_ext):
             if MODE == "1":
                 raise
             self.extensions, self.inplace = [], in_place  # nothing to copy
-            Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)  # of an earlier build
+            earlier = Path(self.get_ext_fullpath(extension.name))
+            earlier.unlink(missing_ok=True)
+            forget_nodes(earlier.parent)
             self.tell(extension, f"not built: {reason(error)}")
 
     def tell(self, extension: Extension, line: str) -> None:
@@ -112,6 +123,7 @@ class BuildNative(build_ext):
         super().copy_extensions_to_source()
         folder = self.get_finalized_command("build_py").get_package_dir("ar_kernels")
         built = Path(self.build_lib, "ar_kernels")
+        forget_nodes(Path(folder))
         for path in (built / "_native.txt", *built.glob("_node-*")):
             shutil.copy(path, folder)
 
@@ -125,7 +137,7 @@ class BuildNative(build_ext):
         strict = os.environ.get("AR_KERNELS_STRICT") == "1"
         include = ["-isystem", str(torch / "include"), f"-DTORCH_TARGET_VERSION={TORCH_VERSION}", "-std=c++17"]
         own = ["-O1" if sanitize else "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-        own += ["-Werror"] if strict else []
+        own += [f'-DAR_SOURCES="{number_of_sources()}"', *(["-Werror"] if strict else [])]
         if sanitize:
             own += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-g"]
         cpu = []
@@ -167,7 +179,7 @@ class BuildNative(build_ext):
         run([*linker, *linked(commands, library, torch, ["-ltorch", "-ltorch_cpu"]), *end])
 
         node = library.with_name(f"_node-{version_of(torch)}{sysconfig.get_config_var('EXT_SUFFIX')}")
-        node.unlink(missing_ok=True)  # of an earlier build
+        forget_nodes(library.parent)
         try:
             for result in of_node:
                 result.result()
@@ -179,6 +191,12 @@ class BuildNative(build_ext):
                 raise
             built += f"; no node: {reason(error)}"
         self.tell(extension, f"built for {built}")
+
+
+def forget_nodes(folder: Path) -> None:
+    """Of earlier builds: the library that they belong to is no more."""
+    for path in folder.glob("_node-*"):
+        path.unlink()
 
 
 def node_commands(compiler: str, torch: Path, own: list[str], objects: Path) -> list[list[str]]:

@@ -104,6 +104,15 @@ def address(name: str) -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0 if function is not None else 0
 
 
+def sources() -> str:
+    """A number of what the library, which must be loaded, was built of; "" of an older one."""
+    function = getattr(ctypes.CDLL(str(PATH)), "ar_kernels_sources", None)
+    if function is None:
+        return ""
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
 def target() -> str:
     """The instructions that the CPU kernels use here: avx512, avx2 or portable; the library must be loaded."""
     name = ctypes.CDLL(str(PATH)).ar_kernels_target

@@ -9,6 +9,7 @@ The environment variable AR_KERNELS_NODE=0, read at import, turns it off.
 import functools
 import importlib.util
 import os
+import re
 import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,14 +21,13 @@ import torch
 from . import native
 
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
-PATH = Path(__file__).with_name(f"_node-{torch.__version__.split('+')[0]}{SUFFIX}")
-"""Of the file that setup.py builds beside such a torch: its classes are laid out as that one's are, no other's."""
+VERSION = re.sub(r"^(\d+\.\d+\.\d+)\+.*", r"\1", torch.__version__)
+PATH = Path(__file__).with_name(f"_node-{VERSION}{SUFFIX}")
+"""Of the file that setup.py builds beside such a torch: its classes are laid out as that one's are, no other's. Builds
+of one release do not differ in that; of what is no release, any two may."""
 
 python: Sequence[Callable[..., Any]] = ()
 """What it calls where Python has to do it: ops._made and ops._gradients, set there."""
-
-CALLED = ("ar_kernels_replay", "ar_kernels_layer", "ar_kernels_layer_backward")
-"""What it calls in the native library: a plan (csrc/plans.cpp), and a layer on a CPU."""
 
 wanted = os.environ.get("AR_KERNELS_NODE", "1") != "0"
 
@@ -52,8 +52,6 @@ def _load() -> ModuleType | str:
         others = ", ".join(sorted(path.name for path in PATH.parent.glob("_node-*")))
         return f"there is no {PATH.name}" + (f", only {others}" if others else "")
     reason = native.why_not("cpu")
-    if reason is None and not all(native.address(name) for name in CALLED):
-        reason = "the native library was built from an older csrc"
     if reason is not None:
         return reason
     spec = importlib.util.spec_from_file_location("ar_kernels._node", PATH)
@@ -63,5 +61,7 @@ def _load() -> ModuleType | str:
         spec.loader.exec_module(loaded)
     except ImportError as error:
         return f"{PATH.name} cannot be loaded: {error}"
+    if loaded.sources != native.sources():
+        return f"{PATH.name} and {native.PATH.name} were not built together"
     loaded.set_python(*python)
     return loaded

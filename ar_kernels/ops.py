@@ -64,7 +64,7 @@ def _define(
 
 def _run_operator(name: str, count: int, *arguments: Any) -> Any:
     """A Triton operator, called by the dispatcher, of a compiled graph for instance; so many tensors come first."""
-    if plans.are_used(arguments[0]):
+    if plans.are_used(arguments[:1]):  # the dispatcher saw to the others
         return _run_by_plan(name, arguments[:count], arguments[count:])
     return _launchers[name](*arguments)
 
@@ -97,8 +97,7 @@ def _operators(implementation: str) -> Any:
 
 def _dispatch(implementation: str, name: str, tensors: list[Tensor | None], options: list[Any], *extra: Any) -> Any:
     """What the operator of this name does. extra: options that the Triton one alone takes."""
-    data: Any = tensors[0]
-    if implementation == "triton" and plans.are_used(data, tensors) and not _is_transformed():
+    if implementation == "triton" and plans.are_used(tensors) and not _is_transformed():
         return _run_by_plan(name, tensors, (*options, *extra))  # without the dispatcher
     operator = getattr(_operators(implementation), name).default
     return operator(*tensors, *options, *(extra if implementation == "triton" else ()))
@@ -836,23 +835,22 @@ def _planned_backward(z: Tensor, w: Tensor, b: Any, score_w: Any, output_w: Any,
     return _wanted_backward(_launch, _wanted_product_of("triton", z, output_w), z, w, b, score_w, output_w, *options)
 
 
-def _has_layer(implementation: str, z: Tensor, gradients: Sequence[Tensor | None] = ()) -> bool:
-    """Whether the library has the whole layer, products with output_w included, for an eager call."""
-    is_there = implementation == "native" and z.device.type == "cpu"
-    return is_there and plans.nobody_looks_on(z, gradients) and native.has_layer()
+def _has_layer(implementation: str, tensors: Sequence[Any]) -> bool:
+    """Whether the library has the whole layer, with output_w's products, for an eager call with these tensors."""
+    is_there = implementation == "native" and tensors[0].device.type == "cpu"
+    return is_there and plans.nobody_looks_on(tensors) and native.has_layer()
 
 
 def _made(inputs: Sequence[Any], how: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
     """What _forward makes, by the shortest way there is."""
-    z = inputs[0]
     gated_heads, wants_logits, wants_mean, _, implementation, taps_first = how
     tensors = [*inputs]
     options = [gated_heads, wants_logits, wants_mean, are_deterministic_algorithms_enabled(), taps_first]
-    if implementation == "triton" and plans.are_used(z):
+    if implementation == "triton" and plans.are_used(tensors):
         return plans.run("forward", _planned_forward, _import_kernels().launch, tensors, options)
-    if _has_layer(implementation, z):
+    if _has_layer(implementation, tensors):
         return torch.ops.ar_kernels_native.layer(tensors, options)
-    multiply = _wanted_product_of(implementation, z, inputs[5])
+    multiply = _wanted_product_of(implementation, inputs[0], inputs[5])
     return _forward(functools.partial(_dispatch, implementation), multiply, *tensors, *options)
 
 
@@ -886,9 +884,9 @@ def _gradients(
         return received[8], None, None, None, None, None
     found: Any
     with autocast_off(z):
-        if implementation == "triton" and plans.are_used(z, grads):
+        if implementation == "triton" and plans.are_used(tensors):
             found = plans.run("backward", _planned_backward, _import_kernels().launch, tensors, options)
-        elif _has_layer(implementation, z, grads):
+        elif _has_layer(implementation, tensors):
             found = torch.ops.ar_kernels_native.layer_backward(tensors, options)
         else:
             multiply = _wanted_product_of(implementation, z, output_w)
@@ -951,11 +949,11 @@ def _call(module: Any, how: tuple[Any, ...], wanted: tuple[int, ...]) -> Any:
 
 def _by_node(inputs: Sequence[Any], how: tuple[Any, ...], wanted: tuple[int, ...]) -> Any:
     """The outputs that are wanted, by the node in C++; None where there is none or it is not for such a call."""
-    z, implementation = inputs[0], how[4]
+    implementation, data = how[4], inputs[:1]  # it looks at the other tensors itself
     if implementation == "triton":
-        is_for_it = plans.are_used(z) and not _import_kernels().launch.is_watched()
+        is_for_it = plans.are_used(data) and not _import_kernels().launch.is_watched()
     else:
-        is_for_it = _has_layer(implementation, z)
+        is_for_it = _has_layer(implementation, data)
     module: Any = node.module() if is_for_it else None
     return None if module is None else module.apply(_call(module, how, wanted), *inputs)
 

@@ -9,6 +9,7 @@ The environment variable AR_KERNELS_PLANS=0, read at import, turns them off.
 
 import functools
 import itertools
+import operator
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -58,23 +59,31 @@ def _replay() -> Any:
     return getattr(operator, "_op", operator)  # without a Python function in between
 
 
-_BATCHED = torch._C._dispatch_key_parse("Batched")
+def _bits(key: str) -> int:
+    return torch._C.DispatchKeySet(torch._C._dispatch_key_parse(key)).raw_repr()
 
 
-def nobody_looks_on(data: Tensor, gradients: Sequence[Tensor | None] = ()) -> bool:
-    """Whether nobody has to see every operator of an eager call with data, and gradients are no batches of autograd's
-    is_grads_batched."""
+_ODD = functools.reduce(
+    operator.or_, map(_bits, ("Negative", "Conjugate", "ZeroTensor", "Python", "Batched", "FuncTorchBatched"))
+)
+"""Of tensors whose memory does not hold their values, or that have to see every operator: is_grads_batched's too."""
+
+
+def nobody_looks_on(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether an eager call with these tensors, the first of which is its data, may do without operators of its own."""
     return (
-        type(data) is Tensor
+        type(tensors[0]) is Tensor
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and not any([torch._C._dispatch_keys(value).has(_BATCHED) for value in gradients if value is not None])
+        and torch._C._get_tracing_state() is None
+        and not any([torch._C._dispatch_keys(value).raw_repr() & _ODD for value in tensors if value is not None])
     )
 
 
-def are_used(data: Tensor, gradients: Sequence[Tensor | None] = ()) -> bool:
-    """Whether a call with data may go by a plan."""
-    return wanted and data.is_cuda and nobody_looks_on(data, gradients) and why_not() is None
+def are_used(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a call with these tensors, the first of which is its data, may go by a plan."""
+    data = tensors[0]
+    return wanted and data is not None and data.is_cuda and nobody_looks_on(tensors) and why_not() is None
 
 
 def run(

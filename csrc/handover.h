@@ -33,15 +33,19 @@ inline Tensors owned(const AtenTensorHandle* tensors, size_t count) {
 template <class Work>
 int64_t hand_over(AtenTensorHandle* outputs, size_t most, const char** error, const Work& work) {
   thread_local std::string message;
+  size_t count = 0;
   try {
     const Tensors made = work();
     if (made.size() > most) throw std::runtime_error("there are more outputs than expected");
-    for (size_t i = 0; i < made.size(); ++i) {
-      outputs[i] = nullptr;
-      if (made[i].has_value()) TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(made[i]->get(), outputs + i));
+    for (; count < made.size(); ++count) {
+      outputs[count] = nullptr;
+      if (made[count].has_value())
+        TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(made[count]->get(), outputs + count));
     }
-    return static_cast<int64_t>(made.size());
+    return static_cast<int64_t>(count);
   } catch (const std::exception& exception) {
+    while (count > 0)
+      if (outputs[--count] != nullptr) aoti_torch_delete_tensor_object(outputs[count]);
     message = exception.what();
     *error = message.c_str();
     return -1;

@@ -576,6 +576,9 @@ STABLE_TORCH_LIBRARY_IMPL(ar_kernels_plans, CompositeExplicitAutograd, m) {
 
 }  // namespace ar_kernels
 
+// Of what the library was built: csrc/node must have been built of the same.
+AR_DIRECT const char* ar_kernels_sources() { return AR_SOURCES; }
+
 AR_DIRECT int64_t ar_kernels_replay(const AtenTensorHandle* tensors, size_t count, const int64_t* options,
                                     size_t options_count, AtenTensorHandle* outputs, size_t most, const char** error) {
   return ar_kernels::hand_over(outputs, most, error, [&] {

@@ -50,6 +50,11 @@ def is_by_node(tensor):
     return "CppFunction" in type(tensor.grad_fn).__name__ or "CppNode" in tensor.grad_fn.name()
 
 
+@pytest.mark.skipif(not node.PATH.exists(), reason=f"there is no {node.PATH.name}")
+def test_what_was_built_can_be_used():
+    assert node.why_not() is None
+
+
 @built
 def test_a_layer_goes_by_it(name, device, dtype, monkeypatch):
     z, w, o, g = drawn(device, dtype)
@@ -87,9 +92,18 @@ def test_it_does_what_python_does(sizes, layout, name, device, monkeypatch):
     if device.type == "cuda":
         sizes = {"dtype": torch.bfloat16} | sizes  # what has plans
     layer = Layer(**sizes, device=device)
+    applied, apply = [], ops._by_node
+
+    def by_node(*arguments):
+        applied.append(apply(*arguments))
+        return applied[-1]
+
+    monkeypatch.setattr(ops, "_by_node", by_node)
     found = [layer.run(name, layout=layout) for _ in range(2)]  # on a GPU the first records a plan
+    assert len(applied) == 4 and None not in applied
     monkeypatch.setattr(node, "wanted", False)
     expected = layer.run(name, layout=layout)
+    assert applied[4:] == [None, None]
     for results in found:
         assert results.keys() == expected.keys()
         for key, value in expected.items():
@@ -138,8 +152,9 @@ def test_double_backward(name, device, dtype, monkeypatch):
         assert torch.equal(one, other)
     if device.type == "cpu":
         monkeypatch.setattr(node, "wanted", True)
+        few = drawn(device, torch.float64, n=2, c=3, h=2, w=2, labels=3)
         assert torch.autograd.gradgradcheck(
-            lambda *given: ar_kernels.attention_module(*given, implementation=name).hypothesis, tensors
+            lambda *given: ar_kernels.attention_module(*given, implementation=name).hypothesis, few
         )
 
 
@@ -212,8 +227,79 @@ def test_a_subclass_sees_the_operators(name, device, dtype):
 
 
 @built
+def test_tensors_whose_memory_is_not_their_values(name, device, monkeypatch):
+    """Negated views, and gradients that come as such, or as no memory at all: with the node and without."""
+    if device.type == "cuda":
+        pytest.skip("float32 maps of this size have no plan on a GPU")
+    z, w, o, g = (tensor.detach() for tensor in drawn(device, torch.float32))
+
+    def negated(tensor):
+        return torch.complex(tensor, -tensor).conj().imag  # the values of tensor
+
+    def results(z, w, o, g, tap):
+        inputs = [tensor.clone().requires_grad_() for tensor in (z, w, o, g)]
+        given = [negated(tensor) if odd else tensor for tensor, odd in zip(inputs, is_odd)]
+        made = ar_kernels.attention_module(*given, tap=True, implementation=name)
+        grads = [torch.ones_like(made.hypothesis), tap(made.feature_map)]
+        return made.hypothesis, *torch.autograd.grad((made.hypothesis, made.feature_map), inputs, grads)
+
+    def zero(tensor):
+        return torch._efficientzerotensor(tensor.shape)
+
+    taps = [
+        (torch.ones_like, torch.ones_like),
+        (lambda tensor: negated(torch.ones_like(tensor)), torch.ones_like),
+        (zero, torch.zeros_like),
+    ]
+    for wanted in (True, False):
+        monkeypatch.setattr(node, "wanted", wanted)
+        for is_odd in itertools.product((False, True), repeat=4):
+            for tap, same in taps:
+                found = results(z, w, o, g, tap)
+                odd, is_odd = is_odd, (False,) * 4
+                for one, other in zip(found, results(z, w, o, g, same)):
+                    torch.testing.assert_close(one, other)
+                is_odd = odd
+
+
+class Named(torch.Tensor):
+    """Sees functions, and keeps its class; operators are those of any tensor."""
+
+
+@built
+def test_a_subclass_among_the_weights_sees_functions(name, device, dtype):
+    z, w, o, g = (tensor.detach() for tensor in drawn(device, dtype))
+    made = ar_kernels.attention_module(z, w.as_subclass(Named), o, g, implementation=name).hypothesis
+    expected = ar_kernels.attention_module(z, w, o, g, implementation=name).hypothesis
+    assert type(made) is Named and type(expected) is torch.Tensor
+    torch.testing.assert_close(made.as_subclass(torch.Tensor), expected, rtol=4 * EPS[dtype], atol=4 * EPS[dtype])
+
+
+@built
+def test_jit_trace(name, device, dtype):
+    """A trace has the operators; what PyTorch says of traces of Functions in Python it says of no node either."""
+    module = ar_kernels.AttentionModule(8, 3, heads=2).to(device, dtype).requires_grad_(False)
+    z, other = (torch.randn(2, 8, 4, 5, generator=torch.Generator().manual_seed(i)).to(device, dtype) for i in (0, 1))
+
+    class Hypothesis(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = module
+
+        def forward(self, z):
+            with ar_kernels.use_implementation(name):
+                return self.module(z).hypothesis
+
+    with torch.no_grad():
+        traced = torch.jit.trace(Hypothesis(), z)
+        assert "gated_attend" in str(traced.inlined_graph)
+        for each in (z, other):
+            torch.testing.assert_close(traced(each), Hypothesis()(each), rtol=4 * EPS[dtype], atol=4 * EPS[dtype])
+
+
+@built
 def test_hooks_of_saved_tensors(name, device, dtype):
-    """They may return other strides; and where they return a subclass, every operator is for it to see."""
+    """They may return a copy, or other strides."""
     z, w, o, g = drawn(device, dtype)
     made = ar_kernels.attention_module(z, w, o, g, implementation=name).hypothesis
     expected = torch.autograd.grad(made.sum(), (z, w, o, g))
@@ -328,6 +414,12 @@ def test_bad_calls():
         module.make_call(1, None, 1, None, (1, 0, 0, 0, "native", 0), (9,))
     with pytest.raises(ValueError, match="an operator must have an address, got 0"):
         module.make_call(0, None, 1, None, (1, 0, 0, 0, "native", 0), (1,))
+    with pytest.raises(ValueError, match="options must be 6, got 2"):
+        module.make_call(1, None, 1, None, (1, 0), (1,))
+    with pytest.raises(TypeError):
+        module.make_call(1, "a plan", 1, None, (1, 0, 0, 0, "native", 0), (1,))
+    call = module.make_call(1, None, 1, None, (1, 0, 0, 0, "native", 0), (1,))
+    assert module.apply(call, None, z, z, z, z, z) is None and module.apply(call, z, 3, z, z, z, z) is None
 
 
 # ---------------------------------------------------------------------------------------------- checks of arguments
@@ -421,9 +513,20 @@ def test_one_of_another_torch_is_not_loaded(tmp_path, monkeypatch):
         node._load.cache_clear()
 
 
+def test_what_was_not_built_together_is_not_used(monkeypatch):
+    if node.why_not() is not None:
+        pytest.skip(f"no node: {node.why_not()}")
+    monkeypatch.setattr(native, "sources", lambda: "others")
+    node._load.cache_clear()
+    try:
+        assert node.why_not() == f"{node.PATH.name} and {native.PATH.name} were not built together"
+    finally:
+        node._load.cache_clear()
+
+
 def test_env_says_whether_it_is_used(capsys):
     from ar_kernels import env
 
     env.main(["--json"])
     line = json.loads(capsys.readouterr().out)["native"]["node"]
-    assert line == (node.why_not() or "is used: eager layers' backwards run without Python")
+    assert line == (node.why_not() or "is used on a CPU, and where plans are: eager layers' backwards need no Python")

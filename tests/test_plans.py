@@ -465,13 +465,13 @@ def test_a_driver_that_is_not_there(driver, tmp_path):
 def test_they_can_be_turned_off(monkeypatch):
     monkeypatch.setattr(plans, "wanted", False)
     assert plans.why_not() == "AR_KERNELS_PLANS=0 turns them off"
-    assert not plans.are_used(torch.zeros(1))
+    assert not plans.are_used([torch.zeros(1)])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver here")
 def test_without_a_driver_plans_say_why_and_nothing_uses_them():
     assert plans.why_not()
-    assert not plans.are_used(torch.zeros(1))
+    assert not plans.are_used([torch.zeros(1)])
 
 
 # ---------------------------------------------------------------------------------------------- layers on a GPU

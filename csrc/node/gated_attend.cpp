@@ -256,20 +256,21 @@ struct GatedAttend : torch::autograd::Function<GatedAttend> {
 
 constexpr const char* kCall = "ar_kernels._node.Call";
 
-Numbers numbers_of(PyObject* sequence) {
-  const Owned items(PySequence_Fast(sequence, "ar_kernels: expected a sequence of integers"));
+int64_t number_of(PyObject* object) {
+  const int64_t number = PyLong_AsLongLong(object);
+  if (PyErr_Occurred() != nullptr) throw python_error();
+  return number;
+}
+
+Numbers numbers_of(PyObject* tuple) {
   Numbers numbers;
-  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(items.get()); ++i) {
-    numbers.push_back(PyLong_AsLongLong(PySequence_Fast_GET_ITEM(items.get(), i)));
-    if (PyErr_Occurred() != nullptr) throw python_error();
-  }
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); ++i) numbers.push_back(number_of(PyTuple_GET_ITEM(tuple, i)));
   return numbers;
 }
 
 Operator operator_of(uint64_t address, PyObject* plan) {
   TORCH_CHECK_VALUE(address != 0, "an operator must have an address, got 0");
-  return {reinterpret_cast<Direct>(address),
-          plan == Py_None ? std::nullopt : std::optional<int64_t>(PyLong_AsLongLong(plan))};
+  return {reinterpret_cast<Direct>(address), plan == Py_None ? std::nullopt : std::optional(number_of(plan))};
 }
 
 // (forward, plan, backward, plan, options, wanted) -> a call: the operators' addresses; the numbers of plans' names,
@@ -281,23 +282,31 @@ PyObject* make_call(PyObject*, PyObject* arguments) {
   if (!PyArg_ParseTuple(arguments, "KOKOO!O!", &forward, &forward_plan, &backward, &backward_plan, &PyTuple_Type,
                         &options, &PyTuple_Type, &wanted))
     return nullptr;
-  const int64_t gated_heads = PyLong_AsLongLong(PyTuple_GetItem(options, 0));
-  const auto flag = [&](Py_ssize_t i) -> int64_t { return PyObject_IsTrue(PyTuple_GetItem(options, i)); };
+  constexpr Py_ssize_t kOptions = 6;  // gated_heads, wants_logits, wants_mean, through, implementation, taps_first
+  TORCH_CHECK_VALUE(PyTuple_GET_SIZE(options) == kOptions, "options must be ", kOptions, ", got ",
+                    PyTuple_GET_SIZE(options));
+  const auto option = [&](Py_ssize_t i) { return number_of(PyTuple_GET_ITEM(options, i)); };
   const Numbers indices = numbers_of(wanted);
   for (const int64_t i : indices)
     TORCH_CHECK_VALUE(i >= 0 && i < static_cast<int64_t>(kOutputs), "wanted must be below ", kOutputs, ", got ", i);
-  if (PyErr_Occurred() != nullptr) return nullptr;
   auto* call = new Call{operator_of(forward, forward_plan),
                         operator_of(backward, backward_plan),
-                        gated_heads,
-                        flag(1),
-                        flag(2),
-                        flag(5),
+                        option(0),
+                        option(1),
+                        option(2),
+                        option(5),
                         indices,
                         Py_NewRef(options),
                         Py_NewRef(wanted)};
   return PyCapsule_New(call, kCall, nullptr);
   END_HANDLE_TH_ERRORS
+}
+
+// The tensor, if it is one that nobody has to see operators of.
+const Tensor* plain_tensor(PyObject* object) {
+  if (!THPVariable_CheckExact(object)) return nullptr;  // a parameter is one, a subclass may see functions
+  const Tensor& tensor = THPVariable_Unpack(object);
+  return is_plain(tensor) ? &tensor : nullptr;
 }
 
 // (call, z, w, b, score_w, score_b, output_w) -> the outputs that are wanted, or None where Python has to do it.
@@ -308,10 +317,10 @@ PyObject* apply(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (call == nullptr) return nullptr;
   std::array<std::optional<Tensor>, kInputs> inputs;
   for (size_t i = 0; i < kInputs; ++i) {
-    if (arguments[i + 1] == Py_None) continue;
-    const Tensor& tensor = THPVariable_Unpack(arguments[i + 1]);
-    if (!is_plain(tensor)) Py_RETURN_NONE;
-    inputs[i] = tensor;
+    if (i > 1 && arguments[i + 1] == Py_None) continue;
+    const Tensor* tensor = plain_tensor(arguments[i + 1]);
+    if (tensor == nullptr) Py_RETURN_NONE;
+    inputs[i] = *tensor;
   }
   if (is_watched()) Py_RETURN_NONE;
   variable_list outputs;
@@ -333,9 +342,8 @@ PyObject* fits(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const Tensor* tensors[kTensors] = {};
   for (Py_ssize_t i = 0; i < kTensors; ++i) {
     if (arguments[i] == Py_None) continue;
-    if (!THPVariable_Check(arguments[i])) Py_RETURN_FALSE;
-    tensors[i] = &THPVariable_Unpack(arguments[i]);
-    if (!is_plain(*tensors[i])) Py_RETURN_FALSE;
+    tensors[i] = plain_tensor(arguments[i]);
+    if (tensors[i] == nullptr) Py_RETURN_FALSE;
   }
   const auto [z, w, b, gate_w, gate_b, output_w, output_b] = tensors;
   if (z == nullptr || w == nullptr || output_w == nullptr || (gate_b != nullptr && gate_w == nullptr)) Py_RETURN_FALSE;
@@ -382,4 +390,8 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_node", nullptr, -1, methods, null
 
 }  // namespace ar_kernels
 
-PyMODINIT_FUNC PyInit__node() { return PyModule_Create(&ar_kernels::module); }
+PyMODINIT_FUNC PyInit__node() {
+  PyObject* module = PyModule_Create(&ar_kernels::module);
+  if (module != nullptr && PyModule_AddStringConstant(module, "sources", AR_SOURCES) != 0) Py_CLEAR(module);
+  return module;
+}
