@@ -444,9 +444,10 @@ def run(
     """Measures the selected shards, each but those that `results` has in full; returns those left for another time."""
     plan, budget = plan or Plan(), budget or Budget()
     selected, left = list(selected), []
-    if device == "cpu" and any(shard.nbytes >= LARGE_ON_CPU for shard in selected):
-        touch_memory()
+    if device == "cpu":
         keep_memory()
+        if any(shard.nbytes >= LARGE_ON_CPU for shard in selected):
+            touch_memory()
     for shard in selected:
         todo = plan.missing(shard, results)
         if has_ours(shard, results) and not todo:
