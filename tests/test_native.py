@@ -311,6 +311,17 @@ def test_a_layer_of_positions_without_rows():
 
 
 @built
+def test_threads_find_their_images_in_a_gradient_whose_columns_lie_in_memory():
+    tensors, gated = _layer_tensors(**LAYERS["many images"])
+    made = torch.ops.ar_kernels_native.layer(tensors, [gated, 0, 0, 0, 0])
+    arguments = _gradients(tensors, made, ("hypothesis",))
+    expected = torch.ops.ar_kernels_native.layer_backward(arguments, [1, 0, 0, 0, 0, 0, 0])[0]
+    arguments[18] = arguments[18].t().contiguous().t()
+    found = torch.ops.ar_kernels_native.layer_backward(arguments, [1, 0, 0, 0, 0, 0, 0])[0]
+    assert (found - expected).abs().max() <= 2**-20 * expected.abs().max()
+
+
+@built
 @pytest.mark.parametrize("name", ["many images", "bfloat16"])
 def test_gradients_of_features_and_of_their_product_add_up(name):
     tensors, gated = _layer_tensors(**LAYERS[name])

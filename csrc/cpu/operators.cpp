@@ -241,7 +241,7 @@ struct Products {
     if (of_images.has_value()) {
       ProductArguments p = of_images->arguments;
       const int64_t first = first_of(begin, groups, p.rows), last = first_of(end, groups, p.rows);
-      p.a += first * p.a_step;
+      p.a += first * of_images->a.stride(0);
       p.out += first * p.columns;
       p.rows = last - first;
       target.multiply(p, 0, parts(p));
