@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layers import Layer, channels_last
+from layers import EPS, Layer, channels_last
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ar_kernels
@@ -110,6 +110,19 @@ WAYS = {
 }
 
 
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def _rounds_once(found, a, b):
+    """Whether a sum in float32, in any order, and one rounding to found's dtype explain how far it is off a b: half a
+    unit in the last place of what was summed, or of a subnormal half."""
+    unit = 0.0 if found.dtype == torch.float32 else EPS[found.dtype] / 2
+    smallest = 2**-25 if found.dtype == torch.float16 else 0.0
+    a, b, found = a.double(), b.double(), found.double()
+    exact, summed = a @ b, a.shape[1] * 2**-24 * (a.abs() @ b.abs())
+    return ((found - exact).abs() <= unit * (exact.abs() + summed) + smallest + summed).all().item()
+
+
 def _factors(images: int, channels: int, labels: int, seed: int = 0, gap: int = 0, dtype=torch.float32):
     """x [N, K·C], W_O [L, K·C] and y's gradient [N, L]; gap: NaN between their rows."""
     generator = torch.Generator().manual_seed(seed)
@@ -140,11 +153,25 @@ def test_products(sizes, gap, way):
 
 
 @built
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 16, 1), (5, 48, 7), (33, 1088, 99), (300, 64, 10)], ids=str)
+@pytest.mark.parametrize("gap", [0, 3])
+def test_products_of_halves(sizes, gap, way, dtype):
+    for seed in range(3):
+        a, b = WAYS[way](*_factors(*sizes, seed=seed, gap=gap, dtype=dtype))
+        found = torch.ops.ar_kernels_native.product(a, b)
+        assert found.dtype == dtype and found.is_contiguous()
+        assert _rounds_once(found, a, b)
+
+
+@built
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES], ids=str)
 def test_products_of_other_sizes_strides_and_dtypes_are_pytorchs(dtype, way):
     product = torch.ops.ar_kernels_native.product
-    for sizes in ((3, 7, 5), (2, 50, 9)) if dtype == torch.float32 else ((3, 64, 5),):
+    others = {torch.float64: [(3, 64, 5)], torch.bfloat16: [(130, 2592, 100)]}  # as many as are PyTorch's in bfloat16
+    for sizes in ((3, 7, 5), (2, 50, 9), *others.get(dtype, [])):
         a, b = WAYS[way](*_factors(*sizes, dtype=dtype))
         assert torch.equal(product(a, b), a @ b)
     a, b = WAYS[way](*_factors(4, 64, 64, dtype=dtype))
@@ -154,9 +181,10 @@ def test_products_of_other_sizes_strides_and_dtypes_are_pytorchs(dtype, way):
 
 
 @built
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("way", WAYS)
-def test_products_have_the_same_bits_whatever_the_number_of_threads(way):
-    a, b = WAYS[way](*_factors(64, 2064, 300))
+def test_products_have_the_same_bits_whatever_the_number_of_threads(way, dtype):
+    a, b = WAYS[way](*_factors(50, 2064, 300, dtype=dtype))
     before = torch.get_num_threads()
     results = []
     try:
@@ -179,8 +207,9 @@ class _Called(TorchDispatchMode):
 
 
 @built
-def test_a_layer_takes_these_products():
-    layer = Layer(n=3, c=16, h=4, w=5, k=2, bias=False, dtype=torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_a_layer_takes_these_products(dtype):
+    layer = Layer(n=3, c=16, h=4, w=5, k=2, bias=False, dtype=dtype)
     tensors = {name: value.requires_grad_() for name, value in layer.tensors.items()}
     with _Called() as called:
         output = ar_kernels.attention_module(**tensors, implementation="native").hypothesis
@@ -218,7 +247,8 @@ LAYERS = {
     "no scores": {"n": 12, "c": 16, "h": 4, "w": 4, "labels": 7, "scored": False},
     "no gates": {"n": 5, "c": 16, "h": 4, "w": 4, "gated": 0, "labels": 0},
     "no W_O": {"n": 5, "c": 16, "h": 4, "w": 4, "labels": 0},
-    "bfloat16": {"n": 12, "c": 16, "h": 4, "w": 5, "labels": 6, "dtype": torch.bfloat16},
+    "bfloat16": {"n": 12, "c": 16, "h": 4, "w": 5, "labels": 6, "dtype": torch.bfloat16, "weight": torch.bfloat16},
+    "more images than one sum has": {"n": 131, "c": 16, "h": 3, "w": 3, "labels": 7},
     "float32 of float64 weights": {"n": 12, "c": 16, "h": 4, "w": 5, "labels": 6, "weight": torch.float64},
     "float64": {"n": 12, "c": 16, "h": 4, "w": 5, "labels": 6, "dtype": torch.float64, "weight": torch.float64},
     "3×3": {"n": 12, "c": 16, "h": 4, "w": 5, "labels": 6, "taps": (3, 3)},
@@ -310,6 +340,59 @@ def test_a_layer_of_positions_without_rows():
     assert_a_layer_is_its_parts(lambda z: z.flatten(2), **LAYERS["many images"])
 
 
+def assert_a_layer_of_halves_rounds_once(layout=None, turned_grad=False, **sizes):
+    """Its products: AVX-512's take a float32 W_O as it is, PyTorch's round it to the map's dtype, and its gradient."""
+    tensors, gated = _layer_tensors(**sizes, layout=layout)
+    z, output_w = tensors[0], tensors[5]
+    # Of so few bits, and times so small whole numbers, that float32 has all sums of them: their bits are known.
+    output_w = tensors[5] = (output_w * 2**14).round().clamp(-(2**14), 2**14) / 2**14
+    dtype = output_w.dtype if native.target() == "avx512" else z.dtype
+    operators = torch.ops.ar_kernels_native
+    made = operators.layer(tensors, [gated, 0, 0, 0, 0])
+    features, hypothesis = made[5], made[7]
+    assert hypothesis.dtype == z.dtype and _rounds_once(hypothesis, features, output_w.to(dtype).t())
+    arguments = _gradients(tensors, made, ("hypothesis",))
+    grad = arguments[18].round().clamp(-2, 2)
+    arguments[18] = grad.t().contiguous().t() if turned_grad else grad
+    if turned_grad or grad.numel() == 1:  # of one image and label too rows and columns both lie in memory
+        dtype = z.dtype
+    found = operators.layer_backward(arguments, [1, 1, 1, 1, 1, 0, 0])
+    assert found[4].dtype == output_w.dtype and _rounds_once(found[4].to(dtype), grad.t(), features)
+    arguments[16], arguments[18] = (grad.double() @ output_w.to(dtype).double()).to(z.dtype), None
+    _assert_same(found[:4], operators.layer_backward(arguments, [1, 1, 1, 1, 0, 0, 0])[:4])
+
+
+@built
+@pytest.mark.parametrize("layout", [None, channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("weight", ["float32", "as the map"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "many images",
+        "few images",
+        "an image in parts",
+        "large W_O",
+        "more images than one sum has",
+        "W_O's rows lie apart",
+        "3×3",
+    ],
+)
+def test_a_layer_of_halves_rounds_its_products_once(name, dtype, weight, layout):
+    sizes = LAYERS[name] | {"dtype": dtype, "weight": torch.float32 if weight == "float32" else dtype}
+    assert_a_layer_of_halves_rounds_once(layout, **sizes)
+
+
+@built
+@pytest.mark.parametrize("weight", ["float32", "as the map"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_layer_of_halves_takes_gradients_as_they_lie(dtype, weight):
+    """Which must not be taken for those of another product, whose W_O is somewhere else."""
+    kinds = {"dtype": dtype, "weight": torch.float32 if weight == "float32" else dtype}
+    assert_a_layer_of_halves_rounds_once(**LAYERS["many images"] | kinds, turned_grad=True)
+    assert_a_layer_of_halves_rounds_once(**LAYERS["few images"] | kinds | {"n": 1, "labels": 1})
+
+
 @built
 def test_threads_find_their_images_in_a_gradient_whose_columns_lie_in_memory():
     tensors, gated = _layer_tensors(**LAYERS["many images"])
@@ -339,11 +422,12 @@ def test_gradients_of_features_and_of_their_product_add_up(name):
 
 @built
 @pytest.mark.parametrize("layout", [None, channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("name", ["many images", "large W_O", "an image in parts", "3×3"])
-def test_a_layer_has_the_same_bits_whatever_the_number_of_threads(name, layout):
+def test_a_layer_has_the_same_bits_whatever_the_number_of_threads(name, dtype, layout):
     """Threads have the products of their own images, or share each product: by their number too."""
     sizes = LAYERS[name] if name != "many images" else {"n": 37, "c": 64, "h": 28, "w": 20, "labels": 100}
-    tensors, gated = _layer_tensors(**sizes, layout=layout)
+    tensors, gated = _layer_tensors(**sizes, dtype=dtype, layout=layout)
     before = torch.get_num_threads()
     results = []
     try:
@@ -470,6 +554,10 @@ for dtype in (torch.bfloat16, torch.float16):
 import test_native
 for name in ("many images", "few images", "W_O's width is odd", "bfloat16", "3×3"):
     test_native.assert_a_layer_is_its_parts(**test_native.LAYERS[name])
+for name in ("many images", "few images", "more images than one sum has"):
+    for dtype, weight in ((torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float16,) * 2):
+        sizes = test_native.LAYERS[name] | {"dtype": dtype, "weight": weight}
+        test_native.assert_a_layer_of_halves_rounds_once(**sizes)
 assert native.target() == sys.argv[1], native.target()
 """
 

@@ -45,7 +45,9 @@ constexpr int64_t kAdditionsPerThread = 1 << 20;  // likewise, of the last sums
 constexpr int64_t kProductPerThread = 1 << 23;    // likewise, multiply-adds of a product
 constexpr int64_t kFewestRows = 4;                // for which a thread reads all of W_O: a product's block of rows
 constexpr int64_t kMostShared = 1 << 21;          // elements of W_O, of which every thread reads all
-constexpr int64_t kProductLanes = 16;             // AVX-512's: with fewer, PyTorch's products are as fast or faster
+// Multiply-adds of a product: with more, PyTorch's are as fast or faster, by instructions for bfloat16.
+constexpr int64_t kMostInBFloat16 = 1 << 25;
+constexpr int64_t kProductLanes = 16;  // AVX-512's: with fewer, PyTorch's products are as fast or faster
 
 Kind kind_of(ScalarType dtype) {
   switch (dtype) {
@@ -55,6 +57,8 @@ Kind kind_of(ScalarType dtype) {
     default: return Kind::kFloat;
   }
 }
+
+int64_t bytes_of(Kind kind) { return kind == Kind::kDouble ? 8 : kind == Kind::kFloat ? 4 : 2; }
 
 Map map_of(const Tensor& z) {
   if (z.dim() == 3) return {z.const_data_ptr(), z.stride(0), z.stride(1), 0, z.stride(2)};
@@ -81,7 +85,7 @@ Layer layer_of(const Tensor& z, const Tensor& w, int64_t gated, bool alike) {
   layer.gated = gated;
   layer.positions_adjacent = positions_are_adjacent(map_of(z), layer.channels, layer.height, layer.width);
 
-  const int64_t element = layer.kind == Kind::kDouble ? 8 : layer.kind == Kind::kFloat ? 4 : 2;
+  const int64_t element = bytes_of(layer.kind);
   const int64_t step = layer.positions_adjacent ? 4 * kFewestPositions : kFewestPositions;
   const int64_t positions = layer.positions();
   const int64_t images = alike ? kItems : std::max<int64_t>(layer.images, 1);
@@ -166,31 +170,45 @@ struct Product {
   Tensor a, b, out;
 };
 
-// a b of matrices: ours in float32 with AVX-512, where both lie as in a product with W_O and K C is whole vectors;
-// nothing where it is PyTorch's.
-std::optional<Product> our_product(const Tensor& a, const Tensor& b) {
-  ProductArguments p = {Way::kSums, a.size(0),   a.size(1),   b.size(1), nullptr,
-                        nullptr,    a.stride(0), b.stride(0), nullptr};
-  bool fits = a.scalar_type() == ScalarType::Float && p.rows > 0 && p.inner > 0 && p.columns > 0;
+int64_t multiply_adds(const ProductArguments& p) { return p.rows * p.inner * p.columns; }
+
+// The dtype in which products take W_O: float32 as it is, beside a map of halves too.
+ScalarType weight_dtype(ScalarType weight, ScalarType map) { return weight == ScalarType::Float ? weight : map; }
+
+// a b of matrices in `dtype`: ours with AVX-512, where both lie as in a product with W_O and K C is whole vectors;
+// nothing where it is PyTorch's. W_O is b; where a's columns lie in memory, what is made is its gradient.
+std::optional<Product> our_product(const Tensor& a, const Tensor& b, ScalarType dtype) {
+  ProductArguments p = {};
+  p.way = Way::kSums;
+  p.map = kind_of(a.scalar_type());
+  p.weight = kind_of(b.scalar_type());
+  p.rows = a.size(0);
+  p.inner = a.size(1);
+  p.columns = b.size(1);
+  p.a_step = a.stride(0);
+  p.b_step = b.stride(0);
+  Kind other = kind_of(dtype);  // of what is made, or of b where that is W_O's gradient
+  bool fits = p.map != Kind::kDouble && multiply_adds(p) > 0;
+  fits = fits && (p.map != Kind::kBFloat16 || multiply_adds(p) <= kMostInBFloat16);
   if (has_rows(a) && has_columns(b) && !has_rows(b)) {
     p.way = Way::kDots;
     p.b_step = b.stride(1);
   } else if (has_columns(a) && has_rows(b) && !has_rows(a)) {
     p.way = Way::kOuter;
     p.a_step = a.stride(1);
+    std::swap(p.weight, other);
   } else {
     fits = fits && has_rows(a) && has_rows(b);
   }
+  fits = fits && other == p.map;
   const int64_t lanes = kernels().product_lanes(), vectors = p.way == Way::kDots ? p.inner : p.columns;
   if (!fits || lanes < kProductLanes || vectors % lanes != 0) return std::nullopt;
-  const Tensor out = empty({p.rows, p.columns}, ScalarType::Float);
-  p.a = static_cast<const float*>(a.const_data_ptr());
-  p.b = static_cast<const float*>(b.const_data_ptr());
-  p.out = static_cast<float*>(out.mutable_data_ptr());
+  const Tensor out = empty({p.rows, p.columns}, dtype);
+  p.a = a.const_data_ptr();
+  p.b = b.const_data_ptr();
+  p.out = out.mutable_data_ptr();
   return Product{p, a, b, out};
 }
-
-int64_t multiply_adds(const ProductArguments& p) { return p.rows * p.inner * p.columns; }
 
 // Of a feature map, which take as long.
 int64_t elements_worth(int64_t multiply_adds) { return multiply_adds / (kProductPerThread / kElementsPerThread); }
@@ -205,22 +223,26 @@ void multiply(std::optional<Product>& product) {
   product.reset();
 }
 
-// a b of matrices, by PyTorch, or by us: then it is left to the caller to compute.
-Tensor begun(const Tensor& a, const Tensor& b, std::optional<Product>& ours) {
-  ours = our_product(a, b);
-  return ours.has_value() ? ours->out : torch::stable::matmul(a, b);
+// a b of matrices, by PyTorch in a's dtype, or by us in `dtype`: then it is left to the caller to compute.
+Tensor begun(const Tensor& a, const Tensor& b, ScalarType dtype, std::optional<Product>& ours) {
+  ours = our_product(a, b, dtype);
+  return ours.has_value() ? ours->out : torch::stable::matmul(a, in_dtype(b, a.scalar_type()));
 }
 
-// a b of matrices.
+// a b of matrices in a's dtype.
+Tensor multiplied(const Tensor& a, const Tensor& b) {
+  std::optional<Product> ours;
+  const Tensor out = begun(a, b, a.scalar_type(), ours);
+  multiply(ours);
+  return out;
+}
+
 Tensor product(const Tensor& a, const Tensor& b) {
   STD_TORCH_CHECK(a.dim() == 2, "a must be a matrix, got ", shape_of(a));
   STD_TORCH_CHECK(b.dim() == 2 && b.size(0) == a.size(1), "b must be a matrix [", a.size(1), ", N], got ", shape_of(b));
   check_float("a", a);
   check_dtype("b", b, "a", a);
-  std::optional<Product> ours;
-  const Tensor out = begun(a, b, ours);
-  multiply(ours);
-  return out;
+  return multiplied(a, b);
 }
 
 // A layer's products with W_O, of ours, that threads compute beside their sweeps over images: to wake them once more
@@ -241,8 +263,8 @@ struct Products {
     if (of_images.has_value()) {
       ProductArguments p = of_images->arguments;
       const int64_t first = first_of(begin, groups, p.rows), last = first_of(end, groups, p.rows);
-      p.a += first * of_images->a.stride(0);
-      p.out += first * p.columns;
+      p.a = static_cast<const char*>(p.a) + first * of_images->a.stride(0) * bytes_of(p.map);
+      p.out = static_cast<char*>(p.out) + first * p.columns * bytes_of(p.map);
       p.rows = last - first;
       target.multiply(p, 0, parts(p));
     }
@@ -327,8 +349,10 @@ std::pair<Outputs, MaybeTensor> forward(const Tensor& z, const Tensor& w, const 
   MaybeTensor factor;
   Products products;
   if (output_w.has_value()) {
-    factor = torch::stable::transpose(in_dtype(*output_w, z.scalar_type()), 0, 1);
-    if (images_fit(layer, z.numel(), output_w->numel())) products.of_images = our_product(features, *factor);
+    const ScalarType weight = weight_dtype(output_w->scalar_type(), z.scalar_type());
+    factor = torch::stable::transpose(in_dtype(*output_w, weight), 0, 1);
+    if (images_fit(layer, z.numel(), output_w->numel()))
+      products.of_images = our_product(features, *factor, z.scalar_type());
   }
   if (images > 0) {
     const MaybeTensor weights[] = {tap_rows(w, taps, dtype), accumulated(b, dtype), tap_rows(score_w, taps, dtype),
@@ -379,7 +403,7 @@ std::pair<Outputs, MaybeTensor> forward(const Tensor& z, const Tensor& w, const 
   if (products.of_images.has_value())
     hypothesis = products.of_images->out;
   else if (output_w.has_value())
-    hypothesis = product(features, *factor);
+    hypothesis = multiplied(features, *factor);
   return {{by_channel, lse, logits, scores, gates, features, mean}, hypothesis};
 }
 
@@ -731,13 +755,14 @@ Tensors layer_backward(const Tensors& tensors, const Options& options) {
     check_dtype("features", features, "z", z);
     check_shape("grad_hypothesis", *grad_hypothesis, {z.size(0), output_w->size(0)});
     check_dtype("grad_hypothesis", grad_hypothesis, "z", z);
+    const ScalarType weight = weight_dtype(output_w->scalar_type(), z.scalar_type());
     if (needs_output_w)
-      gradients[4] = begun(torch::stable::transpose(*grad_hypothesis, 0, 1), *features, products.of_weight);
-    const Tensor factor = in_dtype(*output_w, z.scalar_type());
+      gradients[4] = begun(torch::stable::transpose(*grad_hypothesis, 0, 1), *features, weight, products.of_weight);
+    const Tensor factor = in_dtype(*output_w, weight);
     if (needs_attention && grad_features.has_value())
-      grad_features = torch::stable::subtract(product(*grad_hypothesis, factor), *grad_features, -1);
+      grad_features = torch::stable::subtract(multiplied(*grad_hypothesis, factor), *grad_features, -1);
     else if (needs_attention)
-      grad_features = begun(*grad_hypothesis, factor, products.of_images);
+      grad_features = begun(*grad_hypothesis, factor, z.scalar_type(), products.of_images);
   }
   bool reaches_attention = grad_features.has_value() || tensors[17].has_value();
   for (int i = 11; i < 16; ++i) reaches_attention = reaches_attention || tensors[i].has_value();

@@ -8,34 +8,63 @@ namespace ar_kernels::AR_TARGET {
 
 int64_t product_lanes() { return kLanes<float>; }
 
-void multiply(const ProductArguments& p, int64_t begin, int64_t end) {
-  constexpr int64_t kInner = 512;      // so much of a's and b's rows stays in the first-level cache
-  constexpr int64_t kOuterRows = 128;  // as many as one sum runs over: a longer one would round worse
-  const int64_t step = part_columns(p.way), first = begin * step;
-  const int64_t last = end * step < p.columns ? end * step : p.columns;
-  if (p.way == Way::kDots) {
-    for (int64_t j = 0; j < p.inner; j += kInner)
-      for (int64_t n = first; n < last; n += step) {
-        const int64_t inner = p.inner - j < kInner ? p.inner - j : kInner;
-        const Tile<const float> tile = {p.b + n * p.b_step + j, p.b_step, last - n < step ? last - n : step, inner};
-        dot_rows<Ahead::kNothing>(p.a + j, p.a_step, p.rows, tile, p.out + n, p.columns, j > 0);
-      }
-    return;
-  }
-  for (int64_t n = first; n < last; n += step) {
+namespace {
+
+template <class Map, class Weight>
+void multiply_as(const ProductArguments& p, int64_t begin, int64_t end) {
+  constexpr int64_t kInner = 512;  // so much of a's and b's rows stays in the first-level cache
+  constexpr int64_t kSums = 1024;  // which stay there too, to be rounded once
+  constexpr bool kIsFloat = sizeof(Weight) == sizeof(float);
+  // As many as one sum runs over: a longer one would round worse, but for halves, which themselves round far worse.
+  constexpr int64_t kOuterRows = kIsFloat ? 128 : INT64_MAX;
+  const int64_t step = part_columns(p.way), last = end * step < p.columns ? end * step : p.columns;
+  for (int64_t n = begin * step; n < last; n += step) {
     const int64_t columns = last - n < step ? last - n : step;
-    if (p.way == Way::kSums) {
-      const Tile<const float> tile = {p.b + n, p.b_step, p.inner, columns};
-      sum_rows<Ahead::kNothing>(p.a, p.a_step, p.rows, tile, p.out + n, p.columns, false);
+    if (p.way == Way::kOuter) {
+      const Map *a = (const Map*)p.a, *b = (const Map*)p.b + n;
+      const Tile<Weight> tile = {(Weight*)p.out + n, p.columns, p.rows, columns};
+      const Tile<const Weight> before = {tile.data, p.columns, p.rows, columns};
+      for (int64_t j = 0; j < p.inner; j += kOuterRows)
+        outer_rows<Weight, float>(a + j * p.a_step, p.a_step, b + j * p.b_step, p.b_step,
+                                  p.inner - j < kOuterRows ? p.inner - j : kOuterRows, j > 0 ? &before : nullptr, tile,
+                                  false);
       continue;
     }
-    const Tile<float> tile = {p.out + n, p.columns, p.rows, columns};
-    const Tile<const float> before = {p.out + n, p.columns, p.rows, columns};
-    for (int64_t j = 0; j < p.inner; j += kOuterRows)
-      outer_rows<float, float>(p.a + j * p.a_step, p.a_step, p.b + n + j * p.b_step, p.b_step,
-                               p.inner - j < kOuterRows ? p.inner - j : kOuterRows, j > 0 ? &before : nullptr, tile,
-                               false);
+    alignas(64) float sums[kSums];
+    const int64_t most = kSums / step;
+    for (int64_t m = 0; m < p.rows; m += most) {
+      const int64_t rows = p.rows - m < most ? p.rows - m : most;
+      const Map* a = (const Map*)p.a + m * p.a_step;
+      const Weight* b = (const Weight*)p.b + n * (p.way == Way::kDots ? p.b_step : 1);
+      for (int64_t j = 0; j < p.inner && p.way == Way::kDots; j += kInner) {
+        const Tile<const Weight> tile = {b + j, p.b_step, columns, p.inner - j < kInner ? p.inner - j : kInner};
+        dot_rows<Ahead::kNothing>(a + j, p.a_step, rows, tile, sums, step, j > 0);
+      }
+      if (p.way == Way::kSums) {
+        const Tile<const Weight> tile = {b, p.b_step, p.inner, columns};
+        sum_rows<Ahead::kNothing>(a, p.a_step, rows, tile, sums, step, false);
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        Map* out = (Map*)p.out + (m + i) * p.columns + n;
+        for (int64_t x = 0; x < columns; x += kLanes<float>)
+          put(out + x, load(sums + i * step + x), (int)(columns - x < kLanes<float> ? columns - x : kLanes<float>));
+      }
+    }
   }
+}
+
+template <class Map>
+void multiply_of(const ProductArguments& p, int64_t begin, int64_t end) {
+  if (p.weight == Kind::kFloat) return multiply_as<Map, float>(p, begin, end);
+  multiply_as<Map, Map>(p, begin, end);
+}
+
+}  // namespace
+
+void multiply(const ProductArguments& p, int64_t begin, int64_t end) {
+  if (p.map == Kind::kHalf) return multiply_of<Half>(p, begin, end);
+  if (p.map == Kind::kBFloat16) return multiply_of<BFloat16>(p, begin, end);
+  multiply_of<float>(p, begin, end);
 }
 
 }  // namespace ar_kernels::AR_TARGET

@@ -3,9 +3,11 @@
 
 #include <stdint.h>
 
+#include "kind.h"
+
 namespace ar_kernels {
 
-// out = a b, of matrices [rows, inner] and [inner, columns]; float32, what lies beside each other named by the way.
+// out = a b, of matrices [rows, inner] and [inner, columns]; what lies beside each other is named by the way.
 enum class Way {
   kDots,   // a's rows and b's columns, out[m][n] = a[m] . b[n]: features times W_O's transpose
   kSums,   // a's and b's rows, out[m] = sum over j of a[m][j] b[j]: a gradient times W_O
@@ -14,10 +16,11 @@ enum class Way {
 
 struct ProductArguments {
   Way way;
+  Kind map, weight;  // of W_O or its gradient: float, or the map's; all else has the map's
   int64_t rows, inner, columns;
-  const float *a, *b;
+  const void *a, *b;
   int64_t a_step, b_step;  // between rows or columns that lie apart
-  float* out;              // [rows, columns], contiguous
+  void* out;               // [rows, columns], contiguous
 };
 
 // Threads share out's columns, so many at a time; what is summed does not depend on who has which.

@@ -2,7 +2,7 @@
 //
 // A tile is `rows` rows of `columns` adjacent elements, row_step apart: channels by positions for NCHW, positions by
 // channels for channels_last. The few rows on the other side (heads) lie as [head][...], `step` apart, padded with
-// zeros to whole vectors.
+// zeros to whole vectors; they are in the accumulator's dtype, or F: halves that are widened as they are read.
 //
 //   sum_rows     out[k][x]  = sum over i of u[k][i] z[i][x]         (adds to out where `add`)
 //   dot_rows     out[k][i] += sum over x of v[k][x] z[i][x]         (sets out where not `add`)
@@ -44,8 +44,8 @@ struct Block {
   int64_t begin, end, x;
 };
 
-template <class T, class A, int Heads, Ahead Sends, int Vectors, bool Tail>
-inline void sum_rows_block(const A* u, int64_t u_step, const Tile<const T>& z, const Block& block, A* out,
+template <class T, class A, int Heads, Ahead Sends, int Vectors, bool Tail, class F>
+inline void sum_rows_block(const F* u, int64_t u_step, const Tile<const T>& z, const Block& block, A* out,
                            int64_t out_step, bool add) {
   constexpr int kStep = kLanes<A>;
   constexpr int64_t kSoonRows = 32;  // the same columns that much further down, at the end those beside them
@@ -65,7 +65,7 @@ inline void sum_rows_block(const A* u, int64_t u_step, const Tile<const T>& z, c
       values[j] = Tail && j == Vectors - 1 ? load(row + j * kStep, last) : load(row + j * kStep);
     }
     AR_UNROLL for (int k = 0; k < Heads; ++k) {
-      const Vector<A> weight = all<A>(u[k * u_step + i]);
+      const Vector<A> weight = spread(u + k * u_step + i);
       AR_UNROLL for (int j = 0; j < Vectors; ++j)
         sums[k][j] += weight * values[j];
     }
@@ -79,8 +79,8 @@ inline void sum_rows_block(const A* u, int64_t u_step, const Tile<const T>& z, c
 }
 
 // As many vectors as are left, the last one perhaps in part.
-template <class T, class A, int Heads, Ahead Sends, int Vectors>
-inline void sum_rows_end(const A* u, int64_t u_step, const Tile<const T>& z, const Block& block, A* out,
+template <class T, class A, int Heads, Ahead Sends, int Vectors, class F>
+inline void sum_rows_end(const F* u, int64_t u_step, const Tile<const T>& z, const Block& block, A* out,
                          int64_t out_step, bool add) {
   if (z.columns - block.x > (Vectors - 1) * kLanes<A>)
     sum_rows_block<T, A, Heads, Sends, Vectors, true>(u, u_step, z, block, out, out_step, add);
@@ -88,8 +88,8 @@ inline void sum_rows_end(const A* u, int64_t u_step, const Tile<const T>& z, con
     sum_rows_end<T, A, Heads, Sends, Vectors - 1>(u, u_step, z, block, out, out_step, add);
 }
 
-template <class T, class A, int Heads, Ahead Sends>
-inline void sum_rows_columns(const A* u, int64_t u_step, const Tile<const T>& z, const Block& block, A* out,
+template <class T, class A, int Heads, Ahead Sends, class F>
+inline void sum_rows_columns(const F* u, int64_t u_step, const Tile<const T>& z, const Block& block, A* out,
                              int64_t out_step, bool add) {
   if (block.x + kBlockVectors * kLanes<A> <= z.columns)
     sum_rows_block<T, A, Heads, Sends, kBlockVectors, false>(u, u_step, z, block, out, out_step, add);
@@ -98,8 +98,8 @@ inline void sum_rows_columns(const A* u, int64_t u_step, const Tile<const T>& z,
 }
 
 // Heads from k on, of which the first ones' product sends for all; returns how many.
-template <class T, class A, int Heads, Ahead Sends>
-inline int sum_rows_of(const A* u, int64_t u_step, int64_t k, const Tile<const T>& z, const Block& block, A* out,
+template <class T, class A, int Heads, Ahead Sends, class F>
+inline int sum_rows_of(const F* u, int64_t u_step, int64_t k, const Tile<const T>& z, const Block& block, A* out,
                        int64_t out_step, bool add) {
   u += k * u_step;
   out += k * out_step;
@@ -110,8 +110,8 @@ inline int sum_rows_of(const A* u, int64_t u_step, int64_t k, const Tile<const T
   return Heads;
 }
 
-template <Ahead Sends, class T, class A>
-void sum_rows(const A* u, int64_t u_step, int64_t heads, const Tile<const T>& z, A* out, int64_t out_step, bool add) {
+template <Ahead Sends, class T, class A, class F>
+void sum_rows(const F* u, int64_t u_step, int64_t heads, const Tile<const T>& z, A* out, int64_t out_step, bool add) {
   constexpr int64_t kRows = 128;  // as many as one sum runs over: a longer one would round worse
   for (int64_t x = 0; x < z.columns; x += kBlockVectors * kLanes<A>) {
     for (int64_t begin = 0; begin < z.rows; begin += kRows) {
@@ -129,8 +129,8 @@ void sum_rows(const A* u, int64_t u_step, int64_t heads, const Tile<const T>& z,
 
 // Rows from i on; where there are fewer than Rows, the last one stands for those that are missing. It sends for what is
 // `ahead` elements further on.
-template <class T, class A, int Heads, Ahead Sends, int Rows>
-inline void dot_rows_block(const A* v, int64_t v_step, const Tile<const T>& z, int64_t i, int64_t ahead, A* out,
+template <class T, class A, int Heads, Ahead Sends, int Rows, class F>
+inline void dot_rows_block(const F* v, int64_t v_step, const Tile<const T>& z, int64_t i, int64_t ahead, A* out,
                            int64_t out_step, bool add) {
   constexpr int kStep = kLanes<A>;
   const int64_t real = z.rows - i < Rows ? z.rows - i : Rows;
@@ -180,8 +180,8 @@ inline void dot_rows_block(const A* v, int64_t v_step, const Tile<const T>& z, i
 }
 
 // Heads from k on, of which the first ones' product sends for all.
-template <class T, class A, int Heads, Ahead Sends>
-inline void dot_rows_of(const A* v, int64_t v_step, int64_t k, const Tile<const T>& z, int64_t i, int64_t ahead, A* out,
+template <class T, class A, int Heads, Ahead Sends, class F>
+inline void dot_rows_of(const F* v, int64_t v_step, int64_t k, const Tile<const T>& z, int64_t i, int64_t ahead, A* out,
                         int64_t out_step, bool add) {
   constexpr int kRows = kBlockSums / Heads;
   v += k * v_step;
@@ -192,8 +192,8 @@ inline void dot_rows_of(const A* v, int64_t v_step, int64_t k, const Tile<const 
     dot_rows_block<T, A, Heads, Ahead::kNothing, kRows>(v, v_step, z, i, ahead, out, out_step, add);
 }
 
-template <Ahead Sends, class T, class A>
-void dot_rows(const A* v, int64_t v_step, int64_t heads, const Tile<const T>& z, A* out, int64_t out_step, bool add) {
+template <Ahead Sends, class T, class A, class F>
+void dot_rows(const F* v, int64_t v_step, int64_t heads, const Tile<const T>& z, A* out, int64_t out_step, bool add) {
   constexpr int kSums = kBlockSums;
   // Some rows of every block on, so far that memory has answered when the sweep gets there; or the next tile's.
   constexpr int64_t kSoonBytes = 8192;
@@ -216,8 +216,8 @@ void dot_rows(const A* v, int64_t v_step, int64_t heads, const Tile<const T>& z,
 
 // ------------------------------------------------------------------------------------------- outer_rows
 
-template <class T, class A, int Rows, int Vectors, bool Tail>
-inline void outer_rows_block(const A* u, int64_t u_step, const A* v, int64_t v_step, int64_t heads,
+template <class T, class A, int Rows, int Vectors, bool Tail, class F>
+inline void outer_rows_block(const F* u, int64_t u_step, const F* v, int64_t v_step, int64_t heads,
                              const Tile<const T>* upstream, const Tile<T>& dz, bool streams, int64_t i, int64_t x,
                              int last) {
   constexpr int kStep = kLanes<A>;
@@ -236,7 +236,7 @@ inline void outer_rows_block(const A* u, int64_t u_step, const A* v, int64_t v_s
     AR_UNROLL for (int l = 0; l < Vectors; ++l)
       values[l] = load(v + k * v_step + x + l * kStep);
     AR_UNROLL for (int j = 0; j < Rows; ++j) {
-      const Vector<A> weight = all<A>(u[k * u_step + offsets[j]]);
+      const Vector<A> weight = spread(u + k * u_step + offsets[j]);
       AR_UNROLL for (int l = 0; l < Vectors; ++l)
         sums[j][l] += weight * values[l];
     }
@@ -269,8 +269,8 @@ inline void outer_rows_block(const A* u, int64_t u_step, const A* v, int64_t v_s
   }
 }
 
-template <class T, class A, int Rows, int Vectors>
-inline void outer_rows_end(const A* u, int64_t u_step, const A* v, int64_t v_step, int64_t heads,
+template <class T, class A, int Rows, int Vectors, class F>
+inline void outer_rows_end(const F* u, int64_t u_step, const F* v, int64_t v_step, int64_t heads,
                            const Tile<const T>* upstream, const Tile<T>& dz, bool streams, int64_t i, int64_t x) {
   const int64_t left = dz.columns - x - (Vectors - 1) * kLanes<A>;
   if (left > 0)
@@ -279,8 +279,8 @@ inline void outer_rows_end(const A* u, int64_t u_step, const A* v, int64_t v_ste
     outer_rows_end<T, A, Rows, Vectors - 1>(u, u_step, v, v_step, heads, upstream, dz, streams, i, x);
 }
 
-template <class T, class A>
-void outer_rows(const A* u, int64_t u_step, const A* v, int64_t v_step, int64_t heads, const Tile<const T>* upstream,
+template <class T, class A, class F>
+void outer_rows(const F* u, int64_t u_step, const F* v, int64_t v_step, int64_t heads, const Tile<const T>* upstream,
                 const Tile<T>& dz, bool streams) {
   constexpr int kRows = 4, kVectors = kBlockVectors;
   for (int64_t i = 0; i < dz.rows; i += kRows) {

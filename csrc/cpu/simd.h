@@ -108,20 +108,35 @@ inline Vector<A> of_bits(Bits<A> bits) {
 
 // ------------------------------------------------------------------------------------------- loads and stores
 
-inline Vector<float> widened(Halves halves, BFloat16) {
-  return of_bits<float>(__builtin_convertvector(halves, Bits<float>) << 16);
+// By the compiler's own conversion, but for AVX-512, whose vectors GCC 12 cuts into pieces for it.
+inline Bits<float> wide(Halves halves) {
+#if defined(__AVX512F__)  // with a mask of all lanes: GCC 12 takes its own unmasked ones for uninitialised
+  return (Bits<float>)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)halves);
+#else
+  return __builtin_convertvector(halves, Bits<float>);
+#endif
 }
+
+inline Halves low_halves(Bits<float> bits) {
+#if defined(__AVX512F__)
+  return (Halves)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)bits);
+#else
+  return __builtin_convertvector(bits, Halves);
+#endif
+}
+
+inline Vector<float> widened(Halves halves, BFloat16) { return of_bits<float>(wide(halves) << 16); }
 
 inline Halves narrowed(Vector<float> value, BFloat16) {  // to nearest, ties to even; a NaN stays one
   const Bits<float> bits = bits_of<float>(value);
   const Bits<float> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Bits<float> nan = (bits >> 16) | 0x40;
-  return __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded, Halves);
+  return low_halves((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded);
 }
 
 #if defined(__AVX512F__) || (defined(__AVX2__) && defined(__F16C__))
 inline Vector<float> widened(Halves halves, Half) {
-#if defined(__AVX512F__)  // with a mask of all lanes: GCC 12 takes its own unmasked ones for uninitialised
+#if defined(__AVX512F__)
   return (Vector<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)halves);
 #else
   return (Vector<float>)_mm256_cvtph_ps((__m128i)halves);
@@ -137,8 +152,7 @@ inline Halves narrowed(Vector<float> value, Half) {
 }
 #else
 inline Vector<float> widened(Halves halves, Half) {
-  const Bits<float> wide = __builtin_convertvector(halves, Bits<float>);
-  const Bits<float> sign = (wide & 0x8000) << 16, magnitude = (wide & 0x7fff) << 13;
+  const Bits<float> bits = wide(halves), sign = (bits & 0x8000) << 16, magnitude = (bits & 0x7fff) << 13;
   // The exponents' biases differ by 112; as a product this is right for subnormal numbers too.
   const Bits<float> finite = bits_of<float>(of_bits<float>(magnitude) * 0x1p112f);
   return of_bits<float>(sign | (magnitude >= (0x7c00u << 13) ? magnitude | 0x7f800000 : finite));
@@ -152,7 +166,7 @@ inline Halves narrowed(Vector<float> value, Half) {  // to nearest, ties to even
   Bits<float> half = magnitude < 0x38800000 ? subnormal : normal;
   half = magnitude >= 0x47800000 ? (Bits<float>{} + 0x7c00) : half;
   half = magnitude > 0x7f800000 ? (Bits<float>{} + 0x7e00) : half;
-  return __builtin_convertvector(half | sign, Halves);
+  return low_halves(half | sign);
 }
 #endif
 
@@ -196,6 +210,15 @@ inline Vector<Accumulator<T>> load(const T* from, int count) {
   memcpy(some, from, count * sizeof(T));
   return load(some);
 #endif
+}
+
+// A vector of one element.
+template <class T>
+inline Vector<Accumulator<T>> spread(const T* from) {
+  if constexpr (sizeof(T) == 2)
+    return widened(Halves{} + from->bits, T{});
+  else
+    return all<T>(*from);
 }
 
 template <class T>
