@@ -13,7 +13,8 @@ namespace {
 template <class Map, class Weight>
 void multiply_as(const ProductArguments& p, int64_t begin, int64_t end) {
   constexpr int64_t kInner = 512;  // so much of a's and b's rows stays in the first-level cache
-  constexpr int64_t kSums = 1024;  // which stay there too, to be rounded once
+  constexpr int64_t kSums = 1024;  // which stay there too, to be rounded once where that is not to float32
+  constexpr bool kMapIsFloat = sizeof(Map) == sizeof(float);
   constexpr bool kIsFloat = sizeof(Weight) == sizeof(float);
   // As many as one sum runs over: a longer one would round worse, but for halves, which themselves round far worse.
   constexpr int64_t kOuterRows = kIsFloat ? 128 : INT64_MAX;
@@ -30,24 +31,27 @@ void multiply_as(const ProductArguments& p, int64_t begin, int64_t end) {
                                   false);
       continue;
     }
-    alignas(64) float sums[kSums];
-    const int64_t most = kSums / step;
+    alignas(64) float sums[kMapIsFloat ? 1 : kSums];
+    const int64_t most = kMapIsFloat ? p.rows : kSums / step;
     for (int64_t m = 0; m < p.rows; m += most) {
       const int64_t rows = p.rows - m < most ? p.rows - m : most;
       const Map* a = (const Map*)p.a + m * p.a_step;
       const Weight* b = (const Weight*)p.b + n * (p.way == Way::kDots ? p.b_step : 1);
+      Map* out = (Map*)p.out + m * p.columns + n;
+      float* to = kMapIsFloat ? (float*)out : sums;
+      const int64_t to_step = kMapIsFloat ? p.columns : step;
       for (int64_t j = 0; j < p.inner && p.way == Way::kDots; j += kInner) {
         const Tile<const Weight> tile = {b + j, p.b_step, columns, p.inner - j < kInner ? p.inner - j : kInner};
-        dot_rows<Ahead::kNothing>(a + j, p.a_step, rows, tile, sums, step, j > 0);
+        dot_rows<Ahead::kNothing>(a + j, p.a_step, rows, tile, to, to_step, j > 0);
       }
       if (p.way == Way::kSums) {
         const Tile<const Weight> tile = {b, p.b_step, p.inner, columns};
-        sum_rows<Ahead::kNothing>(a, p.a_step, rows, tile, sums, step, false);
+        sum_rows<Ahead::kNothing>(a, p.a_step, rows, tile, to, to_step, false);
       }
-      for (int64_t i = 0; i < rows; ++i) {
-        Map* out = (Map*)p.out + (m + i) * p.columns + n;
+      for (int64_t i = 0; i < rows && !kMapIsFloat; ++i) {
         for (int64_t x = 0; x < columns; x += kLanes<float>)
-          put(out + x, load(sums + i * step + x), (int)(columns - x < kLanes<float> ? columns - x : kLanes<float>));
+          put(out + i * p.columns + x, load(sums + i * step + x),
+              (int)(columns - x < kLanes<float> ? columns - x : kLanes<float>));
       }
     }
   }
