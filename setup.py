@@ -136,7 +136,8 @@ class BuildNative(build_ext):
         sanitize = os.environ.get("AR_KERNELS_SANITIZE")
         strict = os.environ.get("AR_KERNELS_STRICT") == "1"
         include = ["-isystem", str(torch / "include"), f"-DTORCH_TARGET_VERSION={TORCH_VERSION}", "-std=c++17"]
-        own = ["-O1" if sanitize else "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        level = "-O1" if sanitize else "-O3"
+        own = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
         own += [f'-DAR_SOURCES="{number_of_sources()}"', *(["-Werror"] if strict else [])]
         if sanitize:
             own += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-g"]
@@ -146,9 +147,9 @@ class BuildNative(build_ext):
             for target, flags in each:
                 output = objects / f"{source.stem}{target and '-' + target}.o"
                 define = [f"-DAR_TARGET={target}"] if target else []
-                cpu.append([compiler, *include, *own, *define, *flags, "-c", str(source), "-o", str(output)])
+                cpu.append([compiler, *include, level, *own, *define, *flags, "-c", str(source), "-o", str(output)])
 
-        nodes = node_commands(compiler, torch, own[1:], objects)
+        nodes = node_commands(compiler, torch, own, objects)
 
         # All at once, the CUDA sources first: the largest of them take longest.
         archs = os.environ.get("AR_KERNELS_CUDA_ARCHS", CUDA_ARCHS).replace(";", " ").split()
@@ -174,9 +175,10 @@ class BuildNative(build_ext):
         elif why_not:
             built += f"; not for CUDA: {why_not}"
 
-        end = [*(["-Xcompiler"] if len(linker) > 1 else []), f"-fsanitize={sanitize}"] if sanitize else []
+        sanitizer = [f"-fsanitize={sanitize}"] if sanitize else []
+        through = ["-Xcompiler"] if sanitize and cuda else []  # nvcc
         # libtorch brings libtorch_cuda where there is one, and nothing else.
-        run([*linker, *linked(commands, library, torch, ["-ltorch", "-ltorch_cpu"]), *end])
+        run([*linker, *linked(commands, library, torch, ["-ltorch", "-ltorch_cpu"]), *through, *sanitizer])
 
         node = library.with_name(f"_node-{version_of(torch)}{sysconfig.get_config_var('EXT_SUFFIX')}")
         forget_nodes(library.parent)
@@ -184,7 +186,7 @@ class BuildNative(build_ext):
             for result in of_node:
                 result.result()
             libraries = ["-ltorch_python", "-ltorch", "-ltorch_cpu", "-lc10"]
-            run([compiler, *linked(nodes, node, torch, libraries), *end[-1:]])
+            run([compiler, *linked(nodes, node, torch, libraries), *sanitizer])
             built += f"; node for torch {version_of(torch)}"
         except subprocess.CalledProcessError as error:
             if MODE == "1":

@@ -99,9 +99,8 @@ def has_layer() -> bool:
 
 
 def address(name: str) -> int:
-    """Of a function that csrc/node calls, 0 where the library, which must be loaded, has none of that name."""
-    function = getattr(ctypes.CDLL(str(PATH)), name, None)
-    return ctypes.cast(function, ctypes.c_void_p).value or 0 if function is not None else 0
+    """Of a function of the library, which must be loaded, that csrc/node calls."""
+    return ctypes.cast(getattr(ctypes.CDLL(str(PATH)), name), ctypes.c_void_p).value or 0
 
 
 def sources() -> str:

@@ -9,7 +9,6 @@ The environment variable AR_KERNELS_PLANS=0, read at import, turns them off.
 
 import functools
 import itertools
-import operator
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -64,7 +63,7 @@ def _bits(key: str) -> int:
 
 
 _ODD = functools.reduce(
-    operator.or_, map(_bits, ("Negative", "Conjugate", "ZeroTensor", "Python", "Batched", "FuncTorchBatched"))
+    int.__or__, map(_bits, ("Negative", "Conjugate", "ZeroTensor", "Python", "Batched", "FuncTorchBatched"))
 )
 """Of tensors whose memory does not hold their values, or that have to see every operator: is_grads_batched's too."""
 

@@ -17,15 +17,17 @@ namespace ar_kernels {
 
 using Tensors = std::vector<std::optional<torch::stable::Tensor>>;
 
-// The same tensors, owned.
+// The same tensor, owned.
+inline torch::stable::Tensor own(AtenTensorHandle tensor) {
+  AtenTensorHandle another;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(tensor, &another));
+  return torch::stable::Tensor(another);
+}
+
 inline Tensors owned(const AtenTensorHandle* tensors, size_t count) {
   Tensors found(count);
-  for (size_t i = 0; i < count; ++i) {
-    if (tensors[i] == nullptr) continue;
-    AtenTensorHandle another;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(tensors[i], &another));
-    found[i] = torch::stable::Tensor(another);
-  }
+  for (size_t i = 0; i < count; ++i)
+    if (tensors[i] != nullptr) found[i] = own(tensors[i]);
   return found;
 }
 

@@ -187,13 +187,6 @@ char* address_of(AtenTensorHandle tensor) {
   return static_cast<char*>(address);
 }
 
-// The same tensor, owned.
-Tensor own(AtenTensorHandle tensor) {
-  AtenTensorHandle another;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(tensor, &another));
-  return Tensor(another);
-}
-
 Handles handles_of(const Tensors& tensors) {
   Handles handles;
   for (const std::optional<Tensor>& tensor : tensors) handles.push_back(tensor.has_value() ? tensor->get() : nullptr);

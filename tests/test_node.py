@@ -236,7 +236,7 @@ def test_tensors_whose_memory_is_not_their_values(name, device, monkeypatch):
     def negated(tensor):
         return torch.complex(tensor, -tensor).conj().imag  # the values of tensor
 
-    def results(z, w, o, g, tap):
+    def results(is_odd, tap):
         inputs = [tensor.clone().requires_grad_() for tensor in (z, w, o, g)]
         given = [negated(tensor) if odd else tensor for tensor, odd in zip(inputs, is_odd)]
         made = ar_kernels.attention_module(*given, tap=True, implementation=name)
@@ -255,11 +255,8 @@ def test_tensors_whose_memory_is_not_their_values(name, device, monkeypatch):
         monkeypatch.setattr(node, "wanted", wanted)
         for is_odd in itertools.product((False, True), repeat=4):
             for tap, same in taps:
-                found = results(z, w, o, g, tap)
-                odd, is_odd = is_odd, (False,) * 4
-                for one, other in zip(found, results(z, w, o, g, same)):
+                for one, other in zip(results(is_odd, tap), results((False,) * 4, same)):
                     torch.testing.assert_close(one, other)
-                is_odd = odd
 
 
 class Named(torch.Tensor):
@@ -277,7 +274,7 @@ def test_a_subclass_among_the_weights_sees_functions(name, device, dtype):
 
 @built
 def test_jit_trace(name, device, dtype):
-    """A trace has the operators; what PyTorch says of traces of Functions in Python it says of no node either."""
+    """A trace under no_grad has the operators, and so the results of other inputs."""
     module = ar_kernels.AttentionModule(8, 3, heads=2).to(device, dtype).requires_grad_(False)
     z, other = (torch.randn(2, 8, 4, 5, generator=torch.Generator().manual_seed(i)).to(device, dtype) for i in (0, 1))
 

@@ -15,9 +15,9 @@ void multiply_as(const ProductArguments& p, int64_t begin, int64_t end) {
   constexpr int64_t kInner = 512;  // so much of a's and b's rows stays in the first-level cache
   constexpr int64_t kSums = 1024;  // which stay there too, to be rounded once where that is not to float32
   constexpr bool kMapIsFloat = sizeof(Map) == sizeof(float);
-  constexpr bool kIsFloat = sizeof(Weight) == sizeof(float);
+  constexpr bool kWeightIsFloat = sizeof(Weight) == sizeof(float);
   // As many as one sum runs over: a longer one would round worse, but for halves, which themselves round far worse.
-  constexpr int64_t kOuterRows = kIsFloat ? 128 : INT64_MAX;
+  constexpr int64_t kOuterRows = kWeightIsFloat ? 128 : INT64_MAX;
   const int64_t step = part_columns(p.way), last = end * step < p.columns ? end * step : p.columns;
   for (int64_t n = begin * step; n < last; n += step) {
     const int64_t columns = last - n < step ? last - n : step;
