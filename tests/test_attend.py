@@ -379,7 +379,8 @@ def test_explain_says_what_runs_and_why(device):
         assert "CPU" in explanation.reasons["triton"]
     else:
         assert explanation.chosen == "triton"
-        assert ar_kernels.explain(z.float(), w).chosen == "eager"  # measured faster there
+        is_hopper = torch.cuda.get_device_capability()[0] == 9
+        assert ar_kernels.explain(z.float(), w).chosen == ("triton" if is_hopper else "eager")  # as measured
     spatial = ar_kernels.explain(z, torch.randn(2, 4, 3, 3, device=device))
     assert spatial.chosen == explanation.chosen
     assert spatial.reasons["reference"] == "can run"
@@ -387,14 +388,27 @@ def test_explain_says_what_runs_and_why(device):
     assert ar_kernels.explain(z, w, implementation="reference").chosen == "reference"
 
 
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("nbytes", [functional.SMALL_FLOAT32, functional.SMALL_FLOAT32 + 4])
 @pytest.mark.parametrize("swept", [False, True])
-def test_float32_maps_of_1x1_heads_alone_have_sweeps_to_explain(swept, monkeypatch):
+def test_float32_maps_that_are_ours(swept, nbytes, traced, monkeypatch):
+    """Of 1×1 heads on Hopper: those with sweeps, and the small ones of eager calls."""
     monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: traced)
     monkeypatch.setattr(native, "sweeps_float32", lambda data, heads: swept)
-    data, mask_weights = SimpleNamespace(device=torch.device("cuda", 0)), (torch.empty(4, 8), torch.empty(4, 8, 3, 3))
-    for capability, expected in (((9, 0), [swept, False]), ((8, 0), [False, False]), ((10, 0), [False, False])):
-        monkeypatch.setattr(functional, "_capability", lambda device, it=capability: it)
-        assert [functional._is_swept(data, mask_weight) for mask_weight in mask_weights] == expected
+    ours = swept or (nbytes == functional.SMALL_FLOAT32 and not traced)
+    mask_weights = torch.empty(4, 8), torch.empty(4, 8, 3, 3)
+    many = torch.empty(functional.SMALL_FLOAT32_HEADS + 1, 8)
+    for dtype in (torch.float32, torch.float64):
+        data = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, nbytes=nbytes)
+        for capability in ((9, 0), (8, 0), (10, 0)):
+            monkeypatch.setattr(functional, "_capability", lambda device, it=capability: it)
+            found = [functional._is_for_us(data, mask_weight) for mask_weight in mask_weights]
+            is_there = dtype == torch.float32 and capability == (9, 0)
+            assert found == [ours and is_there, False]
+            assert functional._is_for_us(data, many) == (swept and is_there)
+            with torch.autograd.forward_ad.dual_level():
+                assert functional._is_for_us(data, mask_weights[0]) == (swept and is_there)
 
 
 def test_a_named_implementation_raises_where_it_cannot_run(device):
