@@ -33,7 +33,7 @@ def report() -> dict[str, object]:
             "cpu": reasons["cpu"] or _target(),
             "cuda": reasons["cuda"] or "can run",
             "plans": plans.why_not() or "are used: calls of the Triton operators repeat without Python",
-            "node": node.why_not() or "is used on a CPU, and where plans are: eager layers' backwards need no Python",
+            "node": node.why_not() or "is used on a CPU, and where plans are: layers' backwards need no Python",
         },
         "runs": {device: _runs(device) for device in devices},
         "variables": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_VARIABLES)},

@@ -1,7 +1,8 @@
-"""An attended layer's node of autograd in C++ (csrc/node), where one was built for this torch and this Python.
+"""An attended layer's node of autograd in C++ (csrc/node), where one was built for this torch and this Python, and the
+Triton operators as compiled graphs call them.
 
-Without it ops._WantedGatedAttend does the same in Python: an eager call then takes more of the host's time, no more
-than that.
+Without it ops._WantedGatedAttend and ops._run_operator do the same in Python: a call then takes more of the host's
+time, no more than that.
 
 The environment variable AR_KERNELS_NODE=0, read at import, turns it off.
 """
@@ -27,7 +28,7 @@ PATH = Path(__file__).with_name(f"_node-{VERSION}{SUFFIX}")
 of one release do not differ in that; of what is no release, any two may."""
 
 python: Sequence[Callable[..., Any]] = ()
-"""What it calls where Python has to do it: ops._made and ops._gradients, set there."""
+"""What it calls where Python has to do it: ops._made, ops._gradients and ops._run_operator, set there."""
 
 wanted = os.environ.get("AR_KERNELS_NODE", "1") != "0"
 
@@ -41,7 +42,7 @@ def why_not() -> str | None:
 
 
 def module() -> ModuleType | None:
-    """What csrc/node/gated_attend.cpp exports, or None: why_not says why."""
+    """What csrc/node exports, or None: why_not says why."""
     found = _load() if wanted else None
     return found if isinstance(found, ModuleType) else None
 
@@ -63,5 +64,8 @@ def _load() -> ModuleType | str:
         return f"{PATH.name} cannot be loaded: {error}"
     if loaded.sources != native.sources():
         return f"{PATH.name} and {native.PATH.name} were not built together"
-    loaded.set_python(*python)
+    try:
+        loaded.set_python(*python)
+    except TypeError:
+        return f"{PATH.name} was built from an older csrc"
     return loaded

@@ -9,6 +9,7 @@ works. Kernels are imported or loaded when an operator first runs, so importing 
 import functools
 import math
 import os
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
@@ -59,26 +60,58 @@ def _define(
         whole = schema.replace(") ->", f", {extra}) ->") if extra and library is _triton_library else schema
         library.define(whole, tags=(torch.Tag.flexible_layout,))
         library.impl(name, python, "CompositeExplicitAutograd")
+        operator = getattr(getattr(torch.ops, library.ns), name).default
+        for kind in ("cpu", "cuda"):
+            library.impl(name, functools.partial(_without_autocast, operator, kind), f"Autocast{kind.upper()}")
         torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
 
 
 def _run_operator(name: str, count: int, *arguments: Any) -> Any:
     """A Triton operator, called by the dispatcher, of a compiled graph for instance; so many tensors come first."""
-    if plans.are_used(arguments[:1]):  # the dispatcher saw to the others
-        return _run_by_plan(name, arguments[:count], arguments[count:])
-    return _launchers[name](*arguments)
+    with autocast_off(arguments[0]), torch.no_grad():  # products within, a plan's too, are as their operator has them
+        if plans.are_used(arguments[:1]):  # the dispatcher saw to the others
+            _hand_over()
+            made = _run_by_plan(name, arguments[:count], arguments[count:])
+        else:
+            made = _launchers[name](*arguments)
+    if isinstance(made, Tensor):
+        return made
+    return tuple([arguments[0].new_empty(0) if output is None else output for output in made])
+
+
+def _hand_over() -> None:
+    """Once there are plans, csrc/node takes the operators' calls: without Python where one is known."""
+    with _handing_over:
+        _hand_over_once()
+
+
+_handing_over = threading.Lock()
+
+
+@functools.cache
+def _hand_over_once() -> None:
+    module: Any = node.module()
+    if module is None:
+        return
+    numbers = {word: plans.number_of(word) for word in (*MIXES, *GATINGS)}
+    replay = native.address("ar_kernels_replay")
+    for name in _launchers:
+        module.take_operator("ar_kernels", name, "CUDA", replay, plans.number_of(name), numbers)
 
 
 def _run_by_plan(name: str, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
     return plans.run(name, _launchers[name], _import_kernels().launch, tensors, options)
 
 
+def _without_autocast(operator: Any, kind: str, *arguments: Any) -> Any:
+    """An operator that multiplies matrices by PyTorch's products, called under autocast."""
+    with _AutocastOff(kind):
+        return operator(*arguments)
+
+
 def _load_native(name: str, *arguments: Any) -> Any:
     """Stands in for a native operator until the library is loaded, whose kernels then come before this."""
-    given = (each for argument in arguments for each in (argument if isinstance(argument, list) else (argument,)))
-    tensors = [each for each in given if isinstance(each, Tensor)]
-    if not tensors:  # in a list
-        raise RuntimeError(f"{native.NAMESPACE}::{name} cannot run: there are no tensors")
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     kind = tensors[0].device.type
     reason = native.why_not(kind)
     if reason is None and not native.has_kernels(kind, name):
@@ -97,7 +130,7 @@ def _operators(implementation: str) -> Any:
 
 def _dispatch(implementation: str, name: str, tensors: list[Tensor | None], options: list[Any], *extra: Any) -> Any:
     """What the operator of this name does. extra: options that the Triton one alone takes."""
-    if implementation == "triton" and plans.are_used(tensors) and not _is_transformed():
+    if implementation == "triton" and plans.are_used(tensors) and not is_transformed():
         return _run_by_plan(name, tensors, (*options, *extra))  # without the dispatcher
     operator = getattr(_operators(implementation), name).default
     return operator(*tensors, *options, *(extra if implementation == "triton" else ()))
@@ -105,29 +138,13 @@ def _dispatch(implementation: str, name: str, tensors: list[Tensor | None], opti
 
 _define("product(Tensor a, Tensor b) -> Tensor", None, lambda a, b: a.new_empty(a.shape[0], b.shape[1]))
 
-# The whole of _forward and of _wanted_backward, whose arguments they take in their order: of eager calls alone.
-for _name in ("layer", "layer_backward"):
-    _native_library.define(f"{_name}(Tensor?[] tensors, int[] options) -> Tensor?[]")
-    _native_library.impl(_name, functools.partial(_load_native, _name), "CompositeExplicitAutograd")
-
 
 def _product_of(implementation: str, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
-    """What multiplies the matrices of a call with W_O. The library's product keeps a few rows, those of a batch, in
-    registers: on a CPU with AVX-512 it takes less than half as long as PyTorch's in float32, in half precision a tenth
-    where it is small."""
+    """What multiplies the matrices of a call with W_O where they are no part of `layer`. The library's product keeps a
+    few rows, those of a batch, in registers: on a CPU with AVX-512 it takes less than half as long as PyTorch's in
+    float32, in half precision a tenth where it is small."""
     is_native = implementation == "native" and dtype != torch.float64
     return torch.ops.ar_kernels_native.product.default if is_native else torch.mm
-
-
-def _wanted_product_of(
-    implementation: str, z: Tensor, output_w: Tensor | None
-) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """The same of _WantedGatedAttend; None: the operators hypothesis and hypothesis_backward, which are for small ones
-    and not for compiled graphs."""
-    is_ours = implementation == "triton" and output_w is not None and not torch.compiler.is_compiling()
-    if is_ours and _import_kernels().products.are_for_us(z, output_w):
-        return None
-    return _product_of(implementation, z.dtype)
 
 
 def _launch(name: str, tensors: list[Tensor | None], options: list[Any], *extra: Any) -> Any:
@@ -143,7 +160,7 @@ def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     trace the forward, and the derivative would be zero.
     """
     if torch.compiler.is_compiling():
-        if _functorch_is_active is not None and _is_transformed():
+        if _functorch_is_active is not None and is_transformed():
             torch._dynamo.graph_break("ar_kernels: torch.compile would lose derivatives of torch.func and forward mode")
             return torch._dynamo.disable(function.apply)(*arguments)
         return function.apply(*arguments)
@@ -592,7 +609,7 @@ def _forward(
     taps_first: bool,
 ) -> tuple[Tensor | None, ...]:
     """The operator's outputs and the hypothesis, None for those that were not asked for. run: _dispatch with an
-    implementation, or _launch. multiply: as _wanted_product_of has it."""
+    implementation, or _launch. multiply: matrices, None for the operators hypothesis and hypothesis_backward."""
     tensors = [z, w, b, score_w, score_b]
     if w.dim() == 2:
         outputs = run("gated_attend", tensors, [gated_heads, wants_logits, wants_mean, alike])
@@ -729,67 +746,6 @@ def _backward(
     return run("gated_attend3x3_backward", tensors, options, taps_first)
 
 
-def _wanted_backward(
-    run: Callable[..., Any],
-    multiply: Callable[[Tensor, Tensor], Tensor] | None,
-    z: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    score_w: Tensor | None,
-    output_w: Tensor | None,
-    pooled: Tensor,
-    lse: Tensor,
-    logits: Tensor | None,
-    scores: Tensor | None,
-    gates: Tensor | None,
-    features: Tensor | None,
-    grad_pooled: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_logits: Tensor | None,
-    grad_scores: Tensor | None,
-    grad_gates: Tensor | None,
-    grad_features: Tensor | None,
-    grad_mean: Tensor | None,
-    grad_hypothesis: Tensor | None,
-    upstream: Tensor | None,
-    needs_z: bool,
-    needs_w: bool,
-    needs_score_w: bool,
-    needs_score_b: bool,
-    needs_output_w: bool,
-    channels_last: bool,
-    taps_first: bool,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of z, w, score_w, score_b (in lse's dtype) and output_w, None where they are not needed."""
-    dz = dw = dscore_w = dscore_b = doutput_w = None
-    needs_score = needs_score_w or needs_score_b
-    needs_attention = needs_z or needs_w or needs_score
-    if grad_hypothesis is not None and features is not None and output_w is not None:  # features is no output beside it
-        if multiply is not None:
-            if needs_output_w:
-                doutput_w = _in_dtype(multiply(grad_hypothesis.t(), features), output_w.dtype)
-            if needs_attention:
-                grad_features = multiply(grad_hypothesis, _in_dtype(output_w, z.dtype))
-        elif needs_attention or needs_output_w:
-            factors: list[Tensor | None] = [grad_hypothesis, features, output_w]
-            found = run("hypothesis_backward", factors, [needs_attention, needs_output_w])
-            grad_features = found[0] if needs_attention else None
-            doutput_w = found[1] if needs_output_w else None
-    grads = grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean
-    if needs_attention and any(grad is not None for grad in grads):
-        dz, dw, dscore_w, dscore_b = _backward(
-            run, z, w, b, score_w, pooled, lse, logits, scores, gates, *grads, upstream,
-            needs_z, needs_w, needs_score, channels_last, taps_first,
-        )  # fmt: skip
-    return (
-        dz if needs_z else None,
-        dw if needs_w else None,
-        dscore_w if needs_score_w else None,
-        dscore_b if needs_score_b else None,
-        doutput_w,
-    )
-
-
 class _GatedAttendBackward(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -827,32 +783,161 @@ class _GatedAttendBackward(torch.autograd.Function):
         return _map_samples(_GatedAttendBackward, info, in_dims, arguments)
 
 
-def _planned_forward(z: Tensor, w: Tensor, b: Any, score_w: Any, score_b: Any, output_w: Any, *options: Any) -> Any:
-    multiply = _wanted_product_of("triton", z, output_w)
-    return _forward(_launch, multiply, z, w, b, score_w, score_b, output_w, *options)
+# ---------------------------------------------------------------------------------------------- layer
+
+# All of a direction of a layer, with output_w's products: what a call that nothing transforms takes.
 
 
-def _planned_backward(z: Tensor, w: Tensor, b: Any, score_w: Any, output_w: Any, *options: Any) -> Any:
-    return _wanted_backward(_launch, _wanted_product_of("triton", z, output_w), z, w, b, score_w, output_w, *options)
+def _product_in_triton(z: Tensor, output_w: Tensor | None) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """What multiplies with output_w in a Triton layer; None: hypothesis and hypothesis_backward, for small ones."""
+    is_asked = output_w is not None and z.shape[0] > 0
+    return None if is_asked and _kernels(z).products.are_for_us(z, output_w) else torch.mm
 
 
-def _has_layer(implementation: str, tensors: Sequence[Any]) -> bool:
-    """Whether the library has the whole layer, with output_w's products, for an eager call with these tensors."""
-    is_there = implementation == "native" and tensors[0].device.type == "cpu"
-    return is_there and plans.nobody_looks_on(tensors) and native.has_layer()
+def _layer(
+    z: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    score_w: Tensor | None,
+    score_b: Tensor | None,
+    output_w: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor | None, ...]:
+    return _forward(_launch, _product_in_triton(z, output_w), z, w, b, score_w, score_b, output_w, *options)
+
+
+def _asked(w: Tensor, output_w: Tensor | None, gated_heads: int, wants_logits: bool, wants_mean: bool) -> list[bool]:
+    """Which of a layer's outputs are asked for."""
+    gated = gated_heads > 0
+    return [True, True, wants_logits or w.dim() == 4, gated, gated, gated, wants_mean, output_w is not None]
+
+
+def _layer_fake(z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, alike, taps_first):
+    asked = _asked(w, output_w, gated_heads, wants_logits, wants_mean)
+    hypothesis = None if output_w is None else z.new_empty(z.shape[0], output_w.shape[0])
+    made = *_allocate(z, w, gated_heads, asked[2], wants_mean), hypothesis
+    return tuple(output if is_asked else z.new_empty(0) for output, is_asked in zip(made, asked))
+
+
+_define(
+    "layer(Tensor z, Tensor w, Tensor? b, Tensor? score_w, Tensor? score_b, Tensor? output_w, SymInt gated_heads, "
+    "bool wants_logits, bool wants_mean, bool alike, bool taps_first) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _layer,
+    _layer_fake,
+)
+
+
+def _layer_backward(z: Tensor, w: Tensor, b: Any, score_w: Any, output_w: Any, *others: Any) -> Any:
+    return _whole_backward(_launch, _product_in_triton(z, output_w), z, w, b, score_w, output_w, *others)
+
+
+def _whole_backward(
+    run: Callable[..., Any],
+    multiply: Callable[[Tensor, Tensor], Tensor] | None,
+    z: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    score_w: Tensor | None,
+    output_w: Tensor | None,
+    pooled: Tensor,
+    lse: Tensor,
+    logits: Tensor | None,
+    scores: Tensor | None,
+    gates: Tensor | None,
+    features: Tensor | None,
+    grad_pooled: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_logits: Tensor | None,
+    grad_scores: Tensor | None,
+    grad_gates: Tensor | None,
+    grad_features: Tensor | None,
+    grad_mean: Tensor | None,
+    grad_hypothesis: Tensor | None,
+    upstream: Tensor | None,
+    needs_z: bool,
+    needs_w: bool,
+    needs_score_w: bool,
+    needs_score_b: bool,
+    needs_output_w: bool,
+    channels_last: bool,
+    taps_first: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of z, w, score_w, score_b (in lse's dtype) and output_w, None where they are not needed. At least one
+    of the outputs, the tapped map aside, has a gradient. run, multiply: as in _forward."""
+    dz = dw = dscore_w = dscore_b = doutput_w = None
+    needs_score = needs_score_w or needs_score_b
+    needs_attention = needs_z or needs_w or needs_score
+    if grad_hypothesis is not None and features is not None and output_w is not None:
+        weighted, doutput_w = _hypothesis_gradients(
+            run, multiply, grad_hypothesis, features, output_w, needs_attention, needs_output_w
+        )
+        if weighted is not None:
+            grad_features = weighted if grad_features is None else grad_features + weighted
+    grads = grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean
+    if needs_attention and any(grad is not None for grad in grads):
+        dz, dw, dscore_w, dscore_b = _backward(
+            run, z, w, b, score_w, pooled, lse, logits, scores, gates, *grads, upstream,
+            needs_z, needs_w, needs_score, channels_last, taps_first,
+        )  # fmt: skip
+    return (
+        dz if needs_z else None,
+        dw if needs_w else None,
+        dscore_w if needs_score_w else None,
+        dscore_b if needs_score_b else None,
+        doutput_w,
+    )
+
+
+def _hypothesis_gradients(
+    run: Callable[..., Any],
+    multiply: Callable[[Tensor, Tensor], Tensor] | None,
+    grad: Tensor,
+    features: Tensor,
+    output_w: Tensor,
+    needs_features: bool,
+    needs_output_w: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of features and output_w, None where they are not needed."""
+    if multiply is not None:
+        dfeatures = multiply(grad, _in_dtype(output_w, features.dtype)) if needs_features else None
+        return dfeatures, _in_dtype(multiply(grad.t(), features), output_w.dtype) if needs_output_w else None
+    found = run("hypothesis_backward", [grad, features, output_w], [needs_features, needs_output_w])
+    return found[0] if needs_features else None, found[1] if needs_output_w else None
+
+
+def _layer_backward_fake(z, w, b, score_w, output_w, pooled, lse, *arguments):
+    *_, grad_hypothesis, _ = arguments[:13]
+    needs_z, needs_w, needs_score_w, needs_score_b, needs_output_w, channels_last, _ = arguments[13:]
+    needs_output_w = needs_output_w and grad_hypothesis is not None
+    return (
+        z.new_empty_strided(z.shape, _gradient_strides(z, channels_last)) if needs_z else z.new_empty(0),
+        w.new_empty(w.shape) if needs_w else z.new_empty(0),
+        score_w.new_empty(w.shape) if needs_score_w else z.new_empty(0),
+        lse.new_empty(w.shape[0]) if needs_score_b else z.new_empty(0),
+        output_w.new_empty(output_w.shape) if needs_output_w else z.new_empty(0),
+    )
+
+
+_define(
+    "layer_backward(Tensor z, Tensor w, Tensor? b, Tensor? score_w, Tensor? output_w, Tensor pooled, Tensor lse, "
+    "Tensor? logits, Tensor? scores, Tensor? gates, Tensor? features, Tensor? grad_pooled, Tensor? grad_lse, "
+    "Tensor? grad_logits, Tensor? grad_scores, Tensor? grad_gates, Tensor? grad_features, Tensor? grad_mean, "
+    "Tensor? grad_hypothesis, Tensor? upstream, bool needs_z, bool needs_w, bool needs_score_w, bool needs_score_b, "
+    "bool needs_output_w, bool channels_last, bool taps_first) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _layer_backward,
+    _layer_backward_fake,
+)
 
 
 def _made(inputs: Sequence[Any], how: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
-    """What _forward makes, by the shortest way there is."""
+    """What layer makes, None for what was not asked for."""
     gated_heads, wants_logits, wants_mean, _, implementation, taps_first = how
-    tensors = [*inputs]
-    options = [gated_heads, wants_logits, wants_mean, are_deterministic_algorithms_enabled(), taps_first]
-    if implementation == "triton" and plans.are_used(tensors):
-        return plans.run("forward", _planned_forward, _import_kernels().launch, tensors, options)
-    if _has_layer(implementation, tensors):
-        return torch.ops.ar_kernels_native.layer(tensors, options)
-    multiply = _wanted_product_of(implementation, inputs[0], inputs[5])
-    return _forward(functools.partial(_dispatch, implementation), multiply, *tensors, *options)
+    alike = are_deterministic_algorithms_enabled()
+    options = [gated_heads, wants_logits, wants_mean, alike, taps_first]
+    made = _dispatch(implementation, "layer", [*inputs], options)
+    asked = _asked(inputs[1], inputs[5], gated_heads, wants_logits, wants_mean)
+    return tuple([output if is_asked else None for output, is_asked in zip(made, asked)])
 
 
 def _outputs(z: Tensor, made: tuple[Tensor | None, ...], wanted: tuple[int, ...]) -> tuple[Tensor | None, ...]:
@@ -883,20 +968,16 @@ def _gradients(
     options = [needs_z, needs_w, needs_score_w, needs_score_b, needs_output_w, channels_last, taps_first]
     if all([grad is None for grad in received[:8]]):  # nothing but the tap was used
         return received[8], None, None, None, None, None
-    found: Any
     with autocast_off(z):
-        if implementation == "triton" and plans.are_used(tensors):
-            found = plans.run("backward", _planned_backward, _import_kernels().launch, tensors, options)
-        elif _has_layer(implementation, tensors):
-            found = torch.ops.ar_kernels_native.layer_backward(tensors, options)
-        else:
-            multiply = _wanted_product_of(implementation, z, output_w)
-            found = _wanted_backward(functools.partial(_dispatch, implementation), multiply, *tensors, *options)
-    dz, dw, dscore_w, dscore_b, doutput_w = found
-    db = _mask_bias_gradient(lse, b, received[1], received[2]) if needs_b else None
-    if dscore_b is not None:
-        dscore_b = dscore_b.to(score_b.dtype)
-    return dz, dw, db, dscore_w, dscore_b, doutput_w
+        dz, dw, dscore_w, dscore_b, doutput_w = _dispatch(implementation, "layer_backward", tensors, options)
+    return (
+        dz if needs_z else None,
+        dw if needs_w else None,
+        _mask_bias_gradient(lse, b, received[1], received[2]) if needs_b else None,
+        dscore_w if needs_score_w else None,
+        dscore_b.to(score_b.dtype) if needs_score_b else None,
+        doutput_w if needs_output_w and received[7] is not None else None,
+    )
 
 
 class _WantedGatedAttend(torch.autograd.Function):
@@ -925,7 +1006,7 @@ class _WantedGatedAttend(torch.autograd.Function):
         return *found, None, None
 
 
-node.python = _made, _gradients
+node.python = _made, _gradients, _run_operator
 
 
 def fits(*tensors: Any) -> bool:
@@ -942,7 +1023,7 @@ def _call(module: Any, how: tuple[Any, ...], wanted: tuple[int, ...]) -> Any:
     """What csrc/node is told of a call but its tensors."""
     if how[4] == "triton":
         replay = native.address("ar_kernels_replay")
-        numbers = plans.number_of("forward"), plans.number_of("backward")
+        numbers = plans.number_of("layer"), plans.number_of("layer_backward")
         return module.make_call(replay, numbers[0], replay, numbers[1], how, wanted)
     forward, backward = native.address("ar_kernels_layer"), native.address("ar_kernels_layer_backward")
     return module.make_call(forward, None, backward, None, how, wanted)
@@ -954,7 +1035,7 @@ def _by_node(inputs: Sequence[Any], how: tuple[Any, ...], wanted: tuple[int, ...
     if implementation == "triton":
         is_for_it = plans.are_used(data) and not _import_kernels().launch.is_watched()
     else:
-        is_for_it = _has_layer(implementation, data)
+        is_for_it = inputs[0].device.type == "cpu" and plans.nobody_looks_on(data) and native.has_layer()
     module: Any = node.module() if is_for_it else None
     return None if module is None else module.apply(_call(module, how, wanted), *inputs)
 
@@ -1002,7 +1083,7 @@ def gated_attend(
     through = tap and z.requires_grad  # a frozen map stays frozen
     how = gated_heads, wants_logits, wants_mean, through, implementation, taps_first
     inputs: Sequence[Tensor | None] = (z, w, b, score_w, score_b, output_w)
-    if _is_transformed():
+    if is_transformed():
         outputs: Any = _apply(_GatedAttend, *inputs, *how)
     else:
         asked = wants_pooled, wants_logits, wants_scores, gated_heads > 0, output_w is not None, wants_mean, through
@@ -1041,7 +1122,7 @@ def _wanted(
 _known_wanted = functools.cache(_wanted)  # Dynamo knows no caches
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether functorch or forward mode looks on."""
     return _functorch_is_active is None or _functorch_is_active() or forward_ad._current_level >= 0
 

@@ -75,8 +75,14 @@ def nobody_looks_on(tensors: Sequence[Tensor | None]) -> bool:
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None
-        and not any([torch._C._dispatch_keys(value).raw_repr() & _ODD for value in tensors if value is not None])
+        and not any([_sees_operators(value) for value in tensors if value is not None])
     )
+
+
+def _sees_operators(tensor: Tensor) -> bool:
+    """Or its memory does not hold its values."""
+    is_subclass = type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter  # which may see functions
+    return is_subclass or bool(torch._C._dispatch_keys(tensor).raw_repr() & _ODD)
 
 
 def are_used(tensors: Sequence[Tensor | None]) -> bool:

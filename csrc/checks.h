@@ -15,13 +15,15 @@ namespace ar_kernels {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline std::string shape_of(const Tensor& tensor) {
+template <class AnyTensor>
+std::string shape_of(const AnyTensor& tensor) {
   std::string text = "[";
   for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
   return text + "]";
 }
 
-inline void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes) {
+template <class AnyTensor>
+void check_shape(const char* name, const AnyTensor& tensor, std::initializer_list<int64_t> sizes) {
   bool same = tensor.dim() == static_cast<int64_t>(sizes.size());
   std::string expected = "[";
   int64_t i = 0;
@@ -37,7 +39,8 @@ inline void check_shape(const char* name, const std::optional<Tensor>& tensor, s
   if (tensor.has_value()) check_shape(name, *tensor, sizes);
 }
 
-inline void check_float(const char* name, const Tensor& tensor) {
+template <class AnyTensor>
+void check_float(const char* name, const AnyTensor& tensor) {
   const ScalarType dtype = tensor.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16 || dtype == ScalarType::Float ||
                       dtype == ScalarType::Double,
@@ -45,21 +48,27 @@ inline void check_float(const char* name, const Tensor& tensor) {
 }
 
 // A feature map [N, C, H, W] or [N, C, S], or what has another's shape.
-inline void check_map(const char* name, const Tensor& z) {
+template <class AnyTensor>
+void check_map(const char* name, const AnyTensor& z) {
   const bool is_map = (z.dim() == 3 || z.dim() == 4) && z.size(1) > 0 && z.size(2) > 0 && z.size(-1) > 0;
   STD_TORCH_CHECK(is_map, name, " must be [N, C, H, W] or [N, C, S] with a channel and a position, got ", shape_of(z));
   check_float(name, z);
 }
 
-inline void check_dtype(const char* name, const std::optional<Tensor>& tensor, const char* other_name,
-                        const Tensor& other) {
-  if (!tensor.has_value()) return;
-  STD_TORCH_CHECK(tensor->scalar_type() == other.scalar_type(), name, " must be ",
+template <class AnyTensor>
+void check_same_dtype(const char* name, const AnyTensor& tensor, const char* other_name, const AnyTensor& other) {
+  STD_TORCH_CHECK(tensor.scalar_type() == other.scalar_type(), name, " must be ",
                   torch::headeronly::toString(other.scalar_type()), " like ", other_name, ", got ",
-                  torch::headeronly::toString(tensor->scalar_type()));
+                  torch::headeronly::toString(tensor.scalar_type()));
 }
 
-inline void check_like(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) {
+inline void check_dtype(const char* name, const std::optional<Tensor>& tensor, const char* other_name,
+                        const Tensor& other) {
+  if (tensor.has_value()) check_same_dtype(name, *tensor, other_name, other);
+}
+
+template <class AnyTensor>
+void check_like(const char* name, const AnyTensor& tensor, const char* other_name, const AnyTensor& other) {
   bool same = tensor.dim() == other.dim();
   for (int64_t i = 0; same && i < other.dim(); ++i) same = tensor.size(i) == other.size(i);
   STD_TORCH_CHECK(same && tensor.scalar_type() == other.scalar_type(), name, " must be ",

@@ -1,9 +1,13 @@
 // The library's side of direct.h.
 #pragma once
 
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
 
+#include <cstring>
 #include <exception>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -17,11 +21,40 @@ namespace ar_kernels {
 
 using Tensors = std::vector<std::optional<torch::stable::Tensor>>;
 
-// The same tensor, owned.
-inline torch::stable::Tensor own(AtenTensorHandle tensor) {
-  AtenTensorHandle another;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(tensor, &another));
-  return torch::stable::Tensor(another);
+struct Delete {
+  void operator()(AtenTensorHandle tensor) const { aoti_torch_delete_tensor_object(tensor); }
+};
+
+// A tensor that no one else has a hold of: torch::stable::Tensor, which is shared, takes memory of its own for that.
+using Owned = std::unique_ptr<AtenTensorOpaque, Delete>;
+
+// The same tensor.
+inline Owned another(AtenTensorHandle tensor) {
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(tensor, &made));
+  return Owned(made);
+}
+
+inline torch::stable::Tensor own(AtenTensorHandle tensor) { return torch::stable::Tensor(another(tensor).release()); }
+
+inline AtenTensorHandle give(Owned& tensor) { return tensor.release(); }
+inline AtenTensorHandle give(const std::optional<torch::stable::Tensor>& tensor) {
+  return tensor.has_value() ? another(tensor->get()).release() : nullptr;
+}
+
+// That Python defined the operator as this library has it.
+inline void check_count(const char* arguments, uint64_t count) {
+  STD_TORCH_CHECK(count == std::strlen(arguments), "the native library was built from another csrc: expected ",
+                  std::strlen(arguments), " arguments, got ", count);
+}
+
+// An operator's first arguments: t for a tensor, ? for one that may be None.
+inline Tensors tensors_of(StableIValue* stack, const char* arguments) {
+  Tensors found;
+  for (size_t i = 0; arguments[i] == 't' || arguments[i] == '?'; ++i)
+    found.push_back(arguments[i] == 't' ? torch::stable::detail::to<torch::stable::Tensor>(stack[i])
+                                        : torch::stable::detail::to<std::optional<torch::stable::Tensor>>(stack[i]));
+  return found;
 }
 
 inline Tensors owned(const AtenTensorHandle* tensors, size_t count) {
@@ -37,13 +70,9 @@ int64_t hand_over(AtenTensorHandle* outputs, size_t most, const char** error, co
   thread_local std::string message;
   size_t count = 0;
   try {
-    const Tensors made = work();
+    auto made = work();
     if (made.size() > most) throw std::runtime_error("there are more outputs than expected");
-    for (; count < made.size(); ++count) {
-      outputs[count] = nullptr;
-      if (made[count].has_value())
-        TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(made[count]->get(), outputs + count));
-    }
+    for (; count < made.size(); ++count) outputs[count] = give(made[count]);
     return static_cast<int64_t>(count);
   } catch (const std::exception& exception) {
     while (count > 0)

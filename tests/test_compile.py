@@ -223,7 +223,7 @@ def test_a_compiled_nchw_resnet50_copies_no_feature_map(device):
 
     _, codes = run_and_get_code(step)
     forward, backward = codes
-    calls = r"gated_attend{}\.default\((\w+),"
+    calls = r"layer{}\.default\((\w+),"
     attended = re.findall(calls.format(""), forward)
     assert len(attended) == 2
     for name in attended:

@@ -205,12 +205,12 @@ def test_a_dispatch_mode_sees_the_operators(name, device, dtype):
     expected = torch.autograd.grad(made.sum(), (z, w, o, g), retain_graph=True)
     with Watch() as watch:
         found = torch.autograd.grad(made.sum(), (z, w, o, g))
-    assert any("gated_attend_backward" in operator for operator in watch.seen)
+    assert any("layer_backward" in operator for operator in watch.seen)
     for one, other in zip(found, expected):
         assert torch.equal(one, other)
     with Watch() as watch:
         ar_kernels.attention_module(z, w, o, g, implementation=name)
-    assert any("gated_attend" in operator for operator in watch.seen)
+    assert any(".layer." in operator for operator in watch.seen)
 
 
 @built
@@ -289,7 +289,7 @@ def test_jit_trace(name, device, dtype):
 
     with torch.no_grad():
         traced = torch.jit.trace(Hypothesis(), z)
-        assert "gated_attend" in str(traced.inlined_graph)
+        assert "::layer(" in str(traced.inlined_graph)
         for each in (z, other):
             torch.testing.assert_close(traced(each), Hypothesis()(each), rtol=4 * EPS[dtype], atol=4 * EPS[dtype])
 
@@ -382,15 +382,15 @@ def test_an_error_in_python_arrives_as_it_is(part, name, device, monkeypatch):
         if part == "forward":
             call = module.make_call(*[native.address("ar_kernels_replay"), -1] * 2, (2, 0, 0, 0, name, 0), (7,))
             if plans.why_not() is not None:
-                with pytest.raises(RuntimeError, match="tensors must be \\[z, w, b"):
-                    layer = native.address("ar_kernels_layer_backward")
-                    wrong = module.make_call(*[layer, None] * 2, (2, 0, 0, 0, name, 0), (7,))
+                with pytest.raises(RuntimeError, match="taps_first must be false on a CPU, got true"):
+                    layer = native.address("ar_kernels_layer")
+                    wrong = module.make_call(*[layer, None] * 2, (2, 0, 0, 0, name, 1), (7,))
                     module.apply(wrong, z, w, None, g, None, o)
-            module.set_python(fail, node.python[1])
+            module.set_python(fail, *node.python[1:])
             with pytest.raises(Odd, match="as it is"):  # no plan has such a number
                 module.apply(call, z, w, None, g, None, o)
         else:
-            module.set_python(node.python[0], fail)
+            module.set_python(node.python[0], fail, node.python[2])
             made = ar_kernels.attention_module(z, w, o, g, implementation=name).hypothesis
             with pytest.raises(Odd, match="as it is"):
                 torch.autograd.grad(made.sum(), (z, w), create_graph=True)
@@ -526,4 +526,4 @@ def test_env_says_whether_it_is_used(capsys):
 
     env.main(["--json"])
     line = json.loads(capsys.readouterr().out)["native"]["node"]
-    assert line == (node.why_not() or "is used on a CPU, and where plans are: eager layers' backwards need no Python")
+    assert line == (node.why_not() or "is used on a CPU, and where plans are: layers' backwards need no Python")

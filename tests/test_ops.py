@@ -177,6 +177,19 @@ def test_opcheck(dtype, fused, device):
     torch.library.opcheck(operators.gated_attend_backward, (*saved, *grads, True, True, True, True))
     none = (None,) * 7
     torch.library.opcheck(operators.gated_attend_backward, (*saved, pooled, *none, True, False, False, False))
+    output_w, options = torch.randn(5, 18, device=device).to(dtype), (False, False)
+    for arguments in (
+        (z, w, None, score_w, None, output_w, 3, True, True, *options),
+        (channels_last(z), w, w[:, 0], None, None, None, 0, False, False, *options),
+    ):
+        torch.library.opcheck(operators.layer, arguments)
+    grad = operators.layer(z, w, None, score_w, None, output_w, 3, False, False, *options)[-1]
+    saved = (z, w, None, score_w, output_w, pooled, lse, None, scores, gates, features)
+    needs = (*[True] * 6, False)
+    torch.library.opcheck(operators.layer_backward, (*saved, *[None] * 7, grad, None, *needs))
+    torch.library.opcheck(operators.layer_backward, (*saved, *grads[:-1], grad, z, *needs))
+    needs = (True, *[False] * 6)
+    torch.library.opcheck(operators.layer_backward, (*saved[:4], None, *saved[5:], pooled, *none, None, *needs))
     h, s = torch.randn(2, 3, 5, device=device).to(dtype), torch.randn(2, 3, device=device)
     for mix in MIXES:
         torch.library.opcheck(operators.rectify, (h, s, mix, "softmax"))
@@ -196,6 +209,44 @@ def test_opcheck(dtype, fused, device):
         maps = masks.unflatten(2, z.shape[2:])
         torch.library.opcheck(operators.mask_overlap, (maps,))
         torch.library.opcheck(operators.mask_overlap_backward, (scores[0, 0], maps, operators.mask_overlap(maps)[1]))
+
+
+@pytest.mark.parametrize("channels", [6, 16])
+def test_operators_under_autocast(channels, fused, device):
+    """As graphs call them that were exported: outputs have the map's dtype all the same, as their fakes have."""
+    operators = getattr(torch.ops, NAMESPACES[fused])
+    layer = Layer(n=3, c=channels, h=3, w=4, k=2, bias=False, labels=5, dtype=torch.float32, device=device)
+    names = ("feature_map", "mask_weight", "gate_weight", "output_weight")
+    z, w, score_w, output_w = (layer.tensors[name] for name in names)
+    output_w = output_w.transpose(0, 1).flatten(1) if output_w.dim() == 3 else output_w
+    results = []
+    for enabled in (False, True):
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            made = operators.layer(z, w, None, score_w, None, output_w, 2, False, False, False, False)
+            pooled, lse, _, scores, gates, features, _, hypothesis = made
+            saved = (z, w, None, score_w, output_w, pooled, lse, None, scores, gates, features)
+            grads = (None, None, None, None, None, features, None, hypothesis, None)
+            needs = (True, True, True, False, True, False, False)
+            results.append((*made, *operators.layer_backward(*saved, *grads, *needs)))
+    for one, other in zip(*results):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+def test_gradients_of_features_and_of_their_product_add_up(fused, device):
+    """An operator may be given both."""
+    operators = getattr(torch.ops, NAMESPACES[fused])
+    layer = Layer(n=3, c=6, h=3, w=4, k=2, bias=False, labels=5, device=device)
+    z, w, score_w = (layer.tensors[name] for name in ("feature_map", "mask_weight", "gate_weight"))
+    output_w = torch.randn(5, 12, dtype=z.dtype, device=device)
+    made = operators.layer(z, w, None, score_w, None, output_w, 2, False, False, False, False)
+    pooled, lse, _, scores, gates, features, _, grad = made
+    saved = (z, w, None, score_w, output_w, pooled, lse, None, scores, gates, features)
+    needs = (True, True, True, False, True, False, False)
+    got = operators.layer_backward(*saved, *[None] * 5, features, None, grad, None, *needs)
+    alone = operators.layer_backward(*saved, *[None] * 5, features + grad @ output_w, *[None] * 3, *needs)
+    for one, other in zip(got[:3], alone[:3]):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got[4], grad.t() @ features, rtol=1e-12, atol=1e-12)
 
 
 def test_compile_fullgraph_with_a_dynamic_batch(implementation, device):
@@ -281,10 +332,10 @@ def test_a_compiled_backward_has_no_gradients_of_what_was_not_asked_for(fused, d
     got, want = torch.autograd.grad(compiled(*values), values), torch.autograd.grad(step(*values), values)
     for mine, truth in zip(got, want):
         torch.testing.assert_close(mine, truth, rtol=1e-10, atol=1e-10)
-    (node,) = [node for node in graphs[1].graph.nodes if "gated_attend_backward" in str(node.target)]
-    pooled, lse, logits, scores, gates, features, mean, upstream = node.args[8:16]
-    assert [pooled, lse, logits, scores, mean, upstream] == [None] * 6
-    assert features is not None and gates is not None  # gates are always returned
+    (node,) = [node for node in graphs[1].graph.nodes if "layer_backward" in str(node.target)]
+    pooled, lse, logits, scores, gates, features, mean, hypothesis, upstream = node.args[11:20]
+    assert [pooled, lse, logits, scores, features, mean, upstream] == [None] * 7
+    assert hypothesis is not None and gates is not None  # gates are always returned
 
 
 @pytest.mark.parametrize("of", ["a layer", "the eager formulas of a layer head by head", "head_hypotheses", "rectify"])
@@ -486,7 +537,7 @@ def test_export(fused, device):
     net = Net().to(device)
     z = torch.randn(4, 6, 3, 4, device=device)
     program = torch.export.export(net, (z,), dynamic_shapes={"z": {0: torch.export.Dim.DYNAMIC}})
-    assert any("gated_attend" in str(node.target) for node in program.graph.nodes)
+    assert f"{NAMESPACES[fused]}.layer.default" in {str(node.target) for node in program.graph.nodes}
     other = torch.randn(9, 6, 3, 4, device=device)
     torch.testing.assert_close(program.module()(other), net(other))
 
@@ -499,7 +550,7 @@ def test_no_cast_of_float32_weights_under_autocast(fused, device):
         ar_kernels.attend(z, w, implementation=fused).pooled.sum().backward()
     names = {event.name for event in profile.events()}
     # A plan, and csrc/node, call no operator by name.
-    assert {f"{NAMESPACES[fused]}::gated_attend", "ar_kernels::gated_attend", "_WantedGatedAttend"} & names
+    assert {f"{NAMESPACES[fused]}::layer", "ar_kernels::gated_attend", "_WantedGatedAttend"} & names
     assert not names & {"aten::to", "aten::_to_copy"}, names
     assert w.grad.dtype == torch.float32
 
@@ -531,7 +582,7 @@ def test_inductor_puts_no_copy_of_the_map_in_front(fused, device):
     loss, codes = run_and_get_code(step)
     torch.testing.assert_close(loss, net(x), rtol=1e-4, atol=1e-4)
     code = "\n".join(codes)
-    for name in ("gated_attend", "gated_attend_backward"):
+    for name in ("layer", "layer_backward"):
         assert f"{NAMESPACES[fused]}.{name}.default(" in code
     buffers = [
         line.split("=")[0].strip()
@@ -598,7 +649,7 @@ def test_dispatch_modes_see_the_operators(fused, device):
     with Watch():
         out = ar_kernels.attention_module(**_attended_layer(device=device), implementation=fused)
         out.hypothesis.sum().backward()
-    assert {f"{NAMESPACES[fused]}.{name}.default" for name in ("gated_attend", "gated_attend_backward")} <= seen
+    assert {f"{NAMESPACES[fused]}.{name}.default" for name in ("layer", "layer_backward")} <= seen
 
 
 def test_a_tensor_that_outlived_its_transform(fused, device):

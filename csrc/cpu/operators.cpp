@@ -694,12 +694,8 @@ std::tuple<Tensor, Tensor> rectify_backward(const Tensor& grad, const Tensor& hy
   return {dh, in_dtype(ds, scores.scalar_type())};
 }
 
-// That lists hold what they should, by its names.
-void check_lists(const Tensors& tensors, size_t count, const char* names, const Options& options, size_t option_count,
-                 const char* option_names) {
-  STD_TORCH_CHECK(tensors.size() == count, "tensors must be [", names, "], got ", tensors.size());
-  STD_TORCH_CHECK(options.size() == option_count, "options must be [", option_names, "], got ", options.size());
-  STD_TORCH_CHECK(options.back() == 0, "taps_first must be 0 on a CPU, got ", options.back());
+void check_order(int64_t taps_first) {
+  STD_TORCH_CHECK(taps_first == 0, "taps_first must be false on a CPU, got true");
 }
 
 const Tensor& given(const char* name, const MaybeTensor& tensor) {
@@ -709,10 +705,10 @@ const Tensor& given(const char* name, const MaybeTensor& tensor) {
 
 MaybeTensor only_if(bool wanted, const Tensor& tensor) { return wanted ? MaybeTensor(tensor) : std::nullopt; }
 
-// All that a layer makes forward: None for what was not asked for.
+// All that a layer makes forward, None for what was not asked for: of z, w, b, score_w, score_b and output_w, by
+// gated_heads, wants_logits, wants_mean, alike and taps_first.
 Tensors layer(const Tensors& tensors, const Options& options) {
-  check_lists(tensors, 6, "z, w, b, score_w, score_b, output_w", options, 5,
-              "gated_heads, wants_logits, wants_mean, alike, taps_first");
+  check_order(options[4]);
   const Tensor &z = given("z", tensors[0]), &w = given("w", tensors[1]);
   const int64_t gated_heads = options[0], taps = w.dim() == 4 ? 9 : 1;
   const bool wants_logits = options[1] != 0 || taps > 1, wants_mean = options[2] != 0, alike = options[3] != 0;
@@ -730,12 +726,10 @@ Tensors layer(const Tensors& tensors, const Options& options) {
           hypothesis};
 }
 
-// Gradients of z, w, score_w, score_b (in lse's dtype) and W_O: None where they are not needed.
+// Gradients of z, w, score_w, score_b (in lse's dtype) and W_O, None where they are not needed: arguments as the
+// operator has them in ops.py.
 Tensors layer_backward(const Tensors& tensors, const Options& options) {
-  check_lists(tensors, 20,
-              "z, w, b, score_w, output_w, pooled, lse, logits, scores, gates, features, grad_pooled, grad_lse, "
-              "grad_logits, grad_scores, grad_gates, grad_features, grad_mean, grad_hypothesis, upstream",
-              options, 7, "needs_z, needs_w, needs_score_w, needs_score_b, needs_output_w, channels_last, taps_first");
+  check_order(options[6]);
   const Tensor &z = given("z", tensors[0]), &w = given("w", tensors[1]);
   const Tensor &pooled = given("pooled", tensors[5]), &lse = given("lse", tensors[6]);
   const MaybeTensor &output_w = tensors[4], &gates = tensors[9], &features = tensors[10];
@@ -783,6 +777,26 @@ Tensors layer_backward(const Tensors& tensors, const Options& options) {
   return gradients;
 }
 
+// Either as the dispatcher calls it. An operator returns tensors: empty ones for None.
+void operate(Tensors (*of)(const Tensors&, const Options&), const char* arguments, StableIValue* stack,
+             uint64_t count) {
+  check_count(arguments, count);
+  const Tensors tensors = tensors_of(stack, arguments);
+  Options options;
+  for (size_t i = tensors.size(); arguments[i] != 0; ++i)
+    options.push_back(arguments[i] == 'b' ? torch::stable::detail::to<bool>(stack[i])
+                                          : torch::stable::detail::to<int64_t>(stack[i]));
+  const ScalarType dtype = tensors[0]->scalar_type();
+  for (const MaybeTensor& output : of(tensors, options))
+    *stack++ = torch::stable::detail::from(output.has_value() ? *output : empty({0}, dtype));
+}
+
+void layer_operator(StableIValue* stack, uint64_t count, uint64_t) { operate(layer, "tt????ibbbb", stack, count); }
+
+void layer_backward_operator(StableIValue* stack, uint64_t count, uint64_t) {
+  operate(layer_backward, "tt???tt?????????????bbbbbbb", stack, count);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ar_kernels_native, CPU, m) {
@@ -793,8 +807,8 @@ STABLE_TORCH_LIBRARY_IMPL(ar_kernels_native, CPU, m) {
   m.impl("rectify", TORCH_BOX(&rectify));
   m.impl("rectify_backward", TORCH_BOX(&rectify_backward));
   m.impl("product", TORCH_BOX(&product));
-  m.impl("layer", TORCH_BOX(&layer));
-  m.impl("layer_backward", TORCH_BOX(&layer_backward));
+  m.impl("layer", &layer_operator);
+  m.impl("layer_backward", &layer_backward_operator);
 }
 
 }  // namespace ar_kernels

@@ -1,49 +1,30 @@
 // An attended layer's node of autograd: what ops._WantedGatedAttend is in Python, for eager calls that nobody looks on.
 //
-// This is not of the stable ABI, which has no autograd: it is built for one torch and one Python, whose lock the
-// backward then never takes. What is out of the ordinary, a first call, a double backward, a batch of gradients, is
-// left to Python.
+// The backward then never takes Python's lock. What is out of the ordinary, a first call, a double backward, a batch of
+// gradients, is left to Python.
 
-#include <Python.h>
-
-#include <ATen/Context.h>
 #include <ATen/record_function.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/inductor/aoti_torch/utils.h>
 
 #include <algorithm>
 #include <array>
-#include <memory>
 #include <optional>
 #include <utility>
-#include <vector>
 
-#include "../direct.h"
+#include "calls.h"
+#include "module.h"
 
 namespace ar_kernels {
 
-using at::Tensor;
 using c10::DispatchKey;
 using c10::DispatchKeySet;
 using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-using Numbers = std::vector<int64_t>;
 
 constexpr size_t kInputs = 6;   // z, w, b, score_w, score_b, output_w
 constexpr size_t kMade = 8;     // pooled, lse, logits, scores, gates, features, mean, hypothesis
 constexpr size_t kOutputs = 9;  // those and the tapped map
 constexpr size_t kGradients = 5;
-constexpr size_t kMost = 20;  // of tensors of a backward
-
-// One that follows plans takes what they are found by before the options, and has fewer outputs where there is none.
-struct Operator {
-  Direct function;
-  std::optional<int64_t> plan;  // the number of its name
-};
 
 // All of a call but its tensors; made once for each kind of call, and kept.
 struct Call {
@@ -52,8 +33,6 @@ struct Call {
   Numbers wanted;               // which of the kOutputs
   PyObject *options, *indices;  // the same two as Python has them
 };
-
-PyObject *forward_in_python = nullptr, *backward_in_python = nullptr;
 
 // Neither a subclass's nor a transformation's, whose tensors every operator has to see; dense and on a CPU or GPU.
 bool is_plain(const Tensor& tensor) {
@@ -67,105 +46,21 @@ bool is_watched() {
          c10::impl::tls_local_dispatch_key_set().included_.has(DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
-// Nothing where the operator has no plan for such tensors.
-variable_list run(const Operator& called, const variable_list& tensors, const Numbers& values) {
-  const at::AutoDispatchBelowADInplaceOrView no_autograd;
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  Numbers options;
-  if (called.plan.has_value()) {
-    options = {*called.plan, static_cast<int64_t>(values.size()), at::globalContext().deterministicAlgorithms()};
-    options.insert(options.end(), values.begin(), values.end());
-    if (tensors[0].scalar_type() == at::kFloat) {
-      const auto precision = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
-      options.push_back(precision == at::Float32Precision::TF32);
-    }
-  } else {
-    options = values;
-  }
-  std::array<AtenTensorHandle, kMost> given = {}, made = {};
-  TORCH_INTERNAL_ASSERT(tensors.size() <= kMost);
-  for (size_t i = 0; i < tensors.size(); ++i)
-    if (tensors[i].defined())
-      given[i] = torch::aot_inductor::tensor_pointer_to_tensor_handle(const_cast<Tensor*>(&tensors[i]));
-  const char* error = nullptr;
-  const int64_t count =
-      called.function(given.data(), tensors.size(), options.data(), options.size(), made.data(), made.size(), &error);
-  TORCH_CHECK(count >= 0, error);
-  variable_list outputs;
-  for (int64_t i = 0; i < count; ++i) {
-    const std::unique_ptr<Tensor> owned(torch::aot_inductor::tensor_handle_to_tensor_pointer(made[i]));
-    outputs.push_back(owned == nullptr ? Tensor() : std::move(*owned));
-  }
-  if (outputs.size() < 2) outputs.clear();
-  return outputs;
-}
-
-// ---------------------------------------------------------------------------------------------- Python
-
-struct Lock {
-  PyGILState_STATE state = PyGILState_Ensure();
-  ~Lock() { PyGILState_Release(state); }
-};
-
-struct Unlock {
-  PyThreadState* state = PyEval_SaveThread();
-  ~Unlock() { PyEval_RestoreThread(state); }
-};
-
-// A reference that is given up at the end; throws where there is an error in place of one.
-class Owned {
- public:
-  explicit Owned(PyObject* object) : object_(object) {
-    if (object == nullptr) {
-      python_error error;
-      error.persist();
-      throw error;
-    }
-  }
-  Owned(const Owned&) = delete;
-  ~Owned() { Py_DECREF(object_); }
-  PyObject* get() const { return object_; }
-  PyObject* give() { return std::exchange(object_, Py_NewRef(Py_None)); }
-
- private:
-  PyObject* object_;
-};
-
-PyObject* tuple_of(const variable_list& tensors) {
-  Owned tuple(PyTuple_New(static_cast<Py_ssize_t>(tensors.size())));
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    PyObject* item = tensors[i].defined() ? THPVariable_Wrap(tensors[i]) : Py_NewRef(Py_None);
-    PyTuple_SET_ITEM(tuple.get(), static_cast<Py_ssize_t>(i), Owned(item).give());
-  }
-  return tuple.give();
-}
-
-Tensor tensor_of(PyObject* object) { return object == Py_None ? Tensor() : THPVariable_Unpack(object); }
-
-variable_list tensors_of(PyObject* sequence) {
-  const Owned items(PySequence_Fast(sequence, "ar_kernels: expected a sequence of tensors"));
-  variable_list tensors;
-  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(items.get()); ++i)
-    tensors.push_back(tensor_of(PySequence_Fast_GET_ITEM(items.get(), i)));
-  return tensors;
-}
-
 variable_list forward_by_python(const Call& call, const variable_list& inputs) {
-  const Lock lock;
-  const Owned given(tuple_of(inputs));
-  return tensors_of(Owned(PyObject_CallFunctionObjArgs(forward_in_python, given.get(), call.options, nullptr)).get());
+  const pybind11::gil_scoped_acquire lock;
+  THPObjectPtr given = tuple_of(inputs);
+  return tensors_of(owned(PyObject_CallFunctionObjArgs(in_python.made, given.get(), call.options, nullptr)));
 }
 
 variable_list backward_by_python(const Call& call, const variable_list& saved, const std::array<bool, kInputs>& needs,
                                  bool channels_last, const variable_list& grads) {
-  const Lock lock;
-  const Owned kept(tuple_of(saved)), received(tuple_of(grads)), needed(PyTuple_New(kInputs));
+  const pybind11::gil_scoped_acquire lock;
+  THPObjectPtr kept = tuple_of(saved), received = tuple_of(grads), needed = owned(PyTuple_New(kInputs));
   for (size_t i = 0; i < kInputs; ++i)
     PyTuple_SET_ITEM(needed.get(), static_cast<Py_ssize_t>(i), PyBool_FromLong(needs[i]));
   PyObject* layout = channels_last ? Py_True : Py_False;
-  return tensors_of(Owned(PyObject_CallFunctionObjArgs(backward_in_python, kept.get(), call.options, call.indices,
-                                                       needed.get(), layout, received.get(), nullptr))
-                        .get());
+  return tensors_of(owned(PyObject_CallFunctionObjArgs(in_python.gradients, kept.get(), call.options, call.indices,
+                                                       needed.get(), layout, received.get(), nullptr)));
 }
 
 // ---------------------------------------------------------------------------------------------- the node
@@ -256,12 +151,6 @@ struct GatedAttend : torch::autograd::Function<GatedAttend> {
 
 constexpr const char* kCall = "ar_kernels._node.Call";
 
-int64_t number_of(PyObject* object) {
-  const int64_t number = PyLong_AsLongLong(object);
-  if (PyErr_Occurred() != nullptr) throw python_error();
-  return number;
-}
-
 Numbers numbers_of(PyObject* tuple) {
   Numbers numbers;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); ++i) numbers.push_back(number_of(PyTuple_GET_ITEM(tuple, i)));
@@ -325,10 +214,10 @@ PyObject* apply(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (is_watched()) Py_RETURN_NONE;
   variable_list outputs;
   {
-    const Unlock unlock;
+    const pybind11::gil_scoped_release unlock;
     outputs = GatedAttend::apply(*inputs[0], *inputs[1], inputs[2], inputs[3], inputs[4], inputs[5], call);
   }
-  return tuple_of(outputs);
+  return tuple_of(outputs).release();
   END_HANDLE_TH_ERRORS
 }
 
@@ -369,29 +258,4 @@ PyObject* fits(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// (forward, backward): what is called where Python has to do it, _made and _gradients of ops.
-PyObject* set_python(PyObject*, PyObject* arguments) {
-  PyObject *forward, *backward;
-  if (!PyArg_ParseTuple(arguments, "OO", &forward, &backward)) return nullptr;
-  Py_XDECREF(std::exchange(forward_in_python, Py_NewRef(forward)));
-  Py_XDECREF(std::exchange(backward_in_python, Py_NewRef(backward)));
-  Py_RETURN_NONE;
-}
-
-PyMethodDef methods[] = {
-    {"make_call", make_call, METH_VARARGS, nullptr},
-    {"apply", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(apply)), METH_FASTCALL, nullptr},
-    {"fits", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fits)), METH_FASTCALL, nullptr},
-    {"set_python", set_python, METH_VARARGS, nullptr},
-    {nullptr, nullptr, 0, nullptr},
-};
-
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_node", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
-
 }  // namespace ar_kernels
-
-PyMODINIT_FUNC PyInit__node() {
-  PyObject* module = PyModule_Create(&ar_kernels::module);
-  if (module != nullptr && PyModule_AddStringConstant(module, "sources", AR_SOURCES) != 0) Py_CLEAR(module);
-  return module;
-}
