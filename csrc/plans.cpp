@@ -14,7 +14,6 @@
 
 #include <algorithm>
 #include <array>
-#include <iterator>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -25,6 +24,7 @@
 #include <utility>
 #include <vector>
 
+#include "filling.h"
 #include "handover.h"
 #include "stream.h"
 
@@ -32,7 +32,11 @@ namespace ar_kernels {
 
 namespace {
 
-using torch::stable::Tensor;
+Filling fillings[kFillings] = {
+    {"sweep_forward_", "tt???tt????????", nullptr},
+    {"sweep_backward_", "t?t???????????????????", nullptr},
+};
+
 using Numbers = std::vector<int64_t>;
 using Handles = std::vector<AtenTensorHandle>;  // of tensors that another owns, null for None
 
@@ -92,10 +96,11 @@ void* current_context() {
 
 // ---------------------------------------------------------------------------------------------- plans
 
-struct Allocation {
+// A tensor, but for where it is.
+struct Layout {
   Numbers sizes, strides;
-  int32_t dtype;
-  torch::headeronly::ScalarType scalar_type;
+  ScalarType dtype;
+  int32_t dtype_number;  // PyTorch's own
 };
 
 // An integer (slot -1), or the address of a slot (the operator's tensors, then the allocations) and bytes beyond it.
@@ -103,26 +108,16 @@ struct Parameter {
   int64_t slot, value;
 };
 
-enum class Kind : int64_t { kLaunch = 0, kProduct = 1, kConversion = 2, kOperator = 3 };
-
-// Operators of csrc/cuda that a plan may have, which fill tensors and return nothing. arguments: t for a tensor, ? for
-// one that may be None.
-struct Operator {
-  const char *name, *arguments;
-};
-
-constexpr Operator kOperators[] = {
-    {"ar_kernels_native::sweep_forward_", "tt???tt????????"},
-    {"ar_kernels_native::sweep_backward_", "t?t???????????????????"},
-};
+enum class Kind : int64_t { kLaunch = 0, kProduct = 1, kConversion = 2, kFilling = 3 };
 
 struct Step {
   Kind kind;
   // A launch of a kernel.
   void* function;
   unsigned grid[3], threads, shared;
-  std::vector<Parameter> parameters;  // or an operator's: slots, -1 for None
-  const Operator* called;
+  std::vector<Parameter> parameters;  // or a filling's: slots, -1 for None
+  const Filling* filling;
+  std::vector<Layout> layouts;  // of a filling's tensors
   // PyTorch's product of two slots, each as it is or transposed, or one slot in the dtype of the result.
   int64_t from[2];
   bool transposed[2];
@@ -132,7 +127,7 @@ struct Step {
 
 struct Plan {
   void* context;
-  std::vector<Allocation> allocations;
+  std::vector<Layout> allocations;
   std::vector<int64_t> outputs;  // allocations; -1: None
   std::vector<Step> steps;       // none: there can be no plan
 };
@@ -237,11 +232,11 @@ void ask(AOTITorchError error) {
   if (error != AOTI_TORCH_SUCCESS) throw Refused();
 }
 
-Tensor allocate(const Allocation& allocation, int32_t type, int32_t index) {
+Owned allocate(const Layout& allocation, int32_t type, int32_t index) {
   AtenTensorHandle tensor;
   ask(aoti_torch_empty_strided(static_cast<int64_t>(allocation.sizes.size()), allocation.sizes.data(),
-                               allocation.strides.data(), allocation.dtype, type, index, &tensor));
-  return Tensor(tensor);
+                               allocation.strides.data(), allocation.dtype_number, type, index, &tensor));
+  return Owned(tensor);
 }
 
 Tensor transpose(AtenTensorHandle tensor) {
@@ -259,7 +254,7 @@ Tensor product(const Tensor& a, const Tensor& b) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-Tensor convert(const Tensor& tensor, torch::headeronly::ScalarType dtype) {
+Tensor convert(const Tensor& tensor, ScalarType dtype) {
   try {
     return torch::stable::to(tensor, dtype);
   } catch (const std::runtime_error&) {
@@ -270,10 +265,10 @@ Tensor convert(const Tensor& tensor, torch::headeronly::ScalarType dtype) {
 // Calls the steps of a plan, one after another.
 class Run {
  public:
-  Run(const Plan& plan, const Handles& tensors, std::vector<char*>& addresses)
-      : plan_(plan), given_(tensors.size()), slots_(tensors), addresses_(addresses) {
-    type_ = device_type(tensors[0]);
-    index_ = device_index(tensors[0]);
+  Run(const Plan& plan, Handles tensors, std::vector<char*>& addresses)
+      : plan_(plan), given_(tensors.size()), slots_(std::move(tensors)), addresses_(addresses) {
+    type_ = device_type(slots_[0]);
+    index_ = device_index(slots_[0]);
     if (type_ == aoti_torch_device_type_cuda()) {
       guard_.emplace(index_);
       stream_ = current_stream(index_);
@@ -288,27 +283,29 @@ class Run {
     for (const size_t i : step.before) keep(i, allocate(plan_.allocations[i], type_, index_));
     if (step.kind == Kind::kLaunch) {
       launch(step);
-    } else if (step.kind == Kind::kOperator) {
-      call(step);
+    } else if (step.kind == Kind::kFilling) {
+      fill(step);
     } else if (step.kind == Kind::kProduct) {
-      keep(step.result, product(factor(step, 0), factor(step, 1)));
+      const Tensor made = product(factor(step, 0), factor(step, 1));
+      if (dtype_of(made.get()) != plan_.allocations[step.result].dtype_number) throw Refused();  // as under autocast
+      keep(step.result, another(made.get()));
     } else {
-      keep(step.result, convert(own(slots_[step.from[0]]), plan_.allocations[step.result].scalar_type));
+      keep(step.result, another(convert(own(slots_[step.from[0]]), plan_.allocations[step.result].dtype).get()));
     }
     for (const size_t i : step.after) allocated_[i].reset();
   }
 
-  Tensors outputs() {
-    Tensors found;
+  std::vector<Owned> outputs() {
+    std::vector<Owned> found;
     for (const int64_t i : plan_.outputs) {
-      if (i >= 0 && !allocated_[i].has_value()) keep(i, allocate(plan_.allocations[i], type_, index_));  // it is empty
-      found.push_back(i < 0 ? std::nullopt : std::move(allocated_[i]));
+      if (i >= 0 && allocated_[i] == nullptr) keep(i, allocate(plan_.allocations[i], type_, index_));  // it is empty
+      found.push_back(i < 0 ? nullptr : std::move(allocated_[i]));
     }
     return found;
   }
 
  private:
-  void keep(size_t i, Tensor tensor) {
+  void keep(size_t i, Owned tensor) {
     slots_[given_ + i] = tensor.get();
     addresses_[given_ + i] = address_of(tensor.get());
     allocated_[i] = std::move(tensor);
@@ -319,13 +316,14 @@ class Run {
     return step.transposed[i] ? transpose(tensor) : own(tensor);
   }
 
+  char* address(const Parameter& parameter) const { return addresses_[parameter.slot] + parameter.value; }
+
   void launch(const Step& step) {
     values_.assign(step.parameters.size() + kTrailing, 0);
     parameters_.resize(values_.size());
     for (size_t i = 0; i < step.parameters.size(); ++i) {
       const Parameter& parameter = step.parameters[i];
-      values_[i] = parameter.slot < 0 ? parameter.value
-                                      : reinterpret_cast<int64_t>(addresses_[parameter.slot]) + parameter.value;
+      values_[i] = parameter.slot < 0 ? parameter.value : reinterpret_cast<int64_t>(address(parameter));
     }
     for (size_t i = 0; i < values_.size(); ++i) parameters_[i] = &values_[i];
     check(driver.launch(step.function, step.grid[0], step.grid[1], step.grid[2], step.threads, 1, 1, step.shared,
@@ -333,49 +331,54 @@ class Run {
           "cuLaunchKernel");
   }
 
-  void call(const Step& step) const {
-    std::vector<StableIValue> stack;
+  void fill(const Step& step) {
+    views_.assign(step.parameters.size(), {});
     for (size_t i = 0; i < step.parameters.size(); ++i) {
-      const int64_t at = step.parameters[i].slot;
-      if (step.called->arguments[i] == 't')
-        stack.push_back(torch::stable::detail::from(own(slots_[at])));
-      else
-        stack.push_back(torch::stable::detail::from(at < 0 ? std::optional<Tensor>() : std::optional(own(slots_[at]))));
+      if (step.parameters[i].slot < 0) continue;
+      const Layout& layout = step.layouts[i];
+      views_[i] = {address(step.parameters[i]), layout.sizes.data(), layout.strides.data(),
+                   static_cast<int64_t>(layout.sizes.size()), layout.dtype};
     }
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(step.called->name, "", stack.data(), TORCH_ABI_VERSION));
+    step.filling->fill(views_.data(), stream_);
   }
 
   const Plan& plan_;
   const size_t given_;
   Handles slots_;                  // the tensors that were given, then those allocated
   std::vector<char*>& addresses_;  // theirs
-  Tensors allocated_;
+  std::vector<Owned> allocated_;
   int32_t type_, index_;
   void* stream_ = nullptr;
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
   std::vector<int64_t> values_;
   std::vector<void*> parameters_;
+  std::vector<View> views_;
 };
 
-// The call's outputs; nothing where no plan is known, one None where there is none to be followed.
-Tensors replay_handles(const Handles& tensors, const Numbers& options) {
+// The call's outputs, null for None; nothing where no plan is known, one None where there is none to be followed.
+std::vector<Owned> replay_handles(Handles tensors, const Numbers& options) {
   check_first(tensors);
   thread_local Numbers key;
   thread_local std::vector<char*> addresses;
   describe(tensors, options, key, addresses);
   const std::shared_ptr<const Plan> plan = find_plan(key);
   if (plan == nullptr) return {};
-  if (plan->steps.empty()) return {std::nullopt};
+  if (plan->steps.empty()) return std::vector<Owned>(1);
   try {
-    Run run(*plan, tensors, addresses);
+    Run run(*plan, std::move(tensors), addresses);
     for (const Step& step : plan->steps) run.step(step);
     return run.outputs();
   } catch (const Refused&) {
-    return {std::nullopt};
+    return std::vector<Owned>(1);
   }
 }
 
-Tensors replay(Tensors tensors, Numbers options) { return replay_handles(handles_of(tensors), options); }
+Tensors replay(Tensors tensors, Numbers options) {
+  Tensors found;
+  for (Owned& output : replay_handles(handles_of(tensors), options))
+    found.push_back(output == nullptr ? std::nullopt : std::optional(Tensor(output.release())));
+  return found;
+}
 
 // ---------------------------------------------------------------------------------------------- recording
 
@@ -410,16 +413,22 @@ void check_kernel(const Step& launch) {
                   " parameters, got more");
 }
 
-int64_t bytes_of(const Allocation& allocation) {
+Layout layout_of(AtenTensorHandle tensor) {
+  const Shape shape = shape_of(tensor);
+  return {Numbers(shape.sizes, shape.sizes + shape.dim), Numbers(shape.strides, shape.strides + shape.dim),
+          own(tensor).scalar_type(), dtype_of(tensor)};
+}
+
+int64_t bytes_of(const Layout& allocation) {
   int64_t last = 0;
   for (size_t i = 0; i < allocation.sizes.size(); ++i) {
     if (allocation.sizes[i] == 0) return 0;
     last += (allocation.sizes[i] - 1) * allocation.strides[i];
   }
-  return (last + 1) * static_cast<int64_t>(aoti_torch_dtype_element_size(allocation.dtype));
+  return (last + 1) * static_cast<int64_t>(aoti_torch_dtype_element_size(allocation.dtype_number));
 }
 
-// Puts what is small, no output and used by kernels alone into one allocation, the last, in place of one each: to
+// Puts what is small, no output and used by our kernels alone into one allocation, the last, in place of one each: to
 // allocate takes half as long as to launch. Those replaced stay listed and are never made: no step has them in
 // `before`.
 void share_scratch(Plan& plan, int64_t given) {
@@ -428,10 +437,7 @@ void share_scratch(Plan& plan, int64_t given) {
   for (const int64_t i : plan.outputs)
     if (i >= 0) alone[i] = true;
   for (const Step& step : plan.steps) {
-    if (step.kind == Kind::kLaunch) continue;
-    for (const Parameter& parameter : step.parameters)
-      if (parameter.slot >= given) alone[parameter.slot - given] = true;
-    if (step.kind == Kind::kOperator) continue;
+    if (step.kind == Kind::kLaunch || step.kind == Kind::kFilling) continue;
     for (int i = 0; i < (step.kind == Kind::kProduct ? 2 : 1); ++i)
       if (step.from[i] >= given) alone[step.from[i] - given] = true;
     alone[step.result] = true;
@@ -446,7 +452,7 @@ void share_scratch(Plan& plan, int64_t given) {
     ++shared;
   }
   if (shared < 2 || plan.steps.empty()) return;
-  plan.allocations.push_back({{total}, {1}, aoti_torch_dtype_uint8(), torch::headeronly::ScalarType::Byte});
+  plan.allocations.push_back({{total}, {1}, ScalarType::Byte, aoti_torch_dtype_uint8()});
   Step *first = nullptr, *last = nullptr;
   for (Step& step : plan.steps) {
     const auto drop = [&](std::vector<size_t>& indices) {
@@ -470,8 +476,8 @@ void share_scratch(Plan& plan, int64_t given) {
 // Keeps what a call with these tensors and options did. allocated: tensors like those that it allocated, on any device.
 // outputs: which of them it returned, -1 for None. steps: each a Kind and, of a launch, the kernel's handle,
 // the grid, warps, bytes of shared memory, the number of parameters, and of each parameter its slot and value; of a
-// product, two slots, each with whether it is transposed, and the result; of a conversion, a slot and the result; of an
-// operator, its number and a slot for each argument. None: there can be no plan.
+// product, two slots, each with whether it is transposed, and the result; of a conversion, a slot and the result; of a
+// filling, its number and a slot for each argument. None: there can be no plan.
 void record(Tensors tensors, Numbers options, std::vector<Tensor> allocated, Numbers outputs, Numbers steps) {
   STD_TORCH_CHECK(driver.launch != nullptr, "the driver is not open");
   const Handles handles = handles_of(tensors);
@@ -480,12 +486,7 @@ void record(Tensors tensors, Numbers options, std::vector<Tensor> allocated, Num
   if (device_type(handles[0]) == aoti_torch_device_type_cuda()) guard.emplace(device_index(handles[0]));
   const auto plan = std::make_shared<Plan>();
   plan->context = current_context();
-  for (const Tensor& tensor : allocated) {
-    const Shape shape = shape_of(tensor.get());
-    plan->allocations.push_back({Numbers(shape.sizes, shape.sizes + shape.dim),
-                                 Numbers(shape.strides, shape.strides + shape.dim), dtype_of(tensor.get()),
-                                 tensor.scalar_type()});
-  }
+  for (const Tensor& tensor : allocated) plan->allocations.push_back(layout_of(tensor.get()));
   const int64_t given = static_cast<int64_t>(tensors.size()), made = static_cast<int64_t>(allocated.size());
   std::vector<int64_t> last(made, -1);  // the last step that uses an allocation
   Reader reader(steps);
@@ -509,12 +510,16 @@ void record(Tensors tensors, Numbers options, std::vector<Tensor> allocated, Num
         use(slot, step);
       }
       check_kernel(step);
-    } else if (step.kind == Kind::kOperator) {
-      step.called = &kOperators[reader.next(0, std::size(kOperators) - 1)];
-      for (const char* argument = step.called->arguments; *argument != 0; ++argument) {
+    } else if (step.kind == Kind::kFilling) {
+      step.filling = &filling_of(reader.next(0, kFillings - 1));
+      STD_TORCH_CHECK(step.filling->fill != nullptr, "the native library was built without ", step.filling->name);
+      for (const char* argument = step.filling->arguments; *argument != 0; ++argument) {
         const int64_t slot = reader.next(*argument == 't' ? 0 : -1, given + made - 1);
         STD_TORCH_CHECK(slot < 0 || slot >= given || tensors[slot].has_value(), "slot ", slot, " must have a tensor");
         step.parameters.push_back({slot, 0});
+        step.layouts.push_back(slot < 0       ? Layout()
+                               : slot < given ? layout_of(handles[slot])
+                                              : plan->allocations[slot - given]);
         use(slot, step);
       }
     } else {
@@ -555,6 +560,8 @@ void record(Tensors tensors, Numbers options, std::vector<Tensor> allocated, Num
 
 }  // namespace
 
+const Filling& filling_of(int64_t number) { return fillings[number]; }
+
 STABLE_TORCH_LIBRARY(ar_kernels_plans, m) {
   m.def("open_driver(str path) -> str");
   m.def("replay(Tensor?[] tensors, int[] options) -> Tensor?[]");
@@ -571,6 +578,10 @@ STABLE_TORCH_LIBRARY_IMPL(ar_kernels_plans, CompositeExplicitAutograd, m) {
 
 // Of what the library was built: csrc/node must have been built of the same.
 AR_DIRECT const char* ar_kernels_sources() { return AR_SOURCES; }
+
+AR_DIRECT ar_kernels::Fill ar_kernels_put_filling(int64_t number, ar_kernels::Fill fill) {
+  return std::exchange(ar_kernels::fillings[number].fill, fill);
+}
 
 AR_DIRECT int64_t ar_kernels_replay(const AtenTensorHandle* tensors, size_t count, const int64_t* options,
                                     size_t options_count, AtenTensorHandle* outputs, size_t most, const char** error) {

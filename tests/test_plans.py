@@ -1,7 +1,10 @@
 """Plans: what the native library repeats of a call, when it may, and that results have the same bits."""
 
 import ctypes
+import functools
+import gc
 import itertools
+import math
 import shutil
 import subprocess
 import threading
@@ -12,7 +15,7 @@ import torch
 from layers import Layer, channels_last
 
 import ar_kernels
-from ar_kernels import native, ops, plans
+from ar_kernels import native, node, ops, plans
 
 planned = pytest.mark.skipif(
     not torch.cuda.is_available() or plans._cannot() is not None, reason=str(plans._cannot() or "there is no GPU")
@@ -174,6 +177,7 @@ def test_operators_of_a_graph_go_by_plans(toy, monkeypatch):
     from ar_kernels.kernels import launch
 
     monkeypatch.setattr(plans, "are_used", lambda *arguments: True)
+    monkeypatch.setattr(ops, "_hand_over", lambda: None)
     monkeypatch.setattr(ops, "_import_kernels", lambda: SimpleNamespace(launch=launch))
     shifts = {"five": 5, "six": 6, None: 7}
     monkeypatch.setitem(ops._launchers, toy.name, lambda x, y, word: toy.operator(x, y, shifts[word]))
@@ -182,6 +186,94 @@ def test_operators_of_a_graph_go_by_plans(toy, monkeypatch):
         for word, shift in shifts.items():
             assert torch.equal(ops._run_operator(toy.name, 2, x, y, word)[0], x + y + shift)
     assert toy.python == 3 and len(toy.launched) == 6
+
+
+@pytest.fixture
+def taken(toy, monkeypatch):
+    """toy as an operator of the dispatcher, (x, y, word) → (its result, an empty one, None's place), whose calls on a
+    CPU csrc/node takes. taken.by_python counts those that it gives to Python."""
+    from ar_kernels.kernels import launch
+
+    module = node.module()
+    if module is None:
+        pytest.skip(str(node.why_not()))
+    monkeypatch.setattr(plans, "are_used", lambda *arguments: True)
+    monkeypatch.setattr(ops, "_hand_over", lambda: None)
+    monkeypatch.setattr(ops, "_import_kernels", lambda: SimpleNamespace(launch=launch))
+    shifts = {"five": 5, "six": 6, None: 7, "new": 8}
+    name = toy.name.replace(" ", "_")
+    monkeypatch.setitem(ops._launchers, name, lambda x, y, word: (*toy.operator(x, y, shifts[word]), None))
+    library = torch.library.Library("ar_kernels_toys", "FRAGMENT")
+    library.define(f"{name}(Tensor x, Tensor? y, str? word) -> (Tensor, Tensor, Tensor)")
+    words = {word: plans.number_of(word) for word in ("five", "six", None)}
+    replay = native.address("ar_kernels_replay")
+    module.take_operator("ar_kernels_toys", name, "CPU", replay, plans.number_of(name), words)
+    taken = SimpleNamespace(
+        name=name, toy=toy, shifts=shifts, by_python=0, operator=getattr(torch.ops.ar_kernels_toys, name).default
+    )
+
+    def run(*arguments):
+        taken.by_python += 1
+        return ops._run_operator(*arguments)
+
+    module.set_python(*node.python[:2], run)
+    yield taken
+    module.set_python(*node.python)
+
+
+def test_operators_of_a_graph_go_by_plans_without_python(taken):
+    for _ in range(3):
+        x, y = whole(2, 4, 6)
+        for word, shift in taken.shifts.items():
+            found, empty, none = taken.operator(x, y, word)
+            assert torch.equal(found, x + y + shift)
+            assert empty.shape == none.shape == (0,) and none.dtype == x.dtype
+    assert taken.toy.python == 4  # and a word without a number has a plan all the same
+    assert taken.by_python == 3 + 3 and len(taken.toy.launched) == 8
+    taken.by_python = 0
+    assert torch.equal(taken.operator(x, None, "six")[0], x + 6)
+    assert taken.by_python == 1
+
+
+def test_operators_that_are_taken_can_do_without_plans(taken):
+    x, y = whole(2, 4, 6)
+    taken.operator(x, y, "six")
+    node.module().use_plans(False)
+    try:
+        assert torch.equal(taken.operator(x, y, "six")[0], x + y + 6) and taken.by_python == 2
+    finally:
+        node.module().use_plans(True)
+    assert torch.equal(taken.operator(x, y, "six")[0], x + y + 6) and taken.by_python == 2
+
+
+@pytest.mark.parametrize("way", ["in Python", "csrc/node's"])
+def test_products_of_a_plan_under_autocast(way, taken):
+    """They stay in their operator's dtype, with which what follows was recorded."""
+    plain = taken.toy.operator
+    taken.toy.operator = lambda x, y, shift: plain(torch.mm(x, y), None, shift)
+    call = taken.operator if way == "csrc/node's" else functools.partial(ops._run_operator, taken.name, 2)
+    for _ in range(3):
+        x, y = whole(4, 6) / 7, whole(6, 8) / 7
+        with torch.autocast("cpu", torch.bfloat16):
+            found = call(x, y, "six")[0]
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, x @ y + 6)
+    assert taken.toy.python == 1
+
+
+def test_an_operators_call_that_has_no_plan_is_pythons(taken):
+    x, y = whole(2, 24)
+    memory = whole(25)
+    for _ in range(2):
+        assert torch.equal(taken.operator(memory[1:], y, "six")[0], memory[1:] + y + 6)  # unaligned
+    assert taken.by_python == 2 and taken.toy.launched == []
+
+    def fail(x, y, shift):
+        raise KeyError("of Python")
+
+    taken.toy.operator = fail
+    with pytest.raises(KeyError, match="of Python"):
+        taken.operator(x, y, "six")
 
 
 def test_what_a_plan_is_found_by(toy):
@@ -286,9 +378,22 @@ def test_small_scratch_shares_one_allocation(driver):
     torch.ops.ar_kernels_plans.record([x], [next(_numbers)], [like] * 2, [], [])  # of no steps: there can be no plan
 
 
+class _View(ctypes.Structure):
+    """csrc/filling.h's."""
+
+    _fields_ = [
+        ("data", ctypes.POINTER(ctypes.c_float)),
+        ("sizes", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("dims", ctypes.c_int64),
+        ("dtype", ctypes.c_int8),
+    ]
+
+
 @pytest.fixture
 def sweep():
-    """The operator sweep_backward_ of csrc/cuda; on a CPU it adds z, lse and, where it is there, b into dz."""
+    """The operator sweep_backward_ of csrc/cuda; on a CPU it adds z, lse and, where it is there, b into dz. What plans
+    repeat does so too, and keeps of every call z's sizes and strides and the places in sweep.repeated."""
     hopper = pytest.importorskip("ar_kernels.kernels.hopper", reason="the triton package is not installed")
     if hopper._operators() is None:
         pytest.skip(native.why_not("cuda") or "the native library has no kernels for Hopper")
@@ -297,34 +402,73 @@ def sweep():
         torch.add(z, lse, out=dz)
         dz += 0 if b is None else b
 
+    fill_type = ctypes.CFUNCTYPE(None, ctypes.POINTER(_View), ctypes.c_void_p)
+    repeated = []
+
+    @fill_type
+    def fill(views, stream):
+        z, b, lse, dz = (views[i] for i in (0, 1, 2, 8))
+        sizes, strides = (list(values[: z.dims]) for values in (z.sizes, z.strides))
+        repeated.append((sizes, strides, *(ctypes.cast(view.data, ctypes.c_void_p).value for view in (z, dz))))
+        for i in range(math.prod(sizes)):
+            dz.data[i] = z.data[i] + lse.data[i] + (b.data[i] if b.sizes else 0)
+
+    put = ctypes.CDLL(str(native.PATH)).ar_kernels_put_filling
+    put.argtypes, put.restype = (ctypes.c_int64, ctypes.c_void_p), ctypes.c_void_p
+    before = put(1, ctypes.cast(fill, ctypes.c_void_p))
     library = torch.library.Library(native.NAMESPACE, "IMPL")
     library.impl("sweep_backward_", add, "CPU")
-    yield torch.ops.ar_kernels_native.sweep_backward_.default
+    operator = torch.ops.ar_kernels_native.sweep_backward_.default
+    yield SimpleNamespace(operator=operator, repeated=repeated, put=lambda address: put(1, address))
     library._destroy()
+    put(1, before)
 
 
 def test_operators_of_the_library_are_repeated(toy, sweep):
+    """Without the dispatcher; small scratch between them is a part of one allocation."""
+
     def operator(x, y, shift):
         toy.python += 1
-        scratch, out = x.new_empty(x.shape), x.new_empty(x.shape)
+        first, second, out = (x.new_empty(x.shape) for _ in range(3))
         torch.ops.ar_kernels_native.sweep_backward_programs(x.shape, x.stride(), None, None, 4, 2)
-        sweep(x, None, x, x, x, None, None, None, scratch, *[None] * 13)
-        sweep(scratch, y, x, x, x, None, None, None, out, *[None] * 13)
+        sweep.operator(x, None, x, x, x, None, None, None, first, *[None] * 13)
+        sweep.operator(first, None, x, x, x, None, None, None, second, *[None] * 13)
+        sweep.operator(second, y, x, x, x, None, None, None, out, *[None] * 13)
         return out, x.new_empty(0)
 
     toy.operator = operator
     for _ in range(3):
         x, y = whole(2, 4, 6)
-        assert torch.equal(toy.call(x, y, 5), 3 * x + y)
-        assert torch.equal(toy.call(x, None, 5), 3 * x)
-    assert toy.python == 2
+        assert torch.equal(toy.call(x, y, 5), 4 * x + y)
+        assert torch.equal(toy.call(x, None, 5), 4 * x)
+    assert toy.python == 2 and len(sweep.repeated) == 12
+    (sizes, strides, _, first), (_, _, again, second), (_, _, last, _) = sweep.repeated[:3]
+    assert (sizes, strides) == ([4, 6], [6, 1])
+    assert first == again and second == last and second - first == 512
+
+
+def test_operators_that_the_library_lacks_are_refused(toy, sweep):
+    """As one that was built without nvcc."""
+
+    def operator(x, y, shift):
+        out = x.new_empty(x.shape)
+        sweep.operator(x, y, x, x, x, None, None, None, out, *[None] * 13)
+        return out, x.new_empty(0)
+
+    toy.operator = operator
+    before = sweep.put(None)
+    try:
+        with pytest.raises(RuntimeError, match="the native library was built without sweep_backward_"):
+            toy.call(*whole(2, 4, 6), 5)
+    finally:
+        sweep.put(before)
 
 
 def test_operators_that_take_a_part_of_something_have_no_plan(toy, sweep):
     def operator(x, y, shift):
         toy.python += 1
         out = x.new_empty(x.shape)
-        sweep(x.view(6, 4), None, y.view(6, 4), x, x, None, None, None, out.view(6, 4), *[None] * 13)
+        sweep.operator(x.view(6, 4), None, y.view(6, 4), x, x, None, None, None, out.view(6, 4), *[None] * 13)
         return out, x.new_empty(0)
 
     toy.operator = operator
@@ -480,11 +624,18 @@ def test_without_a_driver_plans_say_why_and_nothing_uses_them():
 @pytest.fixture
 def ordinary(monkeypatch):
     """A function that calls another one with plans switched off."""
+    module = node.module()
 
     def call(function, *arguments):
         with monkeypatch.context() as context:
             context.setattr(plans, "are_used", lambda *arguments: False)
-            return function(*arguments)
+            if module is None:
+                return function(*arguments)
+            module.use_plans(False)  # of operators that it has taken
+            try:
+                return function(*arguments)
+            finally:
+                module.use_plans(True)
 
     return call
 
@@ -498,8 +649,6 @@ def closed(monkeypatch):
 
     def call(function, *arguments):
         with monkeypatch.context() as context:
-            context.setattr(ops, "_planned_forward", fail)
-            context.setattr(ops, "_planned_backward", fail)
             context.setattr(ops, "_launchers", dict.fromkeys(ops._launchers, fail))
             return function(*arguments)
 
@@ -674,6 +823,7 @@ def test_without_a_graph(device, ordinary, closed):
 def test_out_of_memory_is_pytorchs_own_error(device):
     z, weights = drawn(device, shape=(64, 256, 32, 32))  # dZ of 33 MB
     step(z, weights)
+    gc.collect()  # or what earlier tests have left is freed where memory should be short
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + 2**21) / total)

@@ -5,9 +5,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <utility>
 #include <vector>
 
 #include "../checks.h"
+#include "../filling.h"
+#include "../handover.h"
 #include "../stream.h"
 #include "attend_backward.h"
 #include "attend_forward.h"
@@ -16,7 +19,6 @@ namespace ar_kernels {
 
 namespace {
 
-using MaybeTensor = std::optional<Tensor>;
 using Numbers = std::vector<int64_t>;
 
 constexpr int64_t kFewest = 1, kMost = 1 << 30;  // of what the kernels count in 32 bits
@@ -31,22 +33,18 @@ bool kind_of(ScalarType dtype, Kind* kind) {
 }
 
 // No strides where positions do not all follow each other at the same distance.
-Map map_of(const Numbers& sizes, const Numbers& strides, void* data) {
-  if (sizes.size() == 3) return {data, strides[0], strides[1], strides[2]};
+Map map_of(int64_t dims, const int64_t* sizes, const int64_t* strides, void* data) {
+  if (dims == 3) return {data, strides[0], strides[1], strides[2]};
   const bool one_column = sizes[3] == 1;
   if (!one_column && sizes[2] > 1 && strides[2] != sizes[3] * strides[3]) return {data, 0, 0, 0};
   return {data, strides[0], strides[1], one_column ? strides[2] : strides[3]};
 }
 
-Numbers numbers(const torch::headeronly::IntHeaderOnlyArrayRef& values) { return {values.begin(), values.end()}; }
-
-Map map_of(const Tensor& z) {
-  return map_of(numbers(z.sizes()), numbers(z.strides()), const_cast<void*>(z.const_data_ptr()));
-}
+Map map_of(const View& z) { return map_of(z.dims, z.sizes, z.strides, z.data); }
 
 template <class Sweep>
-bool set_sizes(Sweep* a, const Numbers& sizes, int64_t heads) {
-  const int64_t positions = sizes.size() == 3 ? sizes[2] : sizes[2] * sizes[3];
+bool set_sizes(Sweep* a, int64_t dims, const int64_t* sizes, int64_t heads) {
+  const int64_t positions = dims == 3 ? sizes[2] : sizes[2] * sizes[3];
   for (const int64_t size : {sizes[0], sizes[1], positions})
     if (size < kFewest || size > kMost) return false;
   a->images = static_cast<int>(sizes[0]);
@@ -56,24 +54,22 @@ bool set_sizes(Sweep* a, const Numbers& sizes, int64_t heads) {
   return heads <= kMost;
 }
 
-Values values_of(const char* name, const MaybeTensor& tensor) {
+Values values_of(const char* name, const View& view) {
   Values values = {nullptr, Kind::kFloat};
-  if (!tensor.has_value()) return values;
-  values.data = tensor->const_data_ptr();
-  STD_TORCH_CHECK(kind_of(tensor->scalar_type(), &values.kind) && tensor->is_contiguous(), name,
+  if (!view.has_value()) return values;
+  values.data = view.data;
+  STD_TORCH_CHECK(kind_of(view.dtype, &values.kind) && view.is_contiguous(), name,
                   " must be contiguous and float16, bfloat16 or float32, got ",
-                  torch::headeronly::toString(tensor->scalar_type()));
+                  torch::headeronly::toString(view.dtype));
   return values;
 }
 
-float* floats(const char* name, const MaybeTensor& tensor) {
-  if (!tensor.has_value()) return nullptr;
-  STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float && tensor->is_contiguous(), name,
-                  " must be contiguous and float32, got ", torch::headeronly::toString(tensor->scalar_type()));
-  return static_cast<float*>(const_cast<void*>(tensor->const_data_ptr()));
+float* floats(const char* name, const View& view) {
+  if (!view.has_value()) return nullptr;
+  STD_TORCH_CHECK(view.dtype == ScalarType::Float && view.is_contiguous(), name,
+                  " must be contiguous and float32, got ", torch::headeronly::toString(view.dtype));
+  return static_cast<float*>(view.data);
 }
-
-cudaStream_t stream_of(const Tensor& z) { return static_cast<cudaStream_t>(current_stream(z.get_device_index())); }
 
 void check_started(const char* name, cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, name, " did not start: ", cudaGetErrorString(error));
@@ -124,21 +120,18 @@ Kind kind_of_size(int64_t itemsize) { return itemsize == 4 ? Kind::kFloat : Kind
 int64_t sweep_forward_splits(Numbers sizes, Numbers strides, int64_t heads, int64_t itemsize, bool alike) {
   ForwardSweep a = {};
   a.kind = a.w.kind = kind_of_size(itemsize);
-  a.z = map_of(sizes, strides, nullptr);
-  if (!set_sizes(&a, sizes, heads)) return 0;
+  a.z = map_of(sizes.size(), sizes.data(), strides.data(), nullptr);
+  if (!set_sizes(&a, sizes.size(), sizes.data(), heads)) return 0;
   const Forward* found = find(kForward, a);
   return found == nullptr ? 0 : found->splits == nullptr ? 1 : found->splits(a, alike);
 }
 
-void sweep_forward_(const Tensor& z, const Tensor& w, const MaybeTensor& b, const MaybeTensor& score_w,
-                    const MaybeTensor& score_b, const Tensor& pooled, const Tensor& lse, const MaybeTensor& logits,
-                    const MaybeTensor& mean, const MaybeTensor& scores, const MaybeTensor& gates,
-                    const MaybeTensor& features, const MaybeTensor& part_m, const MaybeTensor& part_d,
-                    const MaybeTensor& part_p) {
+void fill_forward(const View* arguments, void* stream) {
+  const auto& [z, w, b, score_w, score_b, pooled, lse, logits, mean, scores, gates, features, part_m, part_d, part_p] =
+      *reinterpret_cast<const View(*)[15]>(arguments);
   check_map("z", z);
-  const Numbers sizes = numbers(z.sizes());
   ForwardSweep a = {};
-  STD_TORCH_CHECK(kind_of(z.scalar_type(), &a.kind) && set_sizes(&a, sizes, w.size(0)), "z is too large, got ",
+  STD_TORCH_CHECK(kind_of(z.dtype, &a.kind) && set_sizes(&a, z.dims, z.sizes, w.size(0)), "z is too large, got ",
                   shape_of(z));
   const int64_t images = a.images, channels = a.channels, heads = a.heads;
   check_shape("w", w, {heads, channels});
@@ -150,7 +143,7 @@ void sweep_forward_(const Tensor& z, const Tensor& w, const MaybeTensor& b, cons
   check_shape("logits", logits, {images, heads, a.positions});
   check_shape("mean", mean, {images, channels});
   if (gates.has_value()) {
-    const int64_t gated = gates->dim() == 2 ? gates->size(1) : 0;
+    const int64_t gated = gates.dim() == 2 ? gates.size(1) : 0;
     STD_TORCH_CHECK(gated <= heads && score_w.has_value() && scores.has_value() && features.has_value(),
                     "gates [N, K'] must come with score_w, scores and features, and K' at most K = ", heads);
     check_shape("scores", scores, {images, heads});
@@ -160,7 +153,7 @@ void sweep_forward_(const Tensor& z, const Tensor& w, const MaybeTensor& b, cons
     a.gated = static_cast<int>(gated);
     a.scores = floats("scores", scores);
     a.gates = floats("gates", gates);
-    a.features = features->mutable_data_ptr();
+    a.features = features.data;
   }
   a.z = map_of(z);
   a.w = values_of("w", w);
@@ -172,9 +165,9 @@ void sweep_forward_(const Tensor& z, const Tensor& w, const MaybeTensor& b, cons
   a.logits = floats("logits", logits);
   a.mean = floats("mean", mean);
   if (part_m.has_value()) {
-    const int64_t parts = part_m->dim() == 2 ? part_m->size(0) : 0, rows = heads + mean.has_value();
+    const int64_t parts = part_m.dim() == 2 ? part_m.size(0) : 0, rows = heads + mean.has_value();
     STD_TORCH_CHECK(parts > 0 && parts % images == 0 && parts <= kMost && part_d.has_value() && part_p.has_value(),
-                    "part_m [N splits, rows] must come with part_d and part_p, got ", shape_of(*part_m),
+                    "part_m [N splits, rows] must come with part_d and part_p, got ", shape_of(part_m),
                     " for N = ", images);
     check_shape("part_m", part_m, {parts, rows});
     check_shape("part_d", part_d, {parts, rows});
@@ -184,11 +177,10 @@ void sweep_forward_(const Tensor& z, const Tensor& w, const MaybeTensor& b, cons
     a.part_d = floats("part_d", part_d);
     a.part_p = floats("part_p", part_p);
   }
-  const torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
   const Forward* found = find(kForward, a);
   STD_TORCH_CHECK(found != nullptr && (a.splits <= 1 || found->splits != nullptr), "no sweep takes such a map, got ",
                   shape_of(z));
-  check_started("sweep_forward_", found->sweep(a, stream_of(z)));
+  check_started("sweep_forward_", found->sweep(a, static_cast<cudaStream_t>(stream)));
 }
 
 // How many shares of dW_H the backward sweep of such maps makes on the current device; 0: there is none here.
@@ -197,28 +189,26 @@ int64_t sweep_backward_programs(Numbers sizes, Numbers strides, std::optional<Nu
   static char there = 0;  // what is not null counts, not where it is
   BackwardSweep a = {};
   a.kind = kind_of_size(itemsize);
-  if (!set_sizes(&a, sizes, heads)) return 0;
-  a.z = map_of(sizes, strides, &there);
-  if (dz.has_value()) a.dz = map_of(sizes, *dz, &there);
-  if (upstream.has_value()) a.upstream = map_of(sizes, *upstream, &there);
+  const auto map = [&](const Numbers& of) { return map_of(sizes.size(), sizes.data(), of.data(), &there); };
+  if (!set_sizes(&a, sizes.size(), sizes.data(), heads)) return 0;
+  a.z = map(strides);
+  if (dz.has_value()) a.dz = map(*dz);
+  if (upstream.has_value()) a.upstream = map(*upstream);
   const Backward* found = find(kBackward, a);
   return found == nullptr ? 0 : found->programs(a);
 }
 
 // Without pairs, which only bfloat16 does without, the sweep makes dP itself, of w and what follows it; and dt.
-void sweep_backward_(const Tensor& z, const MaybeTensor& b, const Tensor& lse, const MaybeTensor& pairs,
-                     const MaybeTensor& delta, const MaybeTensor& unscale, const MaybeTensor& grad_logits,
-                     const MaybeTensor& upstream, const MaybeTensor& dz, const MaybeTensor& dw, const MaybeTensor& w,
-                     const MaybeTensor& score_w, const MaybeTensor& pooled, const MaybeTensor& scores,
-                     const MaybeTensor& gates, const MaybeTensor& grad_features, const MaybeTensor& grad_gates,
-                     const MaybeTensor& grad_scores, const MaybeTensor& grad_pooled, const MaybeTensor& grad_lse,
-                     const MaybeTensor& grad_mean, const MaybeTensor& dt) {
+void fill_backward(const View* arguments, void* stream) {
+  const auto& [z, b, lse, pairs, delta, unscale, grad_logits, upstream, dz, dw, w, score_w, pooled, scores, gates,
+               grad_features, grad_gates, grad_scores, grad_pooled, grad_lse, grad_mean, dt] =
+      *reinterpret_cast<const View(*)[22]>(arguments);
   check_map("z", z);
-  if (dz.has_value()) check_like("dz", *dz, "z", z);
-  if (upstream.has_value()) check_like("upstream", *upstream, "z", z);
+  if (dz.has_value()) check_like("dz", dz, "z", z);
+  if (upstream.has_value()) check_like("upstream", upstream, "z", z);
   BackwardSweep a = {};
   const int64_t heads = lse.dim() == 2 ? lse.size(1) : 0;
-  STD_TORCH_CHECK(kind_of(z.scalar_type(), &a.kind) && set_sizes(&a, numbers(z.sizes()), heads), "z is too large, got ",
+  STD_TORCH_CHECK(kind_of(z.dtype, &a.kind) && set_sizes(&a, z.dims, z.sizes, heads), "z is too large, got ",
                   shape_of(z));
   const int64_t images = a.images, channels = a.channels;
   check_shape("b", b, {heads});
@@ -227,20 +217,20 @@ void sweep_backward_(const Tensor& z, const MaybeTensor& b, const Tensor& lse, c
   check_shape("grad_logits", grad_logits, {images, heads, a.positions});
   if (pairs.has_value()) {
     STD_TORCH_CHECK(delta.has_value(), "pairs must come with delta");
-    a.mean = pairs->dim() == 4 && pairs->size(1) == heads + 1;
+    a.mean = pairs.dim() == 4 && pairs.size(1) == heads + 1;
     check_shape("pairs", pairs, {images, heads + a.mean, 2, channels});
     check_dtype("pairs", pairs, "z", z);
     check_shape("delta", delta, {images, heads});
-    a.pairs = pairs->const_data_ptr();
+    a.pairs = pairs.data;
   } else {
     STD_TORCH_CHECK(a.kind == Kind::kBFloat16 && w.has_value() && pooled.has_value(),
                     "pairs may be missing for bfloat16 maps alone, with w and pooled");
     a.mean = grad_mean.has_value();
     PooledGradient& of = a.of;
     if (gates.has_value()) {
-      STD_TORCH_CHECK(gates->dim() == 2 && gates->size(1) <= heads && score_w.has_value() && scores.has_value(),
+      STD_TORCH_CHECK(gates.dim() == 2 && gates.size(1) <= heads && score_w.has_value() && scores.has_value(),
                       "gates [N, K'] must come with score_w and scores, and K' at most K = ", heads);
-      of.gated = static_cast<int>(gates->size(1));
+      of.gated = static_cast<int>(gates.size(1));
     }
     check_shape("w", w, {heads, channels});
     check_shape("score_w", score_w, {heads, channels});
@@ -260,7 +250,7 @@ void sweep_backward_(const Tensor& z, const MaybeTensor& b, const Tensor& lse, c
     of.pooled = floats("pooled", pooled);
     of.scores = floats("scores", scores);
     of.gates = floats("gates", gates);
-    of.grad_features = grad_features.has_value() ? grad_features->const_data_ptr() : nullptr;
+    of.grad_features = grad_features.data;
     of.grad_gates = floats("grad_gates", grad_gates);
     of.grad_scores = floats("grad_scores", grad_scores);
     of.grad_pooled = floats("grad_pooled", grad_pooled);
@@ -269,20 +259,43 @@ void sweep_backward_(const Tensor& z, const MaybeTensor& b, const Tensor& lse, c
     of.dt = floats("dt", dt);
   }
   a.z = map_of(z);
-  if (dz.has_value()) a.dz = map_of(*dz);
-  if (upstream.has_value()) a.upstream = map_of(*upstream);
+  if (dz.has_value()) a.dz = map_of(dz);
+  if (upstream.has_value()) a.upstream = map_of(upstream);
   a.b = values_of("b", b);
   a.lse = floats("lse", lse);
   a.delta = floats("delta", delta);
   a.unscale = floats("unscale", unscale);
   a.grad_logits = floats("grad_logits", grad_logits);
   a.dw = floats("dw", dw);
-  const torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
   const Backward* found = find(kBackward, a);
   STD_TORCH_CHECK(found != nullptr, "no sweep takes such a map, got ", shape_of(z));
-  if (dw.has_value()) check_shape("dw", *dw, {found->programs(a), heads, channels});
-  check_started("sweep_backward_", found->sweep(a, stream_of(z)));
+  if (dw.has_value()) check_shape("dw", dw, {found->programs(a), heads, channels});
+  check_started("sweep_backward_", found->sweep(a, static_cast<cudaStream_t>(stream)));
 }
+
+// What the dispatcher calls.
+template <int kNumber>
+void operate(StableIValue* stack, uint64_t count, uint64_t) {
+  const Filling& filling = filling_of(kNumber);
+  check_count(filling.arguments, count);
+  const Tensors tensors = tensors_of(stack, filling.arguments);
+  std::vector<View> views;
+  for (const std::optional<Tensor>& tensor : tensors) {
+    views.push_back({});
+    if (!tensor.has_value()) continue;
+    views.back() = {const_cast<void*>(tensor->const_data_ptr()), tensor->sizes().data(), tensor->strides().data(),
+                    tensor->dim(), tensor->scalar_type()};
+  }
+  const int32_t device = tensors[0]->get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  filling.fill(views.data(), current_stream(device));
+}
+
+const bool are_there = [] {
+  ar_kernels_put_filling(kSweepForward, fill_forward);
+  ar_kernels_put_filling(kSweepBackward, fill_backward);
+  return true;
+}();
 
 }  // namespace
 
@@ -308,8 +321,8 @@ STABLE_TORCH_LIBRARY_IMPL(ar_kernels_native, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ar_kernels_native, CUDA, m) {
-  m.impl("sweep_forward_", TORCH_BOX(&sweep_forward_));
-  m.impl("sweep_backward_", TORCH_BOX(&sweep_backward_));
+  m.impl("sweep_forward_", &operate<kSweepForward>);
+  m.impl("sweep_backward_", &operate<kSweepBackward>);
 }
 
 }  // namespace ar_kernels
