@@ -113,6 +113,7 @@ HAND_MADE = [
     ("global heads swapped with local ones", f"{PACKAGE}functional.py", "weight = torch.cat([mask_weight, global_mask_weight.to(mask_weight.dtype)])", "weight = torch.cat([global_mask_weight.to(mask_weight.dtype), mask_weight])"),
     ("a silent fallback", f"{PACKAGE}functional.py", "    raise ImplementationUnavailable(f\"implementation {name!r}", "    if name == 'triton':\n        return 'eager'\n    raise ImplementationUnavailable(f\"implementation {name!r}"),
     ("a choice that outlives its block", f"{PACKAGE}functional.py", "        _choice.name = previous\n", "        pass\n"),
+    ("float32 maps of any size", f"{PACKAGE}functional.py", "heads <= SMALL_FLOAT32_HEADS and data.nbytes <= SMALL_FLOAT32", "heads <= SMALL_FLOAT32_HEADS"),
     ("any device goes", f"{PACKAGE}functional.py", "    if value.device != feature_map.device:\n", "    if False:\n"),
     ("float64 weights beside float32 maps", f"{PACKAGE}functional.py", "dtype.itemsize == 2 and value.dtype == torch.float32)", "value.dtype in _FLOATS)"),
     ("the module's gate bias unused", f"{PACKAGE}modules.py", "            gate_bias=self.gate_bias,\n", ""),
