@@ -68,7 +68,7 @@ def _define(
 
 def _run_operator(name: str, count: int, *arguments: Any) -> Any:
     """A Triton operator, called by the dispatcher, of a compiled graph for instance; so many tensors come first."""
-    with autocast_off(arguments[0]), torch.no_grad():  # products within, a plan's too, are as their operator has them
+    with torch.no_grad():  # PyTorch's products within are no part of anybody's graph
         if plans.are_used(arguments[:1]):  # the dispatcher saw to the others
             _hand_over()
             made = _run_by_plan(name, arguments[:count], arguments[count:])
@@ -104,7 +104,7 @@ def _run_by_plan(name: str, tensors: Sequence[Tensor | None], options: Sequence[
 
 
 def _without_autocast(operator: Any, kind: str, *arguments: Any) -> Any:
-    """An operator that multiplies matrices by PyTorch's products, called under autocast."""
+    """An operator called under autocast, which would round what it has PyTorch multiply."""
     with _AutocastOff(kind):
         return operator(*arguments)
 
@@ -615,18 +615,19 @@ def _forward(
         outputs = run("gated_attend", tensors, [gated_heads, wants_logits, wants_mean, alike])
     else:
         outputs = run("gated_attend3x3", tensors, [gated_heads, wants_mean, alike], taps_first)
-    pooled, lse, logits, scores, gates, features, mean = outputs
+    hypothesis = None if output_w is None else _hypothesis_of(run, multiply, outputs[5], output_w)
+    return _only(_asked(w, output_w, gated_heads, wants_logits, wants_mean), (*outputs, hypothesis))
+
+
+def _asked(w: Tensor, output_w: Tensor | None, gated_heads: int, wants_logits: bool, wants_mean: bool) -> list[bool]:
+    """Which are asked for of pooled, lse, logits, scores, gates, features, mean and hypothesis."""
     gated = gated_heads > 0
-    return (
-        pooled,
-        lse,
-        logits if wants_logits or w.dim() == 4 else None,
-        scores if gated else None,
-        gates if gated else None,
-        features if gated else None,
-        mean if wants_mean else None,
-        None if output_w is None else _hypothesis_of(run, multiply, features, output_w),
-    )
+    return [True, True, wants_logits or w.dim() == 4, gated, gated, gated, wants_mean, output_w is not None]
+
+
+def _only(asked: Sequence[bool], outputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """None in place of what was not asked for."""
+    return tuple([output if is_asked else None for output, is_asked in zip(outputs, asked)])
 
 
 def _hypothesis_of(
@@ -794,29 +795,15 @@ def _product_in_triton(z: Tensor, output_w: Tensor | None) -> Callable[[Tensor, 
     return None if is_asked and _kernels(z).products.are_for_us(z, output_w) else torch.mm
 
 
-def _layer(
-    z: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    score_w: Tensor | None,
-    score_b: Tensor | None,
-    output_w: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor | None, ...]:
+def _layer(z: Tensor, w: Tensor, b: Any, score_w: Any, score_b: Any, output_w: Any, *options: Any) -> Any:
     return _forward(_launch, _product_in_triton(z, output_w), z, w, b, score_w, score_b, output_w, *options)
-
-
-def _asked(w: Tensor, output_w: Tensor | None, gated_heads: int, wants_logits: bool, wants_mean: bool) -> list[bool]:
-    """Which of a layer's outputs are asked for."""
-    gated = gated_heads > 0
-    return [True, True, wants_logits or w.dim() == 4, gated, gated, gated, wants_mean, output_w is not None]
 
 
 def _layer_fake(z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, alike, taps_first):
     asked = _asked(w, output_w, gated_heads, wants_logits, wants_mean)
     hypothesis = None if output_w is None else z.new_empty(z.shape[0], output_w.shape[0])
-    made = *_allocate(z, w, gated_heads, asked[2], wants_mean), hypothesis
-    return tuple(output if is_asked else z.new_empty(0) for output, is_asked in zip(made, asked))
+    made = _only(asked, (*_allocate(z, w, gated_heads, asked[2], wants_mean), hypothesis))
+    return tuple(z.new_empty(0) if output is None else output for output in made)
 
 
 _define(
@@ -936,8 +923,7 @@ def _made(inputs: Sequence[Any], how: tuple[Any, ...]) -> tuple[Tensor | None, .
     alike = are_deterministic_algorithms_enabled()
     options = [gated_heads, wants_logits, wants_mean, alike, taps_first]
     made = _dispatch(implementation, "layer", [*inputs], options)
-    asked = _asked(inputs[1], inputs[5], gated_heads, wants_logits, wants_mean)
-    return tuple([output if is_asked else None for output, is_asked in zip(made, asked)])
+    return _only(_asked(inputs[1], inputs[5], gated_heads, wants_logits, wants_mean), made)
 
 
 def _outputs(z: Tensor, made: tuple[Tensor | None, ...], wanted: tuple[int, ...]) -> tuple[Tensor | None, ...]:

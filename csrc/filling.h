@@ -43,8 +43,7 @@ inline void check_dtype(const char* name, const View& view, const char* other_na
 // arguments: as many views as the operator has letters. stream: of the device that is current.
 using Fill = void (*)(const View* arguments, void* stream);
 
-// arguments: t for a tensor, ? for one that may be None. fill:
-// null where the library was built without it.
+// arguments: t for a tensor, ? for one that may be None. fill: null where the library was built without it.
 struct Filling {
   const char *name, *arguments;
   Fill fill;

@@ -287,7 +287,7 @@ class Run {
       fill(step);
     } else if (step.kind == Kind::kProduct) {
       const Tensor made = product(factor(step, 0), factor(step, 1));
-      if (dtype_of(made.get()) != plan_.allocations[step.result].dtype_number) throw Refused();  // as under autocast
+      if (dtype_of(made.get()) != plan_.allocations[step.result].dtype_number) throw Refused();
       keep(step.result, another(made.get()));
     } else {
       keep(step.result, another(convert(own(slots_[step.from[0]]), plan_.allocations[step.result].dtype).get()));

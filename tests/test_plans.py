@@ -205,12 +205,12 @@ def taken(toy, monkeypatch):
     monkeypatch.setitem(ops._launchers, name, lambda x, y, word: (*toy.operator(x, y, shifts[word]), None))
     library = torch.library.Library("ar_kernels_toys", "FRAGMENT")
     library.define(f"{name}(Tensor x, Tensor? y, str? word) -> (Tensor, Tensor, Tensor)")
+    operator = getattr(torch.ops.ar_kernels_toys, name).default
+    library.impl(name, functools.partial(ops._without_autocast, operator, "cpu"), "AutocastCPU")  # as ops._define
     words = {word: plans.number_of(word) for word in ("five", "six", None)}
     replay = native.address("ar_kernels_replay")
     module.take_operator("ar_kernels_toys", name, "CPU", replay, plans.number_of(name), words)
-    taken = SimpleNamespace(
-        name=name, toy=toy, shifts=shifts, by_python=0, operator=getattr(torch.ops.ar_kernels_toys, name).default
-    )
+    taken = SimpleNamespace(toy=toy, shifts=shifts, by_python=0, operator=operator)
 
     def run(*arguments):
         taken.by_python += 1
@@ -251,14 +251,34 @@ def test_products_of_a_plan_under_autocast(way, taken):
     """They stay in their operator's dtype, with which what follows was recorded."""
     plain = taken.toy.operator
     taken.toy.operator = lambda x, y, shift: plain(torch.mm(x, y), None, shift)
-    call = taken.operator if way == "csrc/node's" else functools.partial(ops._run_operator, taken.name, 2)
-    for _ in range(3):
-        x, y = whole(4, 6) / 7, whole(6, 8) / 7
-        with torch.autocast("cpu", torch.bfloat16):
-            found = call(x, y, "six")[0]
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found, x @ y + 6)
-    assert taken.toy.python == 1
+    node.module().use_plans(way == "csrc/node's")
+    try:
+        for _ in range(3):
+            x, y = whole(4, 6) / 7, whole(6, 8) / 7
+            with torch.autocast("cpu", torch.bfloat16):
+                found = taken.operator(x, y, "six")[0]
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found, x @ y + 6)
+    finally:
+        node.module().use_plans(True)
+    assert taken.toy.python == 1 and taken.by_python == (1 if way == "csrc/node's" else 3)
+
+
+def test_a_product_of_another_dtype_than_recorded_is_refused(toy):
+    """A kernel behind it would take its memory for what was recorded."""
+
+    def operator(x, y, shift):
+        toy.python += 1
+        return torch.mm(x, y), x.new_empty(0)
+
+    toy.operator = operator
+    x, y = whole(4, 6), whole(6, 8)
+    for _ in range(2):
+        assert torch.equal(toy.call(x, y, 5), x @ y)
+    assert toy.python == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        toy.call(x, y, 5)
+    assert toy.python == 2
 
 
 def test_an_operators_call_that_has_no_plan_is_pythons(taken):
