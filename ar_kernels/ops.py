@@ -917,13 +917,71 @@ _define(
 )
 
 
-def _made(inputs: Sequence[Any], how: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
-    """What layer makes, None for what was not asked for."""
-    gated_heads, wants_logits, wants_mean, _, implementation, taps_first = how
-    alike = are_deterministic_algorithms_enabled()
-    options = [gated_heads, wants_logits, wants_mean, alike, taps_first]
-    made = _dispatch(implementation, "layer", [*inputs], options)
-    return _only(_asked(inputs[1], inputs[5], gated_heads, wants_logits, wants_mean), made)
+def _made(
+    inputs: Sequence[Any], how: tuple[Any, ...], recorded: tuple[int, ...] | None = None
+) -> tuple[Tensor | None, ...]:
+    """What layer makes, None for what was not asked for. recorded: the outputs of an eager call that is recorded; what
+    its backward will launch is then compiled beside the forward's own kernels."""
+    implementation = how[4]
+    if recorded is not None and implementation == "triton" and inputs[0].is_cuda and plans.nobody_looks_on(inputs):
+        _expect_backward(tuple([_layout(value) for value in inputs]), inputs[0].device, how, recorded)
+    options = _layer_options(how)
+    return _only(_asked_by(inputs, how), _dispatch(implementation, "layer", [*inputs], options))
+
+
+def _layer_options(how: tuple[Any, ...]) -> list[Any]:
+    gated_heads, wants_logits, wants_mean, _, _, taps_first = how
+    return [gated_heads, wants_logits, wants_mean, are_deterministic_algorithms_enabled(), taps_first]
+
+
+def _asked_by(inputs: Sequence[Any], how: tuple[Any, ...]) -> list[bool]:
+    return _asked(inputs[1], inputs[5], *how[:3])
+
+
+class _Layout(NamedTuple):
+    """What an input decides of the launches."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    needs_gradient: bool
+
+
+def _layout(tensor: Tensor | None) -> _Layout | None:
+    return None if tensor is None else _Layout(tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad)
+
+
+@functools.lru_cache(maxsize=1024)  # once for each kind of call
+def _expect_backward(
+    layouts: tuple[_Layout | None, ...], device: torch.device, how: tuple[Any, ...], recorded: tuple[int, ...]
+) -> None:
+    """Has this thread's next launches compiled beside those of the backward of such a call.
+
+    Which outputs will have gradients is not known yet: all that were asked for but lse, logits and gates, which come
+    with others. Where that is wrong, the backward compiles what it needs itself.
+    """
+    launch = _import_kernels().launch
+    needs = [layout is not None and layout.needs_gradient for layout in layouts]
+
+    def stand_in(layout: _Layout | None) -> Any:
+        if layout is None:
+            return None
+        return launch.StandIn(torch.empty_strided(*layout[:2], dtype=layout.dtype, device="meta"), device)
+
+    inputs = [stand_in(layout) for layout in layouts]
+    z = inputs[0]
+    with torch.no_grad():
+        made = _only(_asked_by(inputs, how), _layer_fake(*inputs, *_layer_options(how)))
+        grads = [None if i in (1, 2, 4) else value for i, value in zip(recorded, _outputs(z, made, recorded))]
+        if any(needs) and any([grad is not None for grad in grads]):
+            tensors, options = _of_backward(_to_save(inputs, made), how, recorded, needs, _is_channels_last(z), grads)
+            launch.expect(lambda: _layer_backward(*tensors, *options))
+
+
+def _to_save(inputs: Sequence[Any], made: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """What a backward needs of inputs and of what `_made` made."""
+    pooled, lse, logits, scores, gates, features, _, _ = made
+    return [*inputs, pooled, lse, None if inputs[1].dim() == 2 else logits, scores, gates, features]
 
 
 def _outputs(z: Tensor, made: tuple[Tensor | None, ...], wanted: tuple[int, ...]) -> tuple[Tensor | None, ...]:
@@ -940,22 +998,18 @@ def _gradients(
     grads: Sequence[Tensor | None],
     traced: bool = False,
 ) -> Sequence[Tensor | None]:
-    """Gradients of z, w, b, score_w, score_b and output_w, None where they are not needed. saved: those six, and the
-    first six that _forward made. grads: of the outputs that are wanted."""
-    z, w, b, score_w, score_b, output_w, pooled, lse, logits, scores, gates, features = saved
+    """Gradients of z, w, b, score_w, score_b and output_w, None where they are not needed. saved: as _to_save has it.
+    grads: of the outputs that are wanted."""
+    z, _, b, _, score_b, _, _, lse, *_ = saved
     if not traced and (torch.is_grad_enabled() or _functorch_is_active()):
-        return _differentiated((z, w, b, score_w, score_b, output_w), how, wanted, needs, grads)
-    _, _, _, _, implementation, taps_first = how
-    received: list[Tensor | None] = [None] * 9
-    for i, grad in zip(wanted, grads):
-        received[i] = grad
+        return _differentiated(tuple(saved[:6]), how, wanted, needs, grads)
+    tensors, options = _of_backward(saved, how, wanted, needs, channels_last, grads)
+    received = tensors[-9:]
     needs_z, needs_w, needs_b, needs_score_w, needs_score_b, needs_output_w = needs
-    tensors = [z, w, b, score_w, output_w, pooled, lse, logits, scores, gates, features, *received]
-    options = [needs_z, needs_w, needs_score_w, needs_score_b, needs_output_w, channels_last, taps_first]
     if all([grad is None for grad in received[:8]]):  # nothing but the tap was used
         return received[8], None, None, None, None, None
     with autocast_off(z):
-        dz, dw, dscore_w, dscore_b, doutput_w = _dispatch(implementation, "layer_backward", tensors, options)
+        dz, dw, dscore_w, dscore_b, doutput_w = _dispatch(how[4], "layer_backward", tensors, options)
     return (
         dz if needs_z else None,
         dw if needs_w else None,
@@ -966,6 +1020,24 @@ def _gradients(
     )
 
 
+def _of_backward(
+    saved: Sequence[Any],
+    how: tuple[Any, ...],
+    wanted: tuple[int, ...],
+    needs: Sequence[bool],
+    channels_last: bool,
+    grads: Sequence[Tensor | None],
+) -> tuple[list[Any], list[Any]]:
+    """layer_backward's tensors, the last nine of them all outputs' gradients, and options."""
+    received: list[Tensor | None] = [None] * 9
+    for i, grad in zip(wanted, grads):
+        received[i] = grad
+    z, w, b, score_w, _, output_w, *made = saved
+    needs_z, needs_w, _, needs_score_w, needs_score_b, needs_output_w = needs
+    options = [needs_z, needs_w, needs_score_w, needs_score_b, needs_output_w, channels_last, how[5]]
+    return [z, w, b, score_w, output_w, *made, *received], options
+
+
 class _WantedGatedAttend(torch.autograd.Function):
     """_GatedAttend where nothing transforms it: what was not asked for is saved without being an output, so that a
     compiled graph makes no zeros for its gradient, and a direction of an eager call is one plan or operator, products
@@ -974,14 +1046,12 @@ class _WantedGatedAttend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, w, b, score_w, score_b, output_w, wanted, how):
-        made = _made((z, w, b, score_w, score_b, output_w), how)
-        pooled, lse, logits, scores, gates, features, _, _ = made
-        if w.dim() == 2:
-            logits = None
-        ctx.save_for_backward(z, w, b, score_w, score_b, output_w, pooled, lse, logits, scores, gates, features)
+        inputs = z, w, b, score_w, score_b, output_w
+        ctx.traced = torch.compiler.is_compiling()  # not asked in backward, which compiled autograd traces too
+        made = _made(inputs, how, None if ctx.traced else wanted)
+        ctx.save_for_backward(*_to_save(inputs, made))
         ctx.set_materialize_grads(False)
         ctx.how, ctx.wanted = how, wanted
-        ctx.traced = torch.compiler.is_compiling()  # not asked in backward, which compiled autograd traces too
         ctx.channels_last = _is_channels_last(z)  # here: strides read in backward make Dynamo copy every gradient
         return _outputs(z, made, wanted)
 

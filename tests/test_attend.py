@@ -469,3 +469,81 @@ def test_a_batch_that_needs_no_merge_has_it_compiled(monkeypatch, device):
     ar_kernels.attend(z, w, implementation="triton")
     attend_forward._plan.cache_clear()
     assert prepared == [[attend_forward.held_kernel, attend_forward.merge_kernel]]
+
+
+@pytest.mark.parametrize("sizes", [{}, {"globals": 2}, {"kernel_size": 3}, {"tap": False}], ids=str)
+@pytest.mark.parametrize("frozen", [(), ("feature_map",), ("mask_weight", "gate_weight")], ids=str)
+def test_the_backward_is_expected_as_it_comes(sizes, frozen, device, monkeypatch):
+    """What a recorded forward expects its backward to launch, and what that launches: kernels, constants and dtypes."""
+    pytest.importorskip("triton", reason="the triton package is not installed")
+    from ar_kernels.kernels import attend3x3, attend_backward, heuristics, launch
+
+    ops._import_kernels()
+    layer = Layer(c=24, dtype=torch.bfloat16, mean=False, bias=False, device=device, **sizes)
+    tensors = {name: value.requires_grad_(name not in frozen) for name, value in layer.tensors.items()}
+    if device.type == "cpu":  # stand-ins are on a GPU that is not there
+        for module in (attend_backward, attend3x3, heuristics):
+            monkeypatch.setattr(module, "chip", lambda index: heuristics.Chip(4, 8, 163 * 1024))
+        monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: torch.no_grad())
+    expected, launched = [], []
+
+    def expect_backward(inputs, how, recorded=None):
+        if recorded is not None:
+            ops._expect_backward(tuple(map(ops._layout, inputs)), torch.device("cuda:0"), how, recorded)
+            expected.extend(launch._recording.expected)
+            launch._recording.expected = []
+        return made(inputs, how)
+
+    made, backward = ops._made, ops._layer_backward
+
+    def watched(*arguments):
+        before, launch._recording.recorder = launch._recording.recorder, SimpleNamespace(hold=hold, prepare=list)
+        try:
+            return backward(*arguments)
+        finally:
+            launch._recording.recorder = before
+
+    def hold(one, given):
+        launched.append((one, [None if tensor is None else tensor.dtype for tensor in given]))
+        one.launch(given)
+
+    ops._expect_backward.cache_clear()
+    monkeypatch.setattr(ops, "_made", expect_backward)
+    monkeypatch.setitem(ops._launchers, "layer_backward", watched)
+    monkeypatch.setattr("ar_kernels.node.wanted", False)
+    monkeypatch.setattr("ar_kernels.plans.wanted", False)
+    output = ar_kernels.attention_module(**tensors, tap=layer.tap, implementation="triton")
+    received = [output.hypothesis, output.global_scores, output.feature_map]
+    received = [value for value in received if value is not None and value.requires_grad]
+    torch.autograd.backward(received, [torch.randn_like(value) for value in received])
+
+    def of(calls):
+        return [(one.kernel, one.grid, one.sizes, one.constants, dtypes) for one, dtypes in calls]
+
+    assert len(launched) > 1
+    kinds = of(expected)
+    for call in of(launched):
+        assert call in kinds
+    assert {one.kernel for one, _ in expected} == {one.kernel for one, _ in launched}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("by_node", [True, False])
+def test_a_recorded_forward_compiles_the_backward_too(by_node, device, monkeypatch):
+    """And where nothing is recorded it does not."""
+    from ar_kernels.kernels.launch import Launch
+
+    built, build = [], Launch.build
+    monkeypatch.setattr(Launch, "build", lambda self, *rest: built.append(self.kernel) or build(self, *rest))
+    monkeypatch.setattr("ar_kernels.node.wanted", by_node)
+    channels = 48 if by_node else 56  # no other test's
+    counts = []
+    for is_recorded in (False, True):
+        layer = Layer(n=3, c=channels, h=6, w=9, k=3, labels=11, dtype=torch.bfloat16, device=device, bias=False)
+        tensors = [layer.tensors[name].requires_grad_() for name in ("feature_map", "mask_weight", "output_weight")]
+        with torch.set_grad_enabled(is_recorded):
+            hypothesis = ar_kernels.attention_module(*tensors, implementation="triton").hypothesis
+        counts.append(len(built))
+        if is_recorded:
+            hypothesis.sum().backward()
+    assert 0 < counts[0] < counts[1] == len(built)

@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
@@ -75,7 +75,7 @@ class Launch:
             run(*addresses, *self._tail)
         return self._kernels.get(kinds)
 
-    def build(self, device: int, tensors: Sequence[Tensor | None]) -> Any:
+    def build(self, device: int, tensors: Sequence[Tensor | torch.dtype | None]) -> Any:
         """Compiles what a call with such tensors will need, in any thread; loads and launches nothing."""
         with torch.cuda.device(device):
             compiled = self.kernel.warmup(*tensors, *self.sizes, grid=self.grid, **self.constants)
@@ -107,7 +107,8 @@ class Launch:
             self._direct = False
 
 
-_Call = tuple[Launch, Sequence[Tensor | None]]
+_Call = tuple[Launch, Sequence[Tensor | torch.dtype | None]]
+"""A dtype for an aligned tensor of it, where it is only to be compiled."""
 
 
 def prepare(calls: Sequence[_Call]) -> None:
@@ -123,7 +124,8 @@ def prepare(calls: Sequence[_Call]) -> None:
 
 
 def _prepare(calls: Sequence[_Call]) -> None:
-    fresh = {launch: tensors for launch, tensors in calls if not launch.prepared}
+    expected, _recording.expected = _recording.expected, []
+    fresh = {launch: tensors for launch, tensors in (*expected, *calls) if not launch.prepared}
     if not fresh:
         return
     device = driver.active.get_current_device()
@@ -155,7 +157,8 @@ def is_watched() -> bool:
 
 class _Recording(threading.local):
     def __init__(self) -> None:
-        self.recorder: Recorder | None = None
+        self.recorder: Recorder | _Rehearsal | None = None
+        self.expected: list[_Call] = []
 
 
 _recording = _Recording()
@@ -353,3 +356,56 @@ def _layout(tensor: Tensor) -> tuple:
 
 def _like(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+# ---------------------------------------------------------------------------------------------- rehearsing
+
+
+class StandIn(Tensor):
+    """All of a tensor but its memory. What is computed of it is again one; the library's `operators` do nothing."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, like: Tensor, device: torch.device) -> "StandIn":
+        return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device
+        )
+
+    def data_ptr(self) -> int:
+        return 0
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func in operators:
+            return None
+        given = args, kwargs or {}
+        device = next(value.device for value in tree_leaves(given) if isinstance(value, cls))
+        args, kwargs = tree_map(lambda value: _like(value) if isinstance(value, cls) else value, given)
+        made = func(*args, **kwargs)
+        return tree_map(lambda value: cls(value, device) if isinstance(value, Tensor) else value, made)
+
+
+class _Rehearsal:
+    """Takes launches in place of a Recorder: none happens."""
+
+    def __init__(self) -> None:
+        self.calls: list[_Call] = []
+
+    def prepare(self, calls: Sequence[_Call]) -> None:
+        for launch, tensors in calls:
+            self.hold(launch, tensors)
+
+    def hold(self, launch: Launch, tensors: Sequence[Any]) -> None:
+        self.calls.append((launch, [None if tensor is None else tensor.dtype for tensor in tensors]))
+
+
+def expect(act: Callable[[], Any]) -> None:
+    """What act would launch is compiled beside what this thread prepares next. act: works on StandIns alone."""
+    before, rehearsal = _recording.recorder, _Rehearsal()
+    _recording.recorder = rehearsal
+    try:
+        act()
+    finally:
+        _recording.recorder = before
+    _recording.expected += rehearsal.calls

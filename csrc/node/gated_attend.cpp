@@ -46,10 +46,11 @@ bool is_watched() {
          c10::impl::tls_local_dispatch_key_set().included_.has(DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
-variable_list forward_by_python(const Call& call, const variable_list& inputs) {
+variable_list forward_by_python(const Call& call, const variable_list& inputs, bool is_recorded) {
   const pybind11::gil_scoped_acquire lock;
   THPObjectPtr given = tuple_of(inputs);
-  return tensors_of(owned(PyObject_CallFunctionObjArgs(in_python.made, given.get(), call.options, nullptr)));
+  PyObject* recorded = is_recorded ? call.indices : Py_None;
+  return tensors_of(owned(PyObject_CallFunctionObjArgs(in_python.made, given.get(), call.options, recorded, nullptr)));
 }
 
 variable_list backward_by_python(const Call& call, const variable_list& saved, const std::array<bool, kInputs>& needs,
@@ -77,14 +78,14 @@ struct GatedAttend : torch::autograd::Function<GatedAttend> {
   static variable_list forward(AutogradContext* context, const Tensor& z, const Tensor& w,
                                const std::optional<Tensor>& b, const std::optional<Tensor>& score_w,
                                const std::optional<Tensor>& score_b, const std::optional<Tensor>& output_w,
-                               const Call* call) {
+                               const Call* call, bool is_recorded) {
     RECORD_FUNCTION("ar_kernels::gated_attend", std::vector<c10::IValue>());
     const auto given = [](const std::optional<Tensor>& tensor) { return tensor.value_or(Tensor()); };
     const variable_list inputs = {z, w, given(b), given(score_w), given(score_b), given(output_w)};
     const bool alike = at::globalContext().deterministicAlgorithms();
     variable_list made =
         run(call->forward, inputs, {call->gated_heads, call->wants_logits, call->wants_mean, alike, call->taps_first});
-    if (made.empty()) made = forward_by_python(*call, inputs);
+    if (made.empty()) made = forward_by_python(*call, inputs, is_recorded);
     TORCH_CHECK(made.size() == kMade, "expected ", kMade, " results of a layer, got ", made.size());
     variable_list outputs;
     for (const int64_t i : call->wanted) outputs.push_back(i < static_cast<int64_t>(kMade) ? made[i] : z.view_as(z));
@@ -111,7 +112,7 @@ struct GatedAttend : torch::autograd::Function<GatedAttend> {
     for (size_t i = 0; i < grads.size(); ++i) received[call.wanted[i]] = grads[i];
     const auto& upstream = received[kMade];
 
-    variable_list gradients(kInputs + 1);  // and none for the call
+    variable_list gradients(kInputs + 2);  // and none for the call and whether it is recorded
     const auto is_given = [](const Tensor& tensor) { return tensor.defined(); };
     const auto is_usual = [](const Tensor& tensor) { return !tensor.defined() || is_plain(tensor); };
     const bool is_tap_alone = std::none_of(received.begin(), received.begin() + kMade, is_given);
@@ -215,7 +216,8 @@ PyObject* apply(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   variable_list outputs;
   {
     const pybind11::gil_scoped_release unlock;
-    outputs = GatedAttend::apply(*inputs[0], *inputs[1], inputs[2], inputs[3], inputs[4], inputs[5], call);
+    const bool is_recorded = c10::GradMode::is_enabled();
+    outputs = GatedAttend::apply(*inputs[0], *inputs[1], inputs[2], inputs[3], inputs[4], inputs[5], call, is_recorded);
   }
   return tuple_of(outputs).release();
   END_HANDLE_TH_ERRORS
