@@ -922,11 +922,13 @@ def _made(
 ) -> tuple[Tensor | None, ...]:
     """What layer makes, None for what was not asked for. recorded: the outputs of an eager call that is recorded; what
     its backward will launch is then compiled beside the forward's own kernels."""
-    implementation = how[4]
+    implementation, expecting = how[4], _NOTHING
     if recorded is not None and implementation == "triton" and inputs[0].is_cuda and plans.nobody_looks_on(inputs):
-        _expect_backward(tuple([_layout(value) for value in inputs]), inputs[0].device, how, recorded)
-    options = _layer_options(how)
-    return _only(_asked_by(inputs, how), _dispatch(implementation, "layer", [*inputs], options))
+        rehearsal = functools.partial(_rehearse_backward, inputs, how, recorded)
+        expecting = _import_kernels().launch.expecting(rehearsal)
+    with expecting:
+        made = _dispatch(implementation, "layer", [*inputs], _layer_options(how))
+    return _only(_asked_by(inputs, how), made)
 
 
 def _layer_options(how: tuple[Any, ...]) -> list[Any]:
@@ -938,44 +940,22 @@ def _asked_by(inputs: Sequence[Any], how: tuple[Any, ...]) -> list[bool]:
     return _asked(inputs[1], inputs[5], *how[:3])
 
 
-class _Layout(NamedTuple):
-    """What an input decides of the launches."""
-
-    shape: torch.Size
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-    needs_gradient: bool
-
-
-def _layout(tensor: Tensor | None) -> _Layout | None:
-    return None if tensor is None else _Layout(tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad)
-
-
-@functools.lru_cache(maxsize=1024)  # once for each kind of call
-def _expect_backward(
-    layouts: tuple[_Layout | None, ...], device: torch.device, how: tuple[Any, ...], recorded: tuple[int, ...]
-) -> None:
-    """Has this thread's next launches compiled beside those of the backward of such a call.
+def _rehearse_backward(inputs: Sequence[Any], how: tuple[Any, ...], recorded: tuple[int, ...]) -> None:
+    """What the backward of such a call launches, on stand-ins.
 
     Which outputs will have gradients is not known yet: all that were asked for but lse, logits and gates, which come
     with others. Where that is wrong, the backward compiles what it needs itself.
     """
-    launch = _import_kernels().launch
-    needs = [layout is not None and layout.needs_gradient for layout in layouts]
-
-    def stand_in(layout: _Layout | None) -> Any:
-        if layout is None:
-            return None
-        return launch.StandIn(torch.empty_strided(*layout[:2], dtype=layout.dtype, device="meta"), device)
-
-    inputs = [stand_in(layout) for layout in layouts]
-    z = inputs[0]
-    with torch.no_grad():
-        made = _only(_asked_by(inputs, how), _layer_fake(*inputs, *_layer_options(how)))
-        grads = [None if i in (1, 2, 4) else value for i, value in zip(recorded, _outputs(z, made, recorded))]
-        if any(needs) and any([grad is not None for grad in grads]):
-            tensors, options = _of_backward(_to_save(inputs, made), how, recorded, needs, _is_channels_last(z), grads)
-            launch.expect(lambda: _layer_backward(*tensors, *options))
+    stand_in = _import_kernels().launch.StandIn
+    needs = [value is not None and value.requires_grad for value in inputs]
+    inputs = [value if value is None else stand_in(value) for value in inputs]
+    made = _only(_asked_by(inputs, how), _layer_fake(*inputs, *_layer_options(how)))
+    outputs = _outputs(inputs[0], made, recorded)
+    grads = [None if i in (1, 2, 4) else output for i, output in zip(recorded, outputs)]
+    if any(needs) and any([grad is not None for grad in grads]):
+        channels_last = _is_channels_last(inputs[0])
+        tensors, options = _of_backward(_to_save(inputs, made), how, recorded, needs, channels_last, grads)
+        _layer_backward(*tensors, *options)
 
 
 def _to_save(inputs: Sequence[Any], made: tuple[Tensor | None, ...]) -> list[Tensor | None]:

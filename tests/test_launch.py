@@ -10,6 +10,7 @@ import torch
 triton = pytest.importorskip("triton", reason="the triton package is not installed")
 
 import triton.language as tl  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from ar_kernels.kernels import launch  # noqa: E402
 
@@ -250,46 +251,57 @@ def test_a_compilation_that_fails_is_raised_and_tried_again(calls, monkeypatch):
             launch.prepare([(call, tensors)])
 
 
-def test_what_is_expected_is_compiled_beside_what_comes_next(calls, monkeypatch):
-    """A rehearsal launches nothing; what it would have, by dtypes, is compiled once, in the thread that rehearsed."""
+def test_what_is_expected_is_compiled_beside_what_is_needed(calls, monkeypatch):
+    """A rehearsal launches nothing; what it would have is compiled by its dtypes, where something else is."""
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
-    both, warm = threading.Barrier(2, timeout=30), []
+    both, warm, rehearsed = threading.Barrier(2, timeout=30), [], []
 
     def warmup(*arguments, grid, **options):
         both.wait()
         warm.append((grid, arguments))
         return calls.Compiled()
 
+    def act():
+        assert torch._C._len_torch_dispatch_stack() == 0 and not torch.is_grad_enabled()
+        rehearsed.append(stand_in(torch.float16).new_empty(7))
+        other(stand_in(torch.float16), None, rehearsed[-1])
+
     calls.kernel.warmup = warmup
     one, other = (launch.Launch(calls.kernel, (grid,), (256, 3), **CONSTANTS) for grid in (2, 3))
     x, y, out = torch.zeros(3, 256)
-    stand_in = launch.StandIn(x.half(), torch.device("cuda:1"))
-    launch.expect(lambda: other(stand_in, None, stand_in.new_empty(7)))
-    thread = threading.Thread(target=launch.prepare, args=([],))
-    thread.start()
-    thread.join()
-    assert warm == calls.ordinary == []
-    for _ in range(2):
+    with launch.expecting(act):
+        launch.prepare([])
+        assert rehearsed == warm == []
+        with TorchDispatchMode():
+            launch.prepare([(one, (x, y, out))])
         launch.prepare([(one, (x, y, out))])
     found = dict(warm)
-    assert len(warm) == 2 and found[(2, 1, 1)] == (x, y, out, 256, 3)
+    assert len(warm) == 2 and len(rehearsed) == 1 and found[(2, 1, 1)] == (x, y, out, 256, 3)
     assert found[(3, 1, 1)] == (torch.float16, None, torch.float16, 256, 3)
-    assert calls.ordinary == calls.direct == []
+    assert calls.ordinary == calls.direct == [] and other.prepared
+    third = launch.Launch(calls.kernel, (4,), (256, 3), **CONSTANTS)
+    calls.kernel.warmup = lambda *arguments, **options: calls.Compiled()
+    launch.prepare([(third, (x, y, out))])
+    assert len(rehearsed) == 1, "what is expected ends with its block"
 
 
 def test_a_stand_in_is_a_tensor_but_for_its_memory(monkeypatch):
-    x = torch.randn(4, 6, 2).transpose(0, 2)
-    stand_in = launch.StandIn(x, torch.device("cuda:3"))
-    matrix = stand_in.select(0, 0)
-    made = (stand_in.double() + 1).new_empty(5, dtype=torch.half), torch.mm(matrix, matrix.t()), stand_in
-    for tensor, shape, dtype in zip(made, ((5,), (6, 6), (2, 6, 4)), (torch.half, torch.float32, torch.float32)):
+    made = stand_in(torch.float32)
+    results = (made.double() + 1).new_empty(5, dtype=torch.half), torch.mm(made[0], made[0].t()), made
+    for tensor, shape, dtype in zip(results, ((5,), (6, 6), (2, 6, 4)), (torch.half, torch.float32, torch.float32)):
         assert isinstance(tensor, launch.StandIn) and tensor.is_cuda and tensor.get_device() == 3
         assert tensor.shape == shape and tensor.dtype == dtype and tensor.data_ptr() == 0
-    assert stand_in.stride() == x.stride() and torch.empty_like(stand_in).stride() == x.stride()
+    assert made.stride() == torch.empty_like(made).stride() == (1, 2, 12)
     with torch.library._scoped_library("ar_kernels_rehearsed", "DEF") as library:
         library.define("sweep_(Tensor x, Tensor(a!) out) -> ()")
         sweep = torch.ops.ar_kernels_rehearsed.sweep_.default
         with pytest.raises(NotImplementedError):
-            sweep(stand_in, stand_in)
+            sweep(made, made)
         monkeypatch.setattr(launch, "operators", [sweep])
-        sweep(stand_in, stand_in)
+        sweep(made, made)
+
+
+def stand_in(dtype):
+    """Of a tensor on a third GPU."""
+    layout = {"shape": (2, 6, 4), "stride": lambda: (1, 2, 12), "dtype": dtype, "get_device": lambda: 3}
+    return launch.StandIn(SimpleNamespace(**layout))

@@ -6,10 +6,11 @@ its tensors settled once. Its first call goes the ordinary way and keeps the com
 addresses. What is compiled, and what runs, is the same.
 """
 
+import contextlib
 import functools
 import operator
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
@@ -124,13 +125,20 @@ def prepare(calls: Sequence[_Call]) -> None:
 
 
 def _prepare(calls: Sequence[_Call]) -> None:
-    expected, _recording.expected = _recording.expected, []
-    fresh = {launch: tensors for launch, tensors in (*expected, *calls) if not launch.prepared}
+    fresh = {launch: tensors for launch, tensors in calls if not launch.prepared}
     if not fresh:
         return
     device = driver.active.get_current_device()
-    with ThreadPoolExecutor(len(fresh)) as pool:
+    with ThreadPoolExecutor(32) as pool:
         built = {launch: pool.submit(launch.build, device, tensors) for launch, tensors in fresh.items()}
+        # In a thread of its own, where no mode looks on.
+        act = _recording.expected
+        expected = {} if act is None else pool.submit(_rehearse, act).result()
+        built |= {
+            launch: pool.submit(launch.build, device, dtypes)
+            for launch, dtypes in expected.items()
+            if not launch.prepared and launch not in built
+        }
     for launch, future in built.items():
         launch.load(future.result())
 
@@ -158,7 +166,7 @@ def is_watched() -> bool:
 class _Recording(threading.local):
     def __init__(self) -> None:
         self.recorder: Recorder | _Rehearsal | None = None
-        self.expected: list[_Call] = []
+        self.expected: Callable[[], Any] | None = None
 
 
 _recording = _Recording()
@@ -196,6 +204,12 @@ class Recorder(TorchDispatchMode):
         self._used: set[int] = set()
         self._held: list[_Call] = []
         self._coming: list[_Call] = []  # to be compiled beside them
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch asks every mode, and would import Dynamo, for a second, to keep it out of __torch_dispatch__. It never
+        gets there: what it traces has no plans."""
+        return False
 
     def __enter__(self) -> "Recorder":
         _recording.recorder = self
@@ -362,50 +376,66 @@ def _like(tensor: Tensor) -> Tensor:
 
 
 class StandIn(Tensor):
-    """All of a tensor but its memory. What is computed of it is again one; the library's `operators` do nothing."""
+    """All of a tensor on the GPU of that index but its memory. What is computed of it is again one; the library's
+    `operators` do nothing."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    is_cuda = True  # type: ignore[assignment]
+    index: int
 
     @staticmethod
-    def __new__(cls, like: Tensor, device: torch.device) -> "StandIn":
-        return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device
-        )
+    def __new__(cls, like: Tensor) -> "StandIn":
+        stand_in = _like(like).as_subclass(cls)
+        stand_in.index = like.get_device()
+        return stand_in
+
+    def get_device(self) -> int:
+        return self.index
 
     def data_ptr(self) -> int:
         return 0
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # as a mode it would have PyTorch import SymPy
         if func in operators:
             return None
-        given = args, kwargs or {}
-        device = next(value.device for value in tree_leaves(given) if isinstance(value, cls))
-        args, kwargs = tree_map(lambda value: _like(value) if isinstance(value, cls) else value, given)
-        made = func(*args, **kwargs)
-        return tree_map(lambda value: cls(value, device) if isinstance(value, Tensor) else value, made)
+        made = super().__torch_function__(func, types, args, kwargs or {})
+        index = next(value.index for value in tree_leaves((args, kwargs)) if isinstance(value, cls))
+        for value in tree_leaves(made):
+            if isinstance(value, cls):
+                value.index = index
+        return made
 
 
 class _Rehearsal:
     """Takes launches in place of a Recorder: none happens."""
 
     def __init__(self) -> None:
-        self.calls: list[_Call] = []
+        self.calls: dict[Launch, list[torch.dtype | None]] = {}
 
     def prepare(self, calls: Sequence[_Call]) -> None:
         for launch, tensors in calls:
             self.hold(launch, tensors)
 
     def hold(self, launch: Launch, tensors: Sequence[Any]) -> None:
-        self.calls.append((launch, [None if tensor is None else tensor.dtype for tensor in tensors]))
+        self.calls[launch] = [None if tensor is None else tensor.dtype for tensor in tensors]
 
 
-def expect(act: Callable[[], Any]) -> None:
-    """What act would launch is compiled beside what this thread prepares next. act: works on StandIns alone."""
-    before, rehearsal = _recording.recorder, _Rehearsal()
-    _recording.recorder = rehearsal
+def _rehearse(act: Callable[[], Any]) -> dict[Launch, list[torch.dtype | None]]:
+    """What act launches, without doing it, in a thread that does nothing else."""
+    rehearsal = _recording.recorder = _Rehearsal()
     try:
-        act()
+        with torch.no_grad():
+            act()
     finally:
-        _recording.recorder = before
-    _recording.expected += rehearsal.calls
+        _recording.recorder = None
+    return rehearsal.calls
+
+
+@contextlib.contextmanager
+def expecting(act: Callable[[], Any]) -> Iterator[None]:
+    """Where something is compiled within the block, so is what act would launch. act: works on StandIns alone."""
+    before, _recording.expected = _recording.expected, act
+    try:
+        yield
+    finally:
+        _recording.expected = before
