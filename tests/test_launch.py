@@ -1,6 +1,9 @@
 """Direct launches of compiled kernels: when they are taken, what they hand over, and that results are the same."""
 
+import ast
 import contextlib
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -305,3 +308,34 @@ def stand_in(dtype):
     """Of a tensor on a third GPU."""
     layout = {"shape": (2, 6, 4), "stride": lambda: (1, 2, 12), "dtype": dtype, "get_device": lambda: 3}
     return launch.StandIn(SimpleNamespace(**layout))
+
+
+def imported_by(code):
+    """Which of PyTorch's slow modules, a second or so each, a new process has imported once it has run the code."""
+    code += "\nimport sys; print([name for name in ('torch._dynamo', 'sympy') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return ast.literal_eval(done.stdout)
+
+
+def test_recording_and_rehearsing_import_nothing_slow():
+    code = """
+import torch
+from ar_kernels.kernels import launch
+x = torch.ones(2, 2)
+with launch.Recorder([x]):
+    torch.mm(x, x.new_empty(2, 2))
+launch._rehearse(lambda: torch.mm(launch.StandIn(x), launch.StandIn(x).t()).new_empty(3).half().contiguous())
+"""
+    assert imported_by(code) == []
+    assert imported_by("import torch._dynamo") == ["torch._dynamo", "sympy"]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_first_training_step_imports_nothing_slow(device):
+    code = """
+import torch, ar_kernels
+z = torch.randn(4, 32, 6, 6, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+layer = ar_kernels.AttentionModule(32, 10, 2, device="cuda", dtype=torch.bfloat16)
+layer(z).hypothesis.float().sum().backward()
+"""
+    assert imported_by(code) == []

@@ -207,8 +207,8 @@ class Recorder(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """PyTorch asks every mode, and would import Dynamo, for a second, to keep it out of __torch_dispatch__. It never
-        gets there: what it traces has no plans."""
+        """PyTorch asks every mode, and would import Dynamo, for a second, to keep it out of __torch_dispatch__. It does
+        not get there: what it traces has no plans."""
         return False
 
     def __enter__(self) -> "Recorder":
@@ -395,9 +395,12 @@ class StandIn(Tensor):
         return 0
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):  # as a mode it would have PyTorch import SymPy
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        # With __torch_dispatch__, and for a product without memory, PyTorch would import SymPy.
         if func in operators:
             return None
+        if func is torch.mm:
+            return args[0].new_empty(args[0].shape[0], args[1].shape[1])
         made = super().__torch_function__(func, types, args, kwargs or {})
         index = next(value.index for value in tree_leaves((args, kwargs)) if isinstance(value, cls))
         for value in tree_leaves(made):
