@@ -89,7 +89,7 @@ def sweeps_float32(feature_map: Tensor, heads: int) -> bool:
         return False
     if channels % 8 == 0 and channels <= 1024 and positions % 4 == 0 and strides[1] % 4 == 0:
         return True
-    return channels % 128 == 0 and channels <= 2048 and positions <= 225 and strides[1] == positions
+    return channels % 32 == 0 and channels <= 2048 and positions <= 256 and strides[1] == positions
 
 
 @functools.cache

@@ -923,9 +923,8 @@ def _made(
     """What layer makes, None for what was not asked for. recorded: the outputs of an eager call that is recorded; what
     its backward will launch is then compiled beside the forward's own kernels."""
     implementation, expecting = how[4], _NOTHING
-    if recorded is not None and implementation == "triton" and inputs[0].is_cuda and plans.nobody_looks_on(inputs):
-        rehearsal = functools.partial(_rehearse_backward, inputs, how, recorded)
-        expecting = _import_kernels().launch.expecting(rehearsal)
+    if recorded is not None and implementation == "triton" and inputs[0].is_cuda:
+        expecting = _import_kernels().launch.expecting(lambda: _rehearse_backward(inputs, how, recorded))
     with expecting:
         made = _dispatch(implementation, "layer", [*inputs], _layer_options(how))
     return _only(_asked_by(inputs, how), made)
@@ -943,15 +942,20 @@ def _asked_by(inputs: Sequence[Any], how: tuple[Any, ...]) -> list[bool]:
 def _rehearse_backward(inputs: Sequence[Any], how: tuple[Any, ...], recorded: tuple[int, ...]) -> None:
     """What the backward of such a call launches, on stand-ins.
 
-    Which outputs will have gradients is not known yet: all that were asked for but lse, logits and gates, which come
-    with others. Where that is wrong, the backward compiles what it needs itself.
+    Which outputs will have gradients is not known yet. A guess: all that were asked for but lse, and gates without a
+    bias of theirs, which comes with the output's, that they are multiplied with; lse where there are logits, of which
+    masks are made. Where that is wrong, the backward compiles what it needs itself.
     """
+    if any([plans.sees_operators(value) for value in inputs if value is not None]):
+        return
     stand_in = _import_kernels().launch.StandIn
     needs = [value is not None and value.requires_grad for value in inputs]
     inputs = [value if value is None else stand_in(value) for value in inputs]
     made = _only(_asked_by(inputs, how), _layer_fake(*inputs, *_layer_options(how)))
     outputs = _outputs(inputs[0], made, recorded)
-    grads = [None if i in (1, 2, 4) else output for i, output in zip(recorded, outputs)]
+    seldom = {1} if 2 not in recorded else set()
+    seldom |= {4} if inputs[4] is None else set()
+    grads = [None if i in seldom else output for i, output in zip(recorded, outputs)]
     if any(needs) and any([grad is not None for grad in grads]):
         channels_last = _is_channels_last(inputs[0])
         tensors, options = _of_backward(_to_save(inputs, made), how, recorded, needs, channels_last, grads)

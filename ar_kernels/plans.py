@@ -75,11 +75,11 @@ def nobody_looks_on(tensors: Sequence[Tensor | None]) -> bool:
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None
-        and not any([_sees_operators(value) for value in tensors if value is not None])
+        and not any([sees_operators(value) for value in tensors if value is not None])
     )
 
 
-def _sees_operators(tensor: Tensor) -> bool:
+def sees_operators(tensor: Tensor) -> bool:
     """Or its memory does not hold its values."""
     is_subclass = type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter  # which may see functions
     return is_subclass or bool(torch._C._dispatch_keys(tensor).raw_repr() & _ODD)

@@ -472,7 +472,20 @@ def test_a_batch_that_needs_no_merge_has_it_compiled(monkeypatch, device):
     assert prepared == [[attend_forward.held_kernel, attend_forward.merge_kernel]]
 
 
-@pytest.mark.parametrize("sizes", [{}, {"globals": 2}, {"kernel_size": 3}, {"tap": False}], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"globals": 2},
+        {"kernel_size": 3},
+        {"tap": False, "mean": True},
+        {"bias": True},
+        {"bias": True, "kernel_size": 3},
+        {"masks": True},
+        {"dtype": torch.float32},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("frozen", [(), ("feature_map",), ("mask_weight", "gate_weight")], ids=str)
 def test_the_backward_is_expected_as_it_comes(sizes, frozen, device, monkeypatch):
     """What a recorded forward expects its backward to launch, and what that launches: kernels, constants and dtypes."""
@@ -480,7 +493,9 @@ def test_the_backward_is_expected_as_it_comes(sizes, frozen, device, monkeypatch
     from ar_kernels.kernels import attend3x3, attend_backward, heuristics, launch
 
     ops._import_kernels()
-    layer = Layer(c=24, dtype=torch.bfloat16, mean=False, bias=False, device=device, **sizes)
+    masks = "masks" in sizes
+    defaults = {"c": 24, "dtype": torch.bfloat16, "mean": False, "bias": False, "device": device}
+    layer = Layer(**defaults | {name: value for name, value in sizes.items() if name != "masks"})
     tensors = {name: value.requires_grad_(name not in frozen) for name, value in layer.tensors.items()}
     if device.type == "cpu":  # stand-ins are on a GPU that is not there
         for module in (attend_backward, attend3x3, heuristics):
@@ -503,15 +518,17 @@ def test_the_backward_is_expected_as_it_comes(sizes, frozen, device, monkeypatch
             launch._recording.recorder = before
 
     def hold(one, given):
-        launched[one] = [None if tensor is None else tensor.dtype for tensor in given]
+        launched[one] = launch._dtypes(given)
         one.launch(given)
 
     monkeypatch.setattr(ops, "_made", expect_backward)
     monkeypatch.setitem(ops._launchers, "layer_backward", watched)
     monkeypatch.setattr("ar_kernels.node.wanted", False)
     monkeypatch.setattr("ar_kernels.plans.wanted", False)
-    output = ar_kernels.attention_module(**tensors, tap=layer.tap, implementation="triton")
-    received = [output.hypothesis, output.global_scores, output.feature_map]
+    output = ar_kernels.attention_module(
+        **tensors, masks=masks, mean=layer.mean, tap=layer.tap, implementation="triton"
+    )
+    received = [output.hypothesis, output.masks, output.mean, output.global_scores, output.feature_map]
     received = [value for value in received if value is not None and value.requires_grad]
     torch.autograd.backward(received, [torch.randn_like(value) for value in received])
 
@@ -525,19 +542,21 @@ def test_the_backward_is_expected_as_it_comes(sizes, frozen, device, monkeypatch
 @pytest.mark.parametrize("by_node", [True, False])
 def test_a_recorded_forward_compiles_the_backward_too(by_node, device, monkeypatch):
     """And where nothing is recorded it does not."""
-    from ar_kernels.kernels.launch import Launch
+    triton = pytest.importorskip("triton", reason="the triton package is not installed")
 
-    built, build = [], Launch.build
-    monkeypatch.setattr(Launch, "build", lambda self, *rest: built.append(self.kernel) or build(self, *rest))
+    compiled = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **call: compiled.append(str(call["fn"])))
     monkeypatch.setattr("ar_kernels.node.wanted", by_node)
-    counts = []
     for is_recorded in (False, True):
         channels = 40 + 16 * by_node + 8 * is_recorded  # no other test's
         layer = Layer(n=3, c=channels, h=6, w=9, k=3, labels=11, dtype=torch.bfloat16, device=device, bias=False)
         tensors = [layer.tensors[name].requires_grad_() for name in ("feature_map", "mask_weight", "output_weight")]
+        before = len(compiled)
         with torch.set_grad_enabled(is_recorded):
             hypothesis = ar_kernels.attention_module(*tensors, implementation="triton").hypothesis
-        counts.append(len(built))
+        forward = [name for name in compiled[before:] if "backward" not in name]
+        assert 0 < len(forward) and (len(compiled) - before > len(forward)) == is_recorded
         if is_recorded:
+            known = list(compiled)
             hypothesis.backward(torch.randn_like(hypothesis))
-    assert 0 < counts[0] < counts[1] - counts[0] and counts[1] == len(built)
+            assert compiled == known

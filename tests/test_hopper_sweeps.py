@@ -36,14 +36,14 @@ WRAPPER = """
           BackwardSweep b = a;
           b.dz = map(&b);  // that there is one
           *programs = can_sweep_backward_floats(b) ? backward_floats_programs(b)
-                      : can_sweep_backward_float_rows(b) ? backward_float_rows_programs(b)
-                      : can_sweep_backward_float_images(b) ? backward_float_images_programs(b) : 0;
+                      : can_sweep_backward_float_images(b) ? backward_float_images_programs(b)
+                      : can_sweep_backward_float_rows(b) ? backward_float_rows_programs(b) : 0;
           return *programs < 1;
         }
         if (!writes) a.dz = {};
         return can_sweep_backward_floats(a) ? sweep_backward_floats(a, nullptr)
-               : can_sweep_backward_float_rows(a) ? sweep_backward_float_rows(a, nullptr)
-                                                  : sweep_backward_float_images(a, nullptr);
+               : can_sweep_backward_float_images(a) ? sweep_backward_float_images(a, nullptr)
+                                                    : sweep_backward_float_rows(a, nullptr);
       }
       if (dz == nullptr) {
         *programs = rows == kRows ? backward_rows_programs(a) : backward_programs(a);
@@ -85,13 +85,13 @@ WRAPPER = """
       if (a.kind == Kind::kFloat) {
         if (splits != nullptr) {
           *splits = can_sweep_forward_floats(a) ? forward_floats_splits(a, false)
-                    : can_sweep_forward_float_rows(a) ? forward_float_rows_splits(a, false)
-                    : can_sweep_forward_float_images(a) ? 1 : 0;
+                    : can_sweep_forward_float_images(a) ? 1
+                    : can_sweep_forward_float_rows(a) ? forward_float_rows_splits(a, false) : 0;
           return *splits < 1;
         }
         return can_sweep_forward_floats(a) ? sweep_forward_floats(a, nullptr)
-               : can_sweep_forward_float_rows(a) ? sweep_forward_float_rows(a, nullptr)
-                                                 : sweep_forward_float_images(a, nullptr);
+               : can_sweep_forward_float_images(a) ? sweep_forward_float_images(a, nullptr)
+                                                   : sweep_forward_float_rows(a, nullptr);
       }
       if (splits != nullptr) {
         *splits = rows == kRows ? 1 : forward_splits(a, false);
@@ -298,16 +298,21 @@ def check_float(found, exact, size):
         (False, 2, 100, 50, 2, False, False, True, 3),  # channels in no whole 32s
         (False, 2, 1024, 49, 4, True, True, True, 2),
         (False, 1, 2048, 49, 4, False, False, False, 1),
-        (True, 3, 32, 12, 4, False, False, False, 2),
+        (True, 3, 24, 12, 4, False, False, False, 2),
         (True, 2, 96, 1200, 4, True, False, False, 2),  # more chunks than slots
-        (True, 3, 160, 196, 3, True, True, True, 2),
-        (True, 5, 320, 64, 1, False, True, False, 2),
-        (True, 2, 640, 36, 2, False, False, True, 3),
-        (True, 2, 1024, 52, 4, True, False, True, 1),
+        (True, 3, 168, 196, 3, True, True, True, 2),
+        (True, 5, 328, 64, 1, False, True, False, 2),
+        (True, 2, 648, 36, 2, False, False, True, 3),
+        (True, 2, 1016, 52, 4, True, False, True, 1),
         (True, 3, 256, 49, 4, False, True, True, 2),  # rows of any length
         (True, 2, 128, 169, 3, True, False, False, 2),
-        (True, 1, 128, 225, 1, False, False, False, 1),
-        (True, 2, 2048, 49, 4, True, False, False, 1),  # more chunks than slots
+        (True, 1, 32, 255, 1, False, False, False, 1),
+        (True, 3, 96, 143, 2, True, True, False, 2),
+        (True, 3, 896, 63, 1, True, False, True, 4),  # in two blocks, one of which has no head
+        (True, 5, 384, 149, 3, False, True, True, 4),  # in two blocks
+        (True, 3, 512, 196, 4, True, True, True, 4),
+        (True, 3, 1024, 196, 2, True, False, True, 8),  # in four, two of which have no head
+        (True, 2, 2048, 196, 3, True, False, False, 8),  # in eight, and more chunks than slots
     ],
 )
 def test_float_backward(kernels, rows, images, channels, positions, heads, mean, tapped, direct, processors):
@@ -536,18 +541,23 @@ def test_what_is_not_finite_stays_in_its_image(kernels, rows, value):
         (False, 1, 2048, 49, 1, 1, False, False, 1),
         (False, 2, 96, 900, 3, 3, True, True, 7),  # split: 96 KB each, at least
         (False, 1, 256, 249, 4, 0, False, False, 9),
-        (True, 3, 32, 12, 4, 4, False, True, 2),
-        (True, 2, 96, 132, 4, 4, True, False, 2),
-        (True, 3, 160, 196, 3, 2, True, True, 2),
-        (True, 5, 320, 64, 1, 1, False, True, 2),
-        (True, 2, 640, 36, 2, 0, True, False, 2),
-        (True, 1, 1024, 52, 4, 3, False, False, 1),
+        (True, 3, 24, 12, 4, 4, False, True, 2),
+        (True, 2, 104, 132, 4, 4, True, False, 2),
+        (True, 3, 168, 196, 3, 2, True, True, 2),
+        (True, 5, 328, 64, 1, 1, False, True, 2),
+        (True, 2, 648, 36, 2, 0, True, False, 2),
+        (True, 1, 1016, 52, 4, 3, False, False, 1),
         (True, 2, 104, 748, 3, 3, True, True, 7),  # split
         (True, 1, 256, 300, 4, 0, False, False, 9),
         (True, 3, 256, 49, 4, 4, True, True, 2),  # rows of any length
         (True, 2, 128, 169, 3, 3, False, True, 2),
-        (True, 1, 128, 225, 1, 1, True, False, 1),
-        (True, 2, 2048, 49, 4, 0, False, False, 1),  # more chunks than slots
+        (True, 1, 32, 255, 1, 1, True, False, 1),
+        (True, 3, 96, 143, 2, 1, True, True, 2),
+        (True, 3, 896, 63, 1, 1, True, True, 2),  # in two blocks, one of which has no head
+        (True, 5, 384, 149, 3, 2, False, False, 2),  # in two blocks
+        (True, 4, 512, 196, 4, 4, True, True, 2),
+        (True, 3, 1024, 196, 2, 2, True, False, 2),  # in four, two of which have no head
+        (True, 2, 2048, 196, 3, 0, True, True, 2),  # in eight, and more chunks than slots
     ],
 )
 def test_float_forward(kernels, rows, images, channels, positions, heads, gated, mean, logits, processors):
@@ -609,8 +619,9 @@ def test_float_forward(kernels, rows, images, channels, positions, heads, gated,
         (False, 160, 1024),  # 16 groups of one warp
         (False, 512, 150),  # of four warps
         (True, 160, 500),
-        (True, 1024, 100),  # a slot more than a tile has chunks
+        (True, 1016, 100),  # a slot more than a tile has chunks
         (True, 512, 49),
+        (True, 1024, 101),  # in two blocks
     ],
 )
 def test_float_warps_may_be_far_apart(kernels, rows, channels, positions, seed, monkeypatch):

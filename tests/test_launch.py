@@ -281,11 +281,37 @@ def test_what_is_expected_is_compiled_beside_what_is_needed(calls, monkeypatch):
     found = dict(warm)
     assert len(warm) == 2 and len(rehearsed) == 1 and found[(2, 1, 1)] == (x, y, out, 256, 3)
     assert found[(3, 1, 1)] == (torch.float16, None, torch.float16, 256, 3)
-    assert calls.ordinary == calls.direct == [] and other.prepared
+    assert calls.ordinary == calls.direct == [] and other.is_prepared((torch.float16, None, torch.float16))
+    assert not other.is_prepared((torch.float16, x, torch.float16)), "another kernel"
     third = launch.Launch(calls.kernel, (4,), (256, 3), **CONSTANTS)
     calls.kernel.warmup = lambda *arguments, **options: calls.Compiled()
     launch.prepare([(third, (x, y, out))])
     assert len(rehearsed) == 1, "what is expected ends with its block"
+
+
+@pytest.mark.parametrize("what", ["the rehearsal", "compiling"])
+def test_what_is_expected_may_fail(what, calls, monkeypatch):
+    """Who needs it is told, nobody else is."""
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    x, y, out = torch.zeros(3, 256)
+    one, other = (launch.Launch(calls.kernel, (grid,), (256, 3), **CONSTANTS) for grid in (2, 3))
+
+    def warmup(*arguments, grid, **options):
+        if grid == (3, 1, 1):
+            raise RuntimeError("out of registers")
+        return calls.Compiled()
+
+    def act():
+        other(stand_in(torch.float32), None, stand_in(torch.float32))
+        if what == "the rehearsal":
+            raise ValueError("too large")
+
+    calls.kernel.warmup = warmup
+    with launch.expecting(act):
+        launch.prepare([(one, (x, y, out))])
+    assert one.is_prepared((x, y, out)) and not other.is_prepared((x, None, out))
+    with pytest.raises(RuntimeError, match="out of registers"):
+        launch.prepare([(other, (x, None, out))])
 
 
 def test_a_stand_in_is_a_tensor_but_for_its_memory(monkeypatch):

@@ -1521,7 +1521,7 @@ def attend3x3_backward(
     if plan.gated_sums is not None:
         dx = grad_features
         if plan.gated_sums.turn is not None:
-            dx = torch.empty_like(grad_features)
+            dx = grad_features.new_empty(grad_features.shape)
             plan.gated_sums.turn(grad_features, dx)
         plan.gated_sums.sums(
             z, score_rows, dx, logits, lse, scores, gates, grad_gates, grad_scores, grad_lse, grad_logits, dt, maps

@@ -7,7 +7,7 @@ shared memory by byte count, whatever the length of rows, and registers hold sum
 
 And float32 maps with up to 4 heads, by plain multiply-adds, whatever PyTorch's matmul precision allows: dense
 channels_last of up to 2,560 channels in whole 4s; NCHW of up to 1,024 channels in whole 8s whose positions come in
-whole 4s; NCHW of up to 2,048 channels in whole 128s and up to 225 positions. These do without dZ too.
+whole 4s; NCHW of up to 2,048 channels in whole 32s and up to 256 positions. These do without dZ too.
 """
 
 import functools
@@ -110,12 +110,12 @@ def upstream_as_read(
     takes_map = native.sweeps_float32(z, w.shape[0]) and can_read(z, w, score_w, dz)
     if not takes_map or (upstream.stride() == dz.stride() and can_read(z, w, upstream)):
         return upstream
-    return torch.empty_like(dz).copy_(upstream)
+    return dz.new_empty_strided(dz.shape, dz.stride()).copy_(upstream)
 
 
 def score_weights(score_w: Tensor | None, gates: Tensor | None, w: Tensor) -> Tensor | None:
     """score_w as these sweeps take it: where there are gates without scores, which weigh every head alike, zeros."""
-    return torch.zeros_like(w) if score_w is None and gates is not None else score_w
+    return w.new_zeros(w.shape) if score_w is None and gates is not None else score_w
 
 
 def makes_pooled_gradient(dtype: torch.dtype) -> bool:

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import operator
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -49,7 +49,7 @@ class Launch:
         self._kernels: dict[tuple, CompiledKernel] = {}
         # Triton's interpreter compiles nothing. On ROCm a kernel is specialised by its tensors' sizes too.
         self._direct = isinstance(kernel, triton.JITFunction) and torch.version.hip is None
-        self.prepared = not self._direct
+        self._prepared: set[tuple[torch.dtype | None, ...]] = set()
 
     def __call__(self, *tensors: Tensor | None) -> None:
         if _recording.recorder is None:
@@ -67,14 +67,19 @@ class Launch:
             self._ordinary(tensors)
             return None
         # With sizes and constants, all that a kernel is specialised by.
-        kinds = (driver.active.get_current_device(), *[None if tensor is None else tensor.dtype for tensor in tensors])
+        dtypes = _dtypes(tensors)
+        kinds = (driver.active.get_current_device(), *dtypes)
         run = self._compiled.get(kinds)
         if run is None:
             self._compile(kinds, tensors)
-            self.prepared = True
+            self._prepared.add(dtypes)
         else:
             run(*addresses, *self._tail)
         return self._kernels.get(kinds)
+
+    def is_prepared(self, tensors: Sequence[Tensor | torch.dtype | None]) -> bool:
+        """Whether a call with such tensors has nothing to compile that could be compiled beside others."""
+        return not self._direct or _dtypes(tensors) in self._prepared
 
     def build(self, device: int, tensors: Sequence[Tensor | torch.dtype | None]) -> Any:
         """Compiles what a call with such tensors will need, in any thread; loads and launches nothing."""
@@ -84,12 +89,12 @@ class Launch:
                 driver.active.launcher_cls(compiled.src, compiled.metadata)
         return compiled
 
-    def load(self, compiled: Any) -> None:
-        """Loads what was built, in one thread at a time: launchers of Triton 3.6 are modules of one name, and one that
-        is loaded again takes another's place there until its caller has looked."""
+    def load(self, compiled: Any, tensors: Sequence[Tensor | torch.dtype | None]) -> None:
+        """Loads what was built for such tensors, in one thread at a time: launchers of Triton 3.6 are modules of one
+        name, and one that is loaded again takes another's place there until its caller has looked."""
         if isinstance(compiled, CompiledKernel):
             compiled[self.grid]
-        self.prepared = True
+        self._prepared.add(_dtypes(tensors))
 
     def _ordinary(self, tensors: tuple[Tensor | None, ...]) -> Any:
         return self.kernel[self.grid](*tensors, *self.sizes, **self.constants)
@@ -112,6 +117,10 @@ _Call = tuple[Launch, Sequence[Tensor | torch.dtype | None]]
 """A dtype for an aligned tensor of it, where it is only to be compiled."""
 
 
+def _dtypes(tensors: Sequence[Tensor | torch.dtype | None]) -> tuple[torch.dtype | None, ...]:
+    return tuple([getattr(tensor, "dtype", tensor) for tensor in tensors])
+
+
 def prepare(calls: Sequence[_Call]) -> None:
     """Before the first of these calls: compiles side by side what they need, and what else a recorder holds.
 
@@ -125,22 +134,23 @@ def prepare(calls: Sequence[_Call]) -> None:
 
 
 def _prepare(calls: Sequence[_Call]) -> None:
-    fresh = {launch: tensors for launch, tensors in calls if not launch.prepared}
+    fresh = {launch: tensors for launch, tensors in calls if not launch.is_prepared(tensors)}
     if not fresh:
         return
     device = driver.active.get_current_device()
     with ThreadPoolExecutor(32) as pool:
         built = {launch: pool.submit(launch.build, device, tensors) for launch, tensors in fresh.items()}
-        # In a thread of its own, where no mode looks on.
-        act = _recording.expected
-        expected = {} if act is None else pool.submit(_rehearse, act).result()
-        built |= {
-            launch: pool.submit(launch.build, device, dtypes)
-            for launch, dtypes in expected.items()
-            if not launch.prepared and launch not in built
-        }
+        expected = [] if _recording.expected is None else _rehearsed(pool, _recording.expected)
+        guesses = [
+            (launch, dtypes, pool.submit(launch.build, device, dtypes))
+            for launch, dtypes in expected
+            if launch not in fresh and not launch.is_prepared(dtypes) and not launch.kernel.pre_run_hooks
+        ]
     for launch, future in built.items():
-        launch.load(future.result())
+        launch.load(future.result(), fresh[launch])
+    for launch, dtypes, future in guesses:
+        with contextlib.suppress(Exception):  # who comes to need it compiles it, and is told
+            launch.load(future.result(), dtypes)
 
 
 # ---------------------------------------------------------------------------------------------- recording
@@ -207,8 +217,8 @@ class Recorder(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """PyTorch asks every mode, and would import Dynamo, for a second, to keep it out of __torch_dispatch__. It does
-        not get there: what it traces has no plans."""
+        """PyTorch asks every mode, and would import Dynamo, for a second, to keep it out of __torch_dispatch__. What
+        Dynamo traces has no plans; should it look on all the same, it may trace this too."""
         return False
 
     def __enter__(self) -> "Recorder":
@@ -227,7 +237,7 @@ class Recorder(TorchDispatchMode):
     def hold(self, launch: Launch, tensors: Sequence[Tensor | None]) -> None:
         """A launch, at once or with others."""
         self._held.append((launch, tensors))
-        if all([one.prepared for one, _ in self._held]):
+        if all([one.is_prepared(given) for one, given in self._held]):
             self._flush()
 
     def _flush(self) -> None:
@@ -396,7 +406,8 @@ class StandIn(Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        # With __torch_dispatch__, and for a product without memory, PyTorch would import SymPy.
+        # With __torch_dispatch__, and for products of what has no memory, PyTorch would import SymPy; and for
+        # empty_like and zeros_like, which launchers therefore do without.
         if func in operators:
             return None
         if func is torch.mm:
@@ -413,17 +424,17 @@ class _Rehearsal:
     """Takes launches in place of a Recorder: none happens."""
 
     def __init__(self) -> None:
-        self.calls: dict[Launch, list[torch.dtype | None]] = {}
+        self.calls: dict[Launch, tuple[torch.dtype | None, ...]] = {}
 
     def prepare(self, calls: Sequence[_Call]) -> None:
         for launch, tensors in calls:
             self.hold(launch, tensors)
 
     def hold(self, launch: Launch, tensors: Sequence[Any]) -> None:
-        self.calls[launch] = [None if tensor is None else tensor.dtype for tensor in tensors]
+        self.calls[launch] = _dtypes(tensors)
 
 
-def _rehearse(act: Callable[[], Any]) -> dict[Launch, list[torch.dtype | None]]:
+def _rehearse(act: Callable[[], Any]) -> dict[Launch, tuple[torch.dtype | None, ...]]:
     """What act launches, without doing it, in a thread that does nothing else."""
     rehearsal = _recording.recorder = _Rehearsal()
     try:
@@ -434,11 +445,21 @@ def _rehearse(act: Callable[[], Any]) -> dict[Launch, list[torch.dtype | None]]:
     return rehearsal.calls
 
 
-@contextlib.contextmanager
-def expecting(act: Callable[[], Any]) -> Iterator[None]:
+def _rehearsed(pool: ThreadPoolExecutor, act: Callable[[], Any]) -> list[_Call]:
+    """What act launches, found out in a thread of its own, where no mode looks on; nothing if it raises, as it will
+    when it is called for what it does."""
+    rehearsal = pool.submit(_rehearse, act)
+    return [] if rehearsal.exception() is not None else list(rehearsal.result().items())
+
+
+class expecting:
     """Where something is compiled within the block, so is what act would launch. act: works on StandIns alone."""
-    before, _recording.expected = _recording.expected, act
-    try:
-        yield
-    finally:
-        _recording.expected = before
+
+    def __init__(self, act: Callable[[], Any]) -> None:
+        self._act = act
+
+    def __enter__(self) -> None:
+        self._before, _recording.expected = _recording.expected, self._act
+
+    def __exit__(self, *error: object) -> None:
+        _recording.expected = self._before

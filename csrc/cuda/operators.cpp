@@ -86,8 +86,8 @@ constexpr Forward kForward[] = {
     {can_sweep_forward, sweep_forward, forward_splits},
     {can_sweep_forward_rows, sweep_forward_rows, nullptr},
     {can_sweep_forward_floats, sweep_forward_floats, forward_floats_splits},
-    {can_sweep_forward_float_rows, sweep_forward_float_rows, forward_float_rows_splits},
     {can_sweep_forward_float_images, sweep_forward_float_images, nullptr},
+    {can_sweep_forward_float_rows, sweep_forward_float_rows, forward_float_rows_splits},
 };
 
 struct Backward {
@@ -100,8 +100,8 @@ constexpr Backward kBackward[] = {
     {can_sweep_backward, sweep_backward, backward_programs},
     {can_sweep_backward_rows, sweep_backward_rows, backward_rows_programs},
     {can_sweep_backward_floats, sweep_backward_floats, backward_floats_programs},
-    {can_sweep_backward_float_rows, sweep_backward_float_rows, backward_float_rows_programs},
     {can_sweep_backward_float_images, sweep_backward_float_images, backward_float_images_programs},
+    {can_sweep_backward_float_rows, sweep_backward_float_rows, backward_float_rows_programs},
 };
 
 // Null: there is none.

@@ -72,6 +72,32 @@ cudaError_t launch_clusters(int blocks, int programs, int threads, int bytes, cu
   return cudaLaunchKernelEx(&config, kKernel, arguments...);
 }
 
+// How many clusters of so many blocks, each with all the shared memory there is, run at once on the current device: all
+// blocks of one are on neighbouring multiprocessors, so some may be left over. Asked once.
+template <auto kKernel>
+int active_clusters(int blocks, int threads) {
+  constexpr int kMostSizes = 17;  // of clusters, and 0
+  static std::atomic<int> known[64][kMostSizes];
+  int device = 0;
+  if (blocks == 1 || blocks >= kMostSizes || cudaGetDevice(&device) != cudaSuccess) return processors() / blocks;
+  std::atomic<int>& found = known[device % 64][blocks];
+  if (found > 0) return found;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = kSharedBytes;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int clusters = 0;
+  if (prepare<kKernel>() != cudaSuccess || cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config) != cudaSuccess ||
+      clusters < 1)
+    return processors() / blocks;
+  return found = clusters;
+}
+
 __device__ __forceinline__ float value_of(__half value) { return __half2float(value); }
 __device__ __forceinline__ float value_of(__nv_bfloat16 value) { return __bfloat162float(value); }
 __device__ __forceinline__ float value_of(float value) { return value; }
