@@ -14,7 +14,8 @@ constexpr int kUnit = 4;              // channels that a warp works on at once
 constexpr int kImagePositions = 256;  // the most
 constexpr int kMostBlockBits = 3;     // 8 blocks of a cluster
 constexpr int kShareBytes = 208 * 1024, kLeastChunk = 24 * 1024, kMostChunk = 52 * 1024;  // of an image; of a share
-constexpr int kLoads = 32;  // barriers and places in the table of slots: twice as many as slots, at least
+constexpr int kAhead = 24 * 1024;  // bytes of the next image that are on their way besides
+constexpr int kLoads = 32;         // barriers and places in the table of slots: twice as many as slots, at least
 
 // How many warps' sums lie side by side, to which the others add theirs.
 __host__ __device__ constexpr int shares_of(int own) { return own == 2 ? 8 : 4; }
@@ -62,8 +63,9 @@ inline FloatImagesCut float_images_cut(int channels, int positions, int columns)
   const int sums = shares_of(cut.own) * columns * line, masks = columns * line;
   const int given = heads * (cut.blocks - 1) * cut.given_bytes;
   const int others = weights + gradients + sums + masks + given + kLoads * (4 + 8) + 4 * 8 + 1024;
-  const int most = (kSharedBytes - others) / cut.chunk_bytes;
-  cut.slots = most < kLoads / 2 ? most : kLoads / 2;
+  // Of what is asked for at once the first comes last: no more ahead than keeps memory busy.
+  const int most = (kSharedBytes - others) / cut.chunk_bytes, ahead = kAhead / cut.chunk_bytes;
+  cut.slots = std::min({most, cut.chunks + ahead, kLoads / 2});
   if (cut.slots < 2 && cut.chunks > 1) cut.slots = 0;  // nothing could be on its way
   cut.stay = cut.slots < cut.chunks ? cut.slots : cut.chunks;
   cut.loads = 2 * cut.chunks - cut.stay;
