@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 
-from .functional import AttentionOutput, rectify
-from .modules import AttentionModule, GlobalGates, _check_kernel_size, _check_mix, _check_positive
+from .functional import AttentionOutput, _check_flags, rectify
+from .modules import AttentionModule, GlobalGates, _check_kernel_size, _check_mix, _check_positive, _is_int
 from .reference import global_gates as global_gates_of
 
 DRY_RUN_SIZES = (64, 224)
@@ -118,7 +118,8 @@ class AttendRectify(nn.Module):
         self.heads = _check_positive("heads", heads)
         _check_mix(mix, gating)
         _check_kernel_size(kernel_size)
-        if channel_dim not in (None, 1, -1):
+        _check_flags(gated=gated)
+        if channel_dim is not None and (not _is_int(channel_dim) or channel_dim not in (1, -1)):
             raise ValueError(f"channel_dim must be 1, -1 or None, got {channel_dim!r}")
         self.layers, self.mix, self.gating = tuple(layers), mix, gating
         maps, self._last = _dry_run(backbone, self.layers, num_classes, example_input, channel_dim)
@@ -179,7 +180,7 @@ class _Call:
         self.deferred: list[Tensor | None] = [None] * len(wrapper.layers)
         self.versions: list[tuple[str, Tensor, int]] = []
 
-    def fired(self, index: int, returned: object) -> Tensor | None:
+    def fired(self, index: int, inputs: tuple[Any, ...], returned: object) -> Tensor | None:
         """Attends what layer `index` returned; returns what the backbone goes on with, None for the same tensor."""
         wrapper, name = self.wrapper, self.wrapper.layers[index]
         if self.outputs[index] is not None or self.deferred[index] is not None:
@@ -191,33 +192,39 @@ class _Call:
                 f"layer {name!r} ran with gradients off inside a forward with gradients on, so its attention could not "
                 "train; use torch.utils.checkpoint with use_reentrant=False, and requires_grad_(False) to freeze layers"
             )
-        if not self.gradients or torch.compiler.is_compiling():
-            return self.attend(index, returned)
         overwritten = wrapper._overwritten[index]
+        if not self.gradients or torch.compiler.is_compiling():
+            following = self.attend(index, returned, tap=True)
+            return following.clone() if overwritten else following
         if not overwritten:
             self.versions.append((name, returned, returned._version))
         if _saved_tensors_are_hooked():
             # torch.utils.checkpoint runs this layer again in backward, without this call, and must then save the same
-            # tensors: so nothing is computed in its region, and the attention comes after the backbone.
-            self.deferred[index] = returned
-            return returned.clone() if overwritten else None
-        return self.attend(index, returned)
+            # tensors: so nothing is computed in its region, and the attention comes after the backbone, which may have
+            # overwritten this very tensor until then.
+            self.deferred[index] = returned.clone() if overwritten else returned
+            return None
+        if overwritten and any([isinstance(value, Tensor) and _share_memory(value, returned) for value in inputs]):
+            # An Identity, a Dropout that does nothing: the backbone still has the tensor that it will overwrite.
+            self.attend(index, returned.clone(), tap=False)
+            return None
+        following = self.attend(index, returned, tap=True)
+        return following.clone() if overwritten else following
 
-    def attend(self, index: int, returned: Tensor) -> Tensor:
-        """Runs the attention of layer `index` on its map; returns the map that the backbone goes on with."""
+    def attend(self, index: int, returned: Tensor, tap: bool) -> Tensor:
+        """Runs the attention of layer `index` on its map; returns the map, tapped if asked for."""
         wrapper = self.wrapper
         channels_last = wrapper._channels_last[index]
         output = wrapper.attention[index](
             returned.movedim(-1, 1) if channels_last else returned,
             global_gates=wrapper.global_gates if index == wrapper._last else None,
             masks=self.details,
-            tap=returned.requires_grad,
+            tap=tap and returned.requires_grad,
         )
         self.outputs[index] = output
-        following = returned
-        if output.feature_map is not None:
-            following = output.feature_map.movedim(1, -1) if channels_last else output.feature_map
-        return following.clone() if wrapper._overwritten[index] else following
+        if output.feature_map is None:
+            return returned
+        return output.feature_map.movedim(1, -1) if channels_last else output.feature_map
 
     def finish(self) -> list[AttentionOutput]:
         """The attention of every layer, once the backbone has returned."""
@@ -227,7 +234,7 @@ class _Call:
         for index, name in enumerate(self.wrapper.layers):
             deferred = self.deferred[index]
             if deferred is not None:
-                self.attend(index, deferred)
+                self.attend(index, deferred, tap=False)
             if self.outputs[index] is None:
                 raise RuntimeError(f"layer {name!r} did not run in this forward, but did when AttendRectify was made")
         return [output for output in self.outputs if output is not None]
@@ -256,7 +263,9 @@ def _running(call: _Call) -> Iterator[None]:
         if "view and is being modified inplace" not in str(error):
             raise
         # The tap is a view of the map: autograd itself stops whoever overwrites it, but cannot name the layer.
-        raise RuntimeError(_OVERWRITTEN.format(" or ".join(map(repr, call.wrapper.layers)))) from error
+        layers = " or ".join(map(repr, call.wrapper.layers))
+        other = f"Or the backbone overwrites a view of its own: {error}"
+        raise RuntimeError(f"{_OVERWRITTEN.format(layers)}. {other}") from error
     finally:
         _calls.innermost = call.outer
 
@@ -271,7 +280,13 @@ class _Hook:
         call = _calls.innermost
         while call is not None and call.wrapper._token is not self.token:
             call = call.outer
-        return None if call is None else call.fired(self.index, returned)
+        return None if call is None else call.fired(self.index, inputs, returned)
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    """As autograd knows it: functorch's tensors have no storage to ask."""
+    bases = [tensor if tensor._base is None else tensor._base for tensor in (one, other)]
+    return bases[0] is bases[1]
 
 
 def _saved_tensors_are_hooked() -> bool:
@@ -334,6 +349,7 @@ def _dry_run(
             times = "never ran" if index not in fired else f"ran {fired.count(index)} times"
             raise ValueError(f"layers must run once in each forward, but {name!r} {times}")
         _check_returned(name, returned[index])
+        _check_batch(name, returned[index], inputs)
     _check_own_output(returned[-1], inputs, num_classes)
 
     shapes: list[tuple[tuple[int, ...], ...]] = [(tuple(feature_map.shape),) for feature_map in returned[:-1]]
@@ -433,10 +449,23 @@ def _check_returned(name: str, returned: object) -> None:
         )
 
 
+def _batch(inputs: tuple[Any, ...]) -> int | None:
+    return next((value.shape[0] for value in inputs if isinstance(value, Tensor) and value.dim() > 0), None)
+
+
+def _check_batch(name: str, feature_map: Tensor, inputs: tuple[Any, ...]) -> None:
+    batch = _batch(inputs)
+    if batch not in (None, feature_map.shape[0]):
+        raise ValueError(
+            f"layer {name!r} must return a map whose first dimension is the batch's {batch} images, got "
+            f"{list(feature_map.shape)}"
+        )
+
+
 def _check_own_output(output: object, inputs: tuple[Any, ...], num_classes: int) -> None:
     if not isinstance(output, Tensor):
         raise TypeError(f"backbone must return a tensor [N, {num_classes}], got {type(output).__name__}")
-    batch = next((value.shape[0] for value in inputs if isinstance(value, Tensor)), None)
+    batch = _batch(inputs)
     if output.dim() != 2 or output.shape[1] != num_classes or batch not in (None, output.shape[0]):
         raise ValueError(f"backbone must return [N, num_classes] = [{batch}, {num_classes}], got {list(output.shape)}")
 

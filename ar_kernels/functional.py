@@ -257,6 +257,7 @@ def attend(
     """
     _check_map(feature_map)
     _check_mask_weight(feature_map, mask_weight)
+    _check_flags(logits=logits, masks=masks, mean=mean, tap=tap)
     heads = mask_weight.shape[0]
     _check_weight("mask_bias", mask_bias, feature_map, (heads,))
     name = _choose(implementation, feature_map, mask_weight)
@@ -324,6 +325,7 @@ def attention_module(
     """
     if not ops.fits(feature_map, mask_weight, mask_bias, gate_weight, gate_bias, output_weight, output_bias):
         _check_layer(feature_map, mask_weight, mask_bias, gate_weight, gate_bias, output_weight, output_bias)
+    _check_flags(masks=masks, mean=mean, tap=tap)
     heads = mask_weight.shape[0]
     by_head = output_weight.dim() > 2
     labels = output_weight.shape[1 if by_head else 0]
@@ -499,6 +501,12 @@ def _check_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got one of layout {value.layout}")
+
+
+def _check_flags(**flags: Any) -> None:
+    for name, value in flags.items():
+        if value is not True and value is not False:
+            raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def _check_float(name: str, value: Any) -> None:

@@ -5,7 +5,16 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from .functional import _FLOATS, _GATINGS, _MIXES, AttentionOutput, _check_implementation, attend, attention_module
+from .functional import (
+    _FLOATS,
+    _GATINGS,
+    _MIXES,
+    AttentionOutput,
+    _check_flags,
+    _check_implementation,
+    attend,
+    attention_module,
+)
 
 
 def _is_int(value: object) -> TypeGuard[int]:
@@ -61,7 +70,8 @@ class AttentionModule(nn.Module):
     bias: adds b_O [K, L] and b_G [K]. The masks need none: it would cancel in their softmax.
     implementation: as ar_kernels.attend takes it; "reference" makes this one module the paper's convolutions.
 
-    Parameters: mask_weight [K, C], gate_weight [K, C] (3×3: [K, C, 3, 3]), output_weight [L, K·C] (3×3: [L, K·C·9]).
+    Parameters: mask_weight [K, C], gate_weight [K, C] (3×3: [K, C, 3, 3]), output_weight [L, K·C] (3×3: [L, K·C·9]),
+    with bias output_bias [K, L] and gate_bias [K]; the gate's are None where heads count alike.
     Weights start from a normal distribution of variance 2/fan-in, biases from 0.
     Raises TypeError and ValueError naming the argument.
     """
@@ -87,6 +97,7 @@ class AttentionModule(nn.Module):
         self.heads = _check_positive("heads", heads)
         _check_kernel_size(kernel_size)
         _check_dtype(dtype)
+        _check_flags(gated=gated, bias=bias)
         self.gated, self.kernel_size = gated, kernel_size
         shape = _head_shape(heads, in_channels, kernel_size)
 

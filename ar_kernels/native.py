@@ -56,7 +56,9 @@ def why_not(device_type: str) -> str | None:
     """What stops the library's kernels from running on a type of device ("cpu", "cuda"); None if nothing does."""
     reason = _load()
     if reason is None and not has_kernels(device_type):
-        reason = f"the native library has no kernels for {device_type}"
+        reason = f"the native library has no layer for {device_type}"
+        if has_kernels(device_type, "sweep_forward_"):
+            reason += '; its sweeps for Hopper serve "triton"'
     return reason
 
 

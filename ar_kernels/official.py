@@ -383,9 +383,10 @@ def _read(file: str | os.PathLike[str] | IO[bytes]) -> object:
                 raise zipfile.BadZipFile(f"the checksum of {damaged} is another")
         file.seek(start)
         return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"file must be a checkpoint of tensors and plain values alone: {reason}") from error
+    except pickle.UnpicklingError:  # whose text tells how to run what is in it
+        raise ValueError(
+            "file must be a checkpoint of tensors and plain values alone, and has or is something else"
+        ) from None
     except Exception as error:  # of a torn file unpickling and unzipping raise whatever they stumble over
         raise ValueError(f"file must be a checkpoint, and could not be read as one: {str(error) or error!r}") from error
 
@@ -476,8 +477,8 @@ def swap(model: nn.Module) -> SwapReport:
     Two kinds are replaced. Modules built like the official AttentionModule, wherever their class comes from (children
     att_head.conv, out_head.conv and, unless without self-attention, score.conv): by AttentionModule, after both have
     made the same of a small random map in eval mode (on the meta device that cannot be seen, and is left out). And
-    ar_kernels' own AttentionModule and GlobalGates that were made with an implementation="reference" or "eager": they
-    lose it, and run the fastest that can run. Everything else, forwards of networks included, stays.
+    ar_kernels' own AttentionModule and GlobalGates that were made with another implementation than "triton": they lose
+    it, and run the fastest that can run. Everything else, forwards of networks included, stays.
 
     Returns SwapReport; its model is model, unless that is an attention module itself. Raises TypeError for anything
     but a Module.

@@ -363,6 +363,68 @@ def test_dropout_in_place(device):
     got.sum().backward()
 
 
+class Probed(nn.Module):
+    """Attended where a layer hands back the very tensor that the net overwrites later, or a view of it."""
+
+    def __init__(self, probe):
+        super().__init__()
+        self.conv, self.probe, self.head = nn.Conv2d(3, 4, 3), probe, nn.Linear(4, LABELS)
+
+    def forward(self, x):
+        feature_map = self.conv(x)
+        self.probe(feature_map)
+        return self.head(F.relu(feature_map, inplace=True).flatten(2).mean(dim=2))
+
+
+@pytest.mark.parametrize("how", ["plain", "saved tensors elsewhere", "checkpoint", "no_grad"])
+@pytest.mark.parametrize("probe", [nn.Identity(), nn.Flatten(2), nn.Dropout(0.0)], ids=str)
+def test_a_layer_that_returns_its_input(probe, how, device):
+    torch.manual_seed(0)
+    model = AttendRectify(Probed(probe).to(device, torch.float64), ["probe"], LABELS, heads=2)
+    assert model._overwritten == (True,)
+    x = images(device).requires_grad_(how != "no_grad")
+
+    def outputs():
+        if how == "checkpoint":
+            return checkpoint(model, x, use_reentrant=False, return_details=True).hypotheses
+        if how == "saved tensors elsewhere":
+            with torch.autograd.graph.save_on_cpu():
+                return model(x, return_details=True).hypotheses
+        with torch.set_grad_enabled(how == "plain"):
+            return model(x, return_details=True).hypotheses
+
+    feature_map = model.backbone.conv(x)
+    expected = torch.stack([model.attention[0](feature_map).hypothesis, model.backbone(x)], dim=1)
+    got = outputs()
+    torch.testing.assert_close(got, expected)
+    if how != "no_grad":
+        grads = [
+            torch.autograd.grad(value.square().sum(), [x, *model.backbone.parameters()]) for value in (got, expected)
+        ]
+        torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("where", ["positions first", "windows"])
+def test_maps_that_do_not_begin_with_the_batch_raise(where, device):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.turn, self.head = nn.Conv2d(3, 4, 4, 4), nn.Identity(), nn.Linear(4, LABELS)
+
+        def forward(self, x):
+            z = self.conv(x)
+            if where == "windows":
+                return self.head(self.turn(z.unflatten(2, (2, -1)).transpose(1, 2).flatten(0, 1)).mean((2, 3))[::2])
+            return self.head(self.turn(z.flatten(2).permute(2, 0, 1)).mean(0))
+
+    got = "[4, 4, 8, 16]" if where == "windows" else "[256, 2, 4]"
+    with pytest.raises(ValueError) as raised:
+        AttendRectify(Odd().to(device), ["turn"], LABELS, channel_dim=1 if where == "windows" else -1)
+    assert str(raised.value) == (
+        f"layer 'turn' must return a map whose first dimension is the batch's 2 images, got {got}"
+    )
+
+
 def test_what_changes_after_construction_raises(device, implementation):
     with use_implementation(implementation):
         check_what_changes(device)

@@ -44,6 +44,9 @@ HALF = torch.float16
 
 OF_ATTEND = [
     ({"feature_map": None}, TypeError, "feature_map must be a torch.Tensor, got NoneType"),
+    ({"masks": None}, TypeError, "masks must be True or False, got None"),
+    ({"mean": "no"}, TypeError, "mean must be True or False, got 'no'"),
+    ({"tap": 1}, TypeError, "tap must be True or False, got 1"),
     (
         {"feature_map": zeros(N, C, H).to_sparse()},
         TypeError,
