@@ -339,6 +339,7 @@ def attention_module(
         _check_weight("global_gate_weight", global_gate_weight, feature_map, tuple(shape))
     name = _choose(implementation, feature_map, mask_weight)
     gates: Tensor | None
+    lse: Tensor | None
     logits: Tensor | None
     average: Tensor | None
     hypothesis: Tensor | None
@@ -374,7 +375,7 @@ def attention_module(
                 )  # fmt: skip
                 lse, logits, t, gates, features, average, hypothesis, tapped = fused[1:]
             else:
-                _, lse, logits, t, gates, features, average = eager.gated_attend(*arguments, heads, mean)
+                _, lse, logits, t, gates, features, average = eager.gated_attend(*arguments, heads, mean, masks)
                 features = features.flatten(1)
                 hypothesis = None if by_head else F.linear(features, output_weight.to(feature_map.dtype))
                 tapped = feature_map
@@ -386,7 +387,7 @@ def attention_module(
                 hypothesis = ops.gated_hypothesis(features, output_weight)
             if output_bias is not None:
                 hypothesis = hypothesis + (gates @ output_bias.to(gates.dtype)).to(hypothesis.dtype)
-            if masks and logits is not None:
+            if masks and logits is not None and lse is not None:
                 attention = _masks(name, logits, lse, heads)
             if global_mask_weight is not None and t is not None:
                 scores = torch.tanh(t[:, heads:])

@@ -41,6 +41,16 @@ def test_float64_equals_the_reference(shape, implementation, device):
         assert (got[name] - truth).abs().max().item() <= scale, name
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_eager_without_masks(shape, device):
+    """Then it does not make lse either: in float64 the same as the reference."""
+    layer = Layer(**SHAPES[shape], device=device)
+    got, exact = layer.run("eager", masks=False), layer.run("reference", masks=False)
+    assert got.keys() == exact.keys() and "module.masks" not in got
+    for name, truth in exact.items():
+        assert (got[name] - truth).abs().max().item() <= 1e-12 * max(1.0, truth.abs().max().item()), name
+
+
 @pytest.mark.parametrize(("layout", "dtype"), BUDGETS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES_OF_BUDGET)
 def test_error_budget(shape, layout, dtype, fused, device):
