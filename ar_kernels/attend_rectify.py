@@ -193,21 +193,19 @@ class _Call:
                 "train; use torch.utils.checkpoint with use_reentrant=False, and requires_grad_(False) to freeze layers"
             )
         overwritten = wrapper._overwritten[index]
-        if not self.gradients or torch.compiler.is_compiling():
-            following = self.attend(index, returned, tap=True)
-            return following.clone() if overwritten else following
-        if not overwritten:
-            self.versions.append((name, returned, returned._version))
-        if _saved_tensors_are_hooked():
-            # torch.utils.checkpoint runs this layer again in backward, without this call, and must then save the same
-            # tensors: so nothing is computed in its region, and the attention comes after the backbone, which may have
-            # overwritten this very tensor until then.
-            self.deferred[index] = returned.clone() if overwritten else returned
-            return None
-        if overwritten and any([isinstance(value, Tensor) and _share_memory(value, returned) for value in inputs]):
-            # An Identity, a Dropout that does nothing: the backbone still has the tensor that it will overwrite.
-            self.attend(index, returned.clone(), tap=False)
-            return None
+        if self.gradients and not torch.compiler.is_compiling():
+            if not overwritten:
+                self.versions.append((name, returned, returned._version))
+            if _saved_tensors_are_hooked():
+                # torch.utils.checkpoint runs this layer again in backward, without this call, and must then save the
+                # same tensors: so nothing is computed in its region, and the attention comes after the backbone, which
+                # may have overwritten this very tensor until then.
+                self.deferred[index] = returned.clone() if overwritten else returned
+                return None
+            if overwritten and any([isinstance(value, Tensor) and _share_memory(value, returned) for value in inputs]):
+                # An Identity, a Dropout that does nothing: the backbone still has the tensor that it will overwrite.
+                self.attend(index, returned.clone(), tap=False)
+                return None
         following = self.attend(index, returned, tap=True)
         return following.clone() if overwritten else following
 

@@ -33,7 +33,7 @@ def attend(
     if mask_bias is not None:
         logits = logits + mask_bias.to(dtype)[:, None]
     lse = torch.logsumexp(logits, dim=2) if wants_lse or weight.dim() == 4 else None
-    if weight.dim() == 4 and lse is not None:  # the official code's, whose regulariser makes masks of lse once more
+    if weight.dim() == 4 and lse is not None:  # the masks that a regulariser gets are, to the bit, those that pooled
         masks = attention_masks(logits, lse)
         taps = shifted_masks(masks.unflatten(2, feature_map.shape[2:]))  # [N, K, 9, S]
         pooled = (taps.flatten(1, 2) @ positions.mT).unflatten(1, taps.shape[1:3]).mT

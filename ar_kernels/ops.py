@@ -957,8 +957,8 @@ def _rehearse_backward(inputs: Sequence[Any], how: tuple[Any, ...], recorded: tu
     seldom |= {4} if inputs[4] is None else set()
     grads = [None if i in seldom else output for i, output in zip(recorded, outputs)]
     if any(needs) and any([grad is not None for grad in grads]):
-        channels_last = _is_channels_last(inputs[0])
-        tensors, options = _of_backward(_to_save(inputs, made), how, recorded, needs, channels_last, grads)
+        received, channels_last = _received(recorded, grads), _is_channels_last(inputs[0])
+        tensors, options = _of_backward(_to_save(inputs, made), received, needs, channels_last, how[5])
         _layer_backward(*tensors, *options)
 
 
@@ -987,8 +987,8 @@ def _gradients(
     z, _, b, _, score_b, _, _, lse, *_ = saved
     if not traced and (torch.is_grad_enabled() or _functorch_is_active()):
         return _differentiated(tuple(saved[:6]), how, wanted, needs, grads)
-    tensors, options = _of_backward(saved, how, wanted, needs, channels_last, grads)
-    received = tensors[-9:]
+    received = _received(wanted, grads)
+    tensors, options = _of_backward(saved, received, needs, channels_last, how[5])
     needs_z, needs_w, needs_b, needs_score_w, needs_score_b, needs_output_w = needs
     if all([grad is None for grad in received[:8]]):  # nothing but the tap was used
         return received[8], None, None, None, None, None
@@ -1004,21 +1004,21 @@ def _gradients(
     )
 
 
-def _of_backward(
-    saved: Sequence[Any],
-    how: tuple[Any, ...],
-    wanted: tuple[int, ...],
-    needs: Sequence[bool],
-    channels_last: bool,
-    grads: Sequence[Tensor | None],
-) -> tuple[list[Any], list[Any]]:
-    """layer_backward's tensors, the last nine of them all outputs' gradients, and options."""
+def _received(wanted: tuple[int, ...], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients of all of _GatedAttend's outputs, of those of the outputs that are wanted."""
     received: list[Tensor | None] = [None] * 9
     for i, grad in zip(wanted, grads):
         received[i] = grad
+    return received
+
+
+def _of_backward(
+    saved: Sequence[Any], received: Sequence[Any], needs: Sequence[bool], channels_last: bool, taps_first: bool
+) -> tuple[list[Any], list[Any]]:
+    """layer_backward's tensors and options."""
     z, w, b, score_w, _, output_w, *made = saved
     needs_z, needs_w, _, needs_score_w, needs_score_b, needs_output_w = needs
-    options = [needs_z, needs_w, needs_score_w, needs_score_b, needs_output_w, channels_last, how[5]]
+    options = [needs_z, needs_w, needs_score_w, needs_score_b, needs_output_w, channels_last, taps_first]
     return [z, w, b, score_w, output_w, *made, *received], options
 
 
