@@ -234,7 +234,8 @@ class _Call:
             if deferred is not None:
                 self.attend(index, deferred, tap=False)
             if self.outputs[index] is None:
-                raise RuntimeError(f"layer {name!r} did not run in this forward, but did when AttendRectify was made")
+                told = f"layer {name!r} did not run in this forward, but did when AttendRectify was made"
+                raise RuntimeError(told + _hint(self.wrapper.backbone))
         return [output for output in self.outputs if output is not None]
 
 
@@ -345,7 +346,7 @@ def _dry_run(
     for index, name in enumerate(layers):
         if fired.count(index) != 1:
             times = "never ran" if index not in fired else f"ran {fired.count(index)} times"
-            raise ValueError(f"layers must run once in each forward, but {name!r} {times}")
+            raise ValueError(f"layers must run once in each forward, but {name!r} {times}{_hint(backbone)}")
         _check_returned(name, returned[index])
         _check_batch(name, returned[index], inputs)
     _check_own_output(returned[-1], inputs, num_classes)
@@ -434,6 +435,14 @@ def _observe(
         for module, flag in training.items():
             module.training = flag
     return returned, fired, versions
+
+
+def _hint(backbone: nn.Module) -> str:
+    """Dynamo leaves hooks out of what it compiled before they were there."""
+    modules = list(backbone.modules())
+    if any(type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None for module in modules):
+        return "; torch.compile saw the backbone before it had hooks: wrap it uncompiled, and compile the AttendRectify"
+    return ""
 
 
 def _check_returned(name: str, returned: object) -> None:

@@ -182,26 +182,16 @@ def _why_not(candidate: str, data: Tensor, mask_weight: Tensor | None, named: bo
     return None
 
 
-SMALL_FLOAT32, SMALL_FLOAT32_HEADS = 16_000_000, 16
-"""The most bytes and heads of a float32 map that eager calls leave to Triton on Hopper. Up to 6.4 MB took 24 to 69 % of
-eager's time on the device, 19 MB 105 to 111 %, and a fifth to a third of its host time, with 4 to 16 heads on an H100
-(docs/tuning.md)."""
-
-
 def _is_for_us(data: Tensor, mask_weight: Tensor) -> bool:
-    """Whether "triton" is faster than eager on this map of more than 2 bytes a number: on Hopper, where it has sweeps
-    for it that are none of Triton's, or where it is small. How small is not asked of a traced graph, which has no one
-    batch size, nor under torch.func and forward mode, for which eager has all derivatives."""
-    if torch.version.hip is not None or data.device.type != "cuda" or _capability(data.device)[0] != 9:
+    """Whether "triton" is faster than eager on this map of more than 2 bytes a number: on NVIDIA's GPUs, in float32 with
+    1×1 heads. Not under torch.func and forward mode, for which eager has all derivatives, unless Hopper has a sweep."""
+    if torch.version.hip is not None or data.device.type != "cuda":
         return False
     if mask_weight.dim() != 2 or data.dtype != torch.float32:
         return False
-    heads = mask_weight.shape[0]
-    if native.sweeps_float32(data, heads):
+    if _capability(data.device)[0] == 9 and native.sweeps_float32(data, mask_weight.shape[0]):
         return True
-    if torch.compiler.is_compiling() or ops.is_transformed():
-        return False
-    return heads <= SMALL_FLOAT32_HEADS and data.nbytes <= SMALL_FLOAT32
+    return not ops.is_transformed()
 
 
 def _choose(implementation: str | None, data: Tensor, mask_weight: Tensor | None) -> str:

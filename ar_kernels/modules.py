@@ -60,6 +60,13 @@ def _head_shape(heads: int, channels: int, kernel_size: int) -> tuple[int, ...]:
     return (heads, channels) if kernel_size == 1 else (heads, channels, 3, 3)
 
 
+def _check_channels(feature_map: Tensor, in_channels: int) -> None:
+    """In the module's own terms; what else can be wrong with a map is said by what it is given to."""
+    if isinstance(feature_map, Tensor) and feature_map.dim() in (3, 4) and feature_map.shape[1] != in_channels:
+        wanted = f"[N, {in_channels}, H, W] or [N, {in_channels}, S]"
+        raise ValueError(f"feature_map must be {wanted} as in_channels says, got {list(feature_map.shape)}")
+
+
 class AttentionModule(nn.Module):
     """One attended layer: K heads look at a feature map, make class hypotheses, and gates mix them (functional form:
     ar_kernels.attention_module, which has the formulas).
@@ -136,6 +143,7 @@ class AttentionModule(nn.Module):
         """
         if global_gates is not None and not isinstance(global_gates, GlobalGates):
             raise TypeError(f"global_gates must be a GlobalGates or None, got {type(global_gates).__name__}")
+        _check_channels(feature_map, self.in_channels)
         return attention_module(
             feature_map,
             self.mask_weight,
@@ -199,6 +207,7 @@ class GlobalGates(nn.Module):
 
     def forward(self, feature_map: Tensor) -> Tensor:
         """feature_map: [N, C, H, W] or [N, C, S] → tanh(t) [N, D+1], float32 for half maps."""
+        _check_channels(feature_map, self.in_channels)
         pooled = attend(feature_map, self.mask_weight, implementation=self.implementation).pooled
         weight = self.gate_weight.to(pooled.dtype).reshape(pooled.shape[1:])
         return torch.tanh((pooled * weight).flatten(2).sum(dim=2))

@@ -389,6 +389,7 @@ def _gated_attend_backward(
             dw if needs_w else None,
             dscore_w if scored else None,
             dscore_b if scored else None,
+            are_deterministic_algorithms_enabled(),
         )
     return gradients
 

@@ -229,21 +229,26 @@ def error(contender: Contender, problem: Problem, inference: bool = True) -> flo
     The very function and shape that will be timed run once; inference: also without autograd. The result's gradient
     is 0 but for two images, so these alone decide all gradients, and float64 need not be computed for more. Errors
     are relative RMS; allowed is twice (the yardstick's + eps). The yardstick, a rival's own uncompiled run or our eager
-    path, must itself stay near its roundings: within 8 eps in half precision, where results are rounded a few times by
+    path, runs on the whole batch too: PyTorch makes products of two images in another way than of many, and more exactly.
+    It must itself stay near its roundings: within 8 eps in half precision, where results are rounded a few times by
     eps / 2 and sums are kept in float32, and 64 eps in float32, where sums of thousands of terms round as well (on a
     CPU they are off by 1.3 and 17 eps at most). A wrong formula is off by about 1.
     """
     truth, z = contender.exact(), problem.maps[0]
     eps, picked = torch.finfo(z.dtype).eps, problem.picked
-    inputs = [z.detach()[picked], *contender.parameters]
-    yardstick = _with_gradients(contender.yardstick, inputs, contender.grad[picked])
     masked = torch.zeros_like(contender.grad)
     masked[picked] = contender.grad[picked]
+
+    def picked_of(found: Sequence[Tensor]) -> list[Tensor]:
+        result, dz, *gradients = found
+        return [result.detach()[picked], dz[picked], *gradients]
+
+    yardstick = picked_of(_with_gradients(contender.yardstick, [z, *contender.parameters], masked))
     result = contender.function(z, *contender.parameters)
     dz, *gradients = torch.autograd.grad(result, (z, *contender.parameters), masked.to(result.dtype))
     if any(bool(dz[image].any()) for image in range(1, z.shape[0] - 1, max(1, z.shape[0] // 8))):
         return float("inf")  # an image got a gradient that belongs to another
-    pairs = list(zip([result.detach()[picked], dz[picked], *gradients], yardstick, truth))
+    pairs = list(zip(picked_of([result, dz, *gradients]), yardstick, truth))
     if inference:
         pairs.append((contender.forward(z)[picked], yardstick[0], truth[0]))
     worst = 0.0

@@ -99,6 +99,13 @@ HAND_MADE = [
     ("the last columns of W_O left out", f"{KERNELS}products.py", "for first in range(0, inner, INNER):", "for first in range(0, inner // INNER * INNER, INNER):"),
     ("a gradient of W_O by columns", f"{KERNELS}products.py", "grad, grad_label, grad_image, features, columns, 1, doutput_w", "grad, grad_image, grad_label, features, columns, 1, doutput_w"),
     ("W_O's gradient from the first tile", f"{KERNELS}products.py", "doutput_w, tile - tiles, labels", "doutput_w, tile, labels"),
+    # float32 by PyTorch's products
+    ("float32 maps of any size", f"{KERNELS}float_products.py", "heads <= SMALL_HEADS and z.nbytes <= SMALL", "heads <= SMALL_HEADS"),
+    ("by products where bits must not depend on the batch", f"{KERNELS}float_products.py", "z.dtype != torch.float32 or alike", "z.dtype != torch.float32"),
+    ("logits without their bias", f"{KERNELS}float_products.py", "tl.store(logits + row * positions + s, logit, mask", "tl.store(logits + row * positions + s, logit - bias, mask"),
+    ("the bias left in the masks' exponent", f"{KERNELS}float_products.py", "        shift -= tl.load(b + k, mask=k < HEADS, other=0.0)\n", "        pass\n"),
+    ("a mean's gradient that is not divided", f"{KERNELS}float_products.py", "tl.where(k < HEADS, a, 1.0 / positions)", "tl.where(k < HEADS, a, 1.0)"),
+    ("an upstream gradient not added to a product", f"{KERNELS}float_products.py", "        calls.append((_add, (upstream, dz)))\n", "        pass\n"),
     # operators and their derivatives
     ("the bias's gradient of lse alone", f"{PACKAGE}ops.py", "        db = db + grad_logits.sum(dim=(0, 2))\n", "        pass\n"),
     ("gradients in the map's layout, never its own", f"{PACKAGE}ops.py", "return z.stride(1) < z.stride(-1)", "return False"),
@@ -113,7 +120,7 @@ HAND_MADE = [
     ("global heads swapped with local ones", f"{PACKAGE}functional.py", "weight = torch.cat([mask_weight, global_mask_weight.to(mask_weight.dtype)])", "weight = torch.cat([global_mask_weight.to(mask_weight.dtype), mask_weight])"),
     ("a silent fallback", f"{PACKAGE}functional.py", "    raise ImplementationUnavailable(f\"implementation {name!r}", "    if name == 'triton':\n        return 'eager'\n    raise ImplementationUnavailable(f\"implementation {name!r}"),
     ("a choice that outlives its block", f"{PACKAGE}functional.py", "        _choice.name = previous\n", "        pass\n"),
-    ("float32 maps of any size", f"{PACKAGE}functional.py", "heads <= SMALL_FLOAT32_HEADS and data.nbytes <= SMALL_FLOAT32", "heads <= SMALL_FLOAT32_HEADS"),
+    ("float32 maps in forward mode", f"{PACKAGE}functional.py", "    return not ops.is_transformed()\n", "    return True\n"),
     ("any device goes", f"{PACKAGE}functional.py", "    if value.device != feature_map.device:\n", "    if False:\n"),
     ("float64 weights beside float32 maps", f"{PACKAGE}functional.py", "dtype.itemsize == 2 and value.dtype == torch.float32)", "value.dtype in _FLOATS)"),
     ("the module's gate bias unused", f"{PACKAGE}modules.py", "            gate_bias=self.gate_bias,\n", ""),

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ar_kernels import ops
-from ar_kernels.kernels import attend3x3, attend_backward, attend_forward, masks, products, rectify
+from ar_kernels.kernels import attend3x3, attend_backward, attend_forward, float_products, masks, products, rectify
 from ar_kernels.kernels.heuristics import Chip
 
 
@@ -59,14 +59,16 @@ class Recorder:
 
 
 @contextlib.contextmanager
-def recording(chip):
-    """Every launch inside the block is recorded instead of run, as if on that chip."""
+def recording(chip, by_products=False):
+    """Every launch inside the block is recorded instead of run, as if on that chip. by_products: of float32 sweeps that
+    PyTorch's products make, which run."""
     launches = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(
             mock.patch.object(ops, "_kernels", lambda data: ops._import_kernels())
         )  # data is on the CPU
-        for module in (attend_forward, attend_backward, attend3x3, masks, products, rectify):
+        stack.enter_context(mock.patch.object(float_products, "are_faster", lambda *arguments: by_products))
+        for module in (attend_forward, attend_backward, attend3x3, float_products, masks, products, rectify):
             for name, value in list(vars(module).items()):
                 if name.endswith("_kernel") and isinstance(value, triton.JITFunction):
                     stack.enter_context(mock.patch.object(module, name, Recorder(value, launches)))
@@ -128,13 +130,15 @@ def _amd_figures(assembly):
     }
 
 
-def record_layer(chip, dtype, channels, side, heads, channels_last, mean=False, tf32=False):
+def record_layer(
+    chip, dtype, channels, side, heads, channels_last, mean=False, tf32=False, images=128, by_products=False
+):
     """The launches of a whole layer, forward and backward, of one shape: tapped, its logits with a gradient."""
     torch.backends.cuda.matmul.allow_tf32 = tf32
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    z = torch.empty(128, channels, side, side, dtype=dtype, device="cpu", memory_format=layout)
+    z = torch.empty(images, channels, side, side, dtype=dtype, device="cpu", memory_format=layout)
     w = torch.empty(heads, channels, dtype=dtype)
-    with recording(chip) as launches:
+    with recording(chip, by_products) as launches:
         for maps in (z[:1], z):  # one image alone is split, and its parts are merged
             outputs = ops._gated_attend(maps, w, None, w, None, heads, mean, mean)
         pooled, lse, logits, scores, gates, features, average = outputs
@@ -274,6 +278,8 @@ def tasks_of(target, everything):
     yield from ((record_layer3x3, target, torch.float32, *case, True) for case in LAYERS3X3[::every])
     if TARGETS[target].gpu.backend == "cuda":  # elsewhere they are PyTorch's
         yield from ((record_products, target, dtype, labels) for dtype in DTYPES[:2] for labels in (100, 200))
+    for channels_last in (True, False):
+        yield record_layer, target, torch.float32, 96, 14, 16, channels_last, channels_last, False, 2, True
     yield record_masks, target, torch.float32
     yield from ((record_rectify, target, torch.bfloat16, mix) for mix in ("logit", "prob"))
 

@@ -92,6 +92,60 @@ def test_triton_forward_kernels_of_many_channels(kernel, sizes, layout, device):
     assert_within_budget(draws, torch.bfloat16)
 
 
+@pytest.mark.usefixtures("guarded_memory")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [*SHAPES_OF_BUDGET, "long", "ungated, no biases"])
+def test_float32_by_pytorchs_products(shape, layout, monkeypatch, device):
+    """As maps have it that are too large for Triton: no launch of a sweep of its own."""
+    float_products = pytest.importorskip("ar_kernels.kernels.float_products")
+    from ar_kernels.kernels import attend_backward, attend_forward, launch
+
+    monkeypatch.setattr(float_products, "SMALL", -1)
+    monkeypatch.setattr(native, "SWEEPS_FLOAT32", False)
+    monkeypatch.setattr("ar_kernels.plans.are_used", lambda *arguments: False)  # of Triton's launches for such maps
+    launched, call = set(), launch.Launch.__call__
+
+    def spy(one, *tensors):
+        launched.add(one.kernel)
+        return call(one, *tensors)
+
+    # What is between the products is judged: PyTorch's own are now more and now less exact than eager's, by their sizes.
+    monkeypatch.setattr(float_products, "_multiply", lambda a, b, out: out.copy_(a.double() @ b.double()))
+    monkeypatch.setattr(launch.Launch, "__call__", spy)
+    sizes = SHAPES.get(shape, {"n": 2, "c": 12, "h": 31, "w": 37, "k": 5, "globals": 1})  # long: in several tiles
+    draws = []
+    for seed in range(6):
+        layer = Layer(**sizes, dtype=torch.float32, device=device, seed=seed)
+        runs = [layer.run(name, layout=LAYOUTS[layout], tap_layout=slice_of_cat) for name in ("triton", "eager")]
+        draws.append((*runs, layer.run("reference", exact=True, tap_layout=slice_of_cat)))
+    sweeps = {attend_forward.held_kernel, attend_forward.wide_kernel, attend_forward.chunked_kernel}
+    assert {float_products.weights_kernel, float_products.mask_gradient_kernel} <= launched
+    assert not launched & {*sweeps, attend_backward.held_kernel, attend_backward.chunked_kernel}
+    assert_within_budget(draws, torch.float32)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pytorchs_products_of_any_strides(layout, monkeypatch, device):
+    """As PyTorch makes them, of a map and a tapped map's gradient in whatever strides, and of what is not needed none."""
+    float_products = pytest.importorskip("ar_kernels.kernels.float_products")
+    monkeypatch.setattr(float_products, "SMALL", -1)
+    monkeypatch.setattr(native, "SWEEPS_FLOAT32", False)
+    layer = Layer(n=2, c=24, h=5, w=7, k=5, dtype=torch.float32, device=device)
+    got = layer.run("triton", layout=LAYOUTS[layout], tap_layout=LAYOUTS[layout])
+    want = layer.run("reference", exact=True, layout=LAYOUTS[layout], tap_layout=LAYOUTS[layout])
+    for name, value in want.items():
+        torch.testing.assert_close(got[name].double(), value, rtol=1e-5, atol=1e-5)
+    z, w = layer.tensors["feature_map"], layer.tensors["mask_weight"]
+    z = z if LAYOUTS[layout] is None else LAYOUTS[layout](z)
+    for needs_z in (True, False):
+        z, w = z.detach().requires_grad_(needs_z), w.detach().requires_grad_(not needs_z)
+        grads = [
+            torch.autograd.grad(ar_kernels.attend(z, w, implementation=name).pooled.sum(), z if needs_z else w)[0]
+            for name in ("triton", "reference")
+        ]
+        torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value")  # of the interpreter
 def test_triton_lets_an_infinite_element_reach_no_other_channel_of_its_row(device):
     """Its logit is -∞ for one head, whose other channels stay finite, and ∞ for the other."""
@@ -344,7 +398,7 @@ def test_frozen_map_gets_no_gradient_write(device, monkeypatch):
 
     def spy(*arguments):
         if not isinstance(arguments[0], launch.StandIn):
-            written.append([value is not None for value in arguments[-4:-2]])  # dz, dw
+            written.append([value is not None for value in arguments[-5:-3]])  # dz, dw
         return original(*arguments)
 
     monkeypatch.setattr(attend_backward, "attend_backward", spy)
@@ -390,8 +444,7 @@ def test_explain_says_what_runs_and_why(device):
         assert "CPU" in explanation.reasons["triton"]
     else:
         assert explanation.chosen == "triton"
-        is_hopper = torch.cuda.get_device_capability()[0] == 9
-        assert ar_kernels.explain(z.float(), w).chosen == ("triton" if is_hopper else "eager")  # as measured
+        assert ar_kernels.explain(z.float(), w).chosen == "triton"
     spatial = ar_kernels.explain(z, torch.randn(2, 4, 3, 3, device=device))
     assert spatial.chosen == explanation.chosen
     assert spatial.reasons["reference"] == "can run"
@@ -400,26 +453,42 @@ def test_explain_says_what_runs_and_why(device):
 
 
 @pytest.mark.parametrize("traced", [False, True])
-@pytest.mark.parametrize("nbytes", [functional.SMALL_FLOAT32, functional.SMALL_FLOAT32 + 4])
 @pytest.mark.parametrize("swept", [False, True])
-def test_float32_maps_that_are_ours(swept, nbytes, traced, monkeypatch):
-    """Of 1×1 heads on Hopper: those with sweeps, and the small ones of eager calls."""
+def test_float32_maps_that_are_ours(swept, traced, monkeypatch):
+    """Of 1×1 heads on NVIDIA's GPUs; in forward mode those with sweeps, on Hopper."""
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: traced)
     monkeypatch.setattr(native, "sweeps_float32", lambda data, heads: swept)
-    ours = swept or (nbytes == functional.SMALL_FLOAT32 and not traced)
     mask_weights = torch.empty(4, 8), torch.empty(4, 8, 3, 3)
-    many = torch.empty(functional.SMALL_FLOAT32_HEADS + 1, 8)
     for dtype in (torch.float32, torch.float64):
-        data = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, nbytes=nbytes)
+        data = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype)
         for capability in ((9, 0), (8, 0), (10, 0)):
             monkeypatch.setattr(functional, "_capability", lambda device, it=capability: it)
             found = [functional._is_for_us(data, mask_weight) for mask_weight in mask_weights]
-            is_there = dtype == torch.float32 and capability == (9, 0)
-            assert found == [ours and is_there, False]
-            assert functional._is_for_us(data, many) == (swept and is_there)
+            assert found == [dtype == torch.float32, False]
             with torch.autograd.forward_ad.dual_level():
-                assert functional._is_for_us(data, mask_weights[0]) == (swept and is_there)
+                is_swept = swept and dtype == torch.float32 and capability == (9, 0)
+                assert functional._is_for_us(data, mask_weights[0]) == is_swept
+    monkeypatch.setattr(torch.version, "hip", "7")
+    assert not functional._is_for_us(
+        SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32), mask_weights[0]
+    )
+
+
+def test_float32_maps_that_pytorchs_products_take(monkeypatch):
+    """Where no sweep does: not the small ones on Hopper, nor where an image's results may not depend on its batch."""
+    float_products = pytest.importorskip("ar_kernels.kernels.float_products")
+    small, heads = float_products.SMALL, float_products.SMALL_HEADS
+    for capability in (8, 9, 10):
+        chip = SimpleNamespace(capability=capability)
+        monkeypatch.setattr(float_products.heuristics, "chip", lambda index, it=chip: it)
+        for nbytes, count in ((small, heads), (small + 4, heads), (small, heads + 1)):
+            z = SimpleNamespace(dtype=torch.float32, nbytes=nbytes, get_device=lambda: 0)
+            is_small = capability == 9 and (nbytes, count) == (small, heads)
+            assert float_products.are_faster(z, count, alike=False) != is_small
+            assert not float_products.are_faster(z, count, alike=True)
+            z.dtype = torch.float64
+            assert not float_products.are_faster(z, count, alike=False)
 
 
 def test_a_named_implementation_raises_where_it_cannot_run(device):
@@ -469,11 +538,11 @@ def test_float32_follows_the_matmul_precision(tf32, device):
 def test_a_batch_that_needs_no_merge_has_it_compiled(monkeypatch, device):
     """A smaller batch of the same maps does need one, and is not to wait for a compiler then."""
     pytest.importorskip("triton", reason="the triton package is not installed")
-    from ar_kernels.kernels import attend_forward
+    from ar_kernels.kernels import attend_forward, launch
     from ar_kernels.kernels.heuristics import chip
 
     prepared = []
-    monkeypatch.setattr(attend_forward, "prepare", lambda calls: prepared.append([call.kernel for call, _ in calls]))
+    monkeypatch.setattr(launch, "prepare", lambda calls: prepared.append([call.kernel for call, _ in calls]))
     attend_forward._plan.cache_clear()
     w = torch.zeros(4, 16, dtype=torch.bfloat16, device=device)
     z = torch.zeros(chip(w.get_device()).processors + 1, 16, 12, 12, dtype=torch.bfloat16, device=device)

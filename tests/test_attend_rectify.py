@@ -701,6 +701,17 @@ def measured_compiled(compiled: nn.Module, inputs: torch.Tensor) -> dict[str, to
     return {name.replace("d _orig_mod.", "d "): value for name, value in got.items()}
 
 
+def test_a_backbone_that_ran_compiled_before_it_was_wrapped(device):
+    """Dynamo has left the hooks out: the error says what to do instead."""
+    torch._dynamo.reset()
+    inputs = images(device)
+    compiled = torch.compile(OwnNet(LABELS).to(device, torch.float64), backend="eager")
+    compiled(inputs)
+    with pytest.raises((ValueError, RuntimeError), match="wrap it uncompiled, and compile the AttendRectify"):
+        AttendRectify(compiled, ["_orig_mod.middle.0"], LABELS, example_input=inputs)(inputs)
+    torch._dynamo.reset()
+
+
 def test_compiled_backbone_and_checkpoint(device):
     """A backbone that is compiled by itself, and a checkpointed one compiled with graph breaks."""
     torch._dynamo.reset()

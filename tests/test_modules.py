@@ -252,7 +252,11 @@ def test_bad_maps(mode, device):
     module = make(device)
     call = module if mode == "eager" else torch.compile(module, backend="aot_eager")
     cases = [
-        (feature_map(device, 2, 7, 4, 4), ValueError, "C = 7 to match feature_map [2, 7, 4, 4], got [3, 6]"),
+        (
+            feature_map(device, 2, 7, 4, 4),
+            ValueError,
+            "must be [N, 6, H, W] or [N, 6, S] as in_channels says, got [2, 7,",
+        ),
         (feature_map(device, 2, 6), ValueError, "feature_map must be [N, C, H, W] or [N, C, S], got [2, 6]"),
         (feature_map(device).float(), TypeError, "mask_weight must be torch.float32 to go with feature_map"),
         (feature_map(device).int(), TypeError, "feature_map must be float16, bfloat16, float32 or float64, got"),
@@ -262,6 +266,10 @@ def test_bad_maps(mode, device):
             call(maps)
         assert message in str(raised.value)
     wrong = GlobalGates(5, 2, device=device, dtype=torch.float64)
+    with pytest.raises(
+        ValueError, match=r"must be \[N, 5, H, W\] or \[N, 5, S\] as in_channels says, got \[2, 6, 4, 4\]"
+    ):
+        wrong(feature_map(device, 2, 6, 4, 4))
     with pytest.raises(ValueError, match=r"global_mask_weight must be \[2, 6\], got \[2, 5\]"):
         call(feature_map(device), global_gates=wrong)
     assert attention_module(feature_map(device), module.mask_weight, module.output_weight).gates.shape == (2, 3)

@@ -26,9 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import hopper
+from . import float_products, hopper
 from .heuristics import MOST_REGISTERS, SUMS_OVER_LANES, chip, next_power_of_2, sweep_config
-from .launch import Launch, prepare
+from .launch import Call, Launch, run
 from .tiles import (
     accumulator,
     float32_precision,
@@ -454,6 +454,7 @@ class _Plan(NamedTuple):
     pooled: Launch | None  # None: the sweep does it
     sweep: Launch | None
     native: Any  # in place of sweep: an operator of the library built from csrc
+    products: bool  # or PyTorch's products
     sums: Launch | None
     programs: int  # of the sweep, each with its share of dW_H
 
@@ -473,6 +474,7 @@ def _plan(
     has_dt: bool,
     precision: str,
     native: bool,
+    products: bool,
 ) -> _Plan:
     images, channels = sizes[:2]
     positions = math.prod(sizes[2:])
@@ -488,11 +490,15 @@ def _plan(
         backward=True, tapped=up_strides is not None,
     )  # fmt: skip
     sweep, operator, programs = None, None, 0
-    if native and (has_dw or dz_strides is not None):
+    sweeps = has_dw or dz_strides is not None
+    if native and sweeps:
         operator, programs = hopper.backward_sweep(
             z, sizes, strides, up_strides, dz_strides, heads, dtype.itemsize, chip(device)
         )
-    if operator is None and (has_dw or dz_strides is not None):
+    products = products and sweeps and operator is None
+    if products:
+        programs = images
+    elif operator is None and sweeps:
         items = images * config.splits
         programs = min(items, config.per_processor * processors)
         own = {"PARTS": config.parts, "SCALED": dtype == torch.float16} | of_pooled if config.held else constants
@@ -525,7 +531,7 @@ def _plan(
             weight_sums_kernel, (heads * (has_dw + has_dt), -(-channels // tile)), (programs, images),
             C=channels, HEADS=heads, TAPS=1, BOTH=False, C_TILE=tile, R_TILE=256, num_warps=4,
         )  # fmt: skip
-    return _Plan(pooled, sweep, operator, sums, programs)
+    return _Plan(pooled, sweep, operator, products, sums, programs)
 
 
 def attend_backward(
@@ -549,9 +555,11 @@ def attend_backward(
     dw: Tensor | None,
     dscore_w: Tensor | None,
     dscore_b: Tensor | None,
+    alike: bool,
 ) -> None:
     """Launches the sweep and the sums into dz (z's shape, contiguous or channels_last), dw and dscore_w [K, C] and
-    dscore_b [K] (float32, float64 for a float64 map); what is None is not computed, the two scores' go together."""
+    dscore_b [K] (float32, float64 for a float64 map); what is None is not computed, the two scores' go together.
+    alike: an image's dz does not depend on its batch."""
     (images, channels), heads, has_mean = z.shape[:2], w.shape[0], grad_mean is not None
     upstream = hopper.upstream_as_read(z, w, score_w, upstream, dz)
     plan = _plan(
@@ -559,17 +567,17 @@ def attend_backward(
         None if upstream is None else upstream.stride(), None if dz is None else dz.stride(),
         z.dtype, z.get_device(), heads, 0 if gates is None else gates.shape[1], has_mean,
         dw is not None, dscore_w is not None, float32_precision(z.dtype),
-        hopper.can_read(z, w, score_w, upstream, dz),
+        hopper.can_read(z, w, score_w, upstream, dz), float_products.are_faster(z, heads, alike),
     )  # fmt: skip
     received = (grad_features, grad_gates, grad_scores, grad_pooled, grad_lse, grad_mean, grad_logits)
     dt = None if dscore_w is None else lse.new_empty(images, heads)
     shares = None if dw is None else lse.new_empty(plan.programs, heads, channels)
     pairs = delta = unscale = None
-    if plan.pooled is not None and (plan.sweep is not None or plan.native is not None):
+    if plan.pooled is not None and (plan.sweep is not None or plan.native is not None or plan.products):
         pairs = z.new_empty(images, heads + has_mean, 2, channels)
         delta = lse.new_empty(images, heads)
         unscale = lse.new_empty(images) if z.dtype == torch.float16 else None
-    calls: list[tuple[Any, tuple[Tensor | None, ...]]] = []
+    calls: list[Call] = []
     if plan.pooled is not None:
         calls.append((plan.pooled, (score_w, pooled, scores, gates, *received, w, pairs, delta, dt, unscale)))
     if plan.native is not None:
@@ -587,8 +595,8 @@ def attend_backward(
         else:
             tensors = (z, b, lse, pairs, delta, unscale, grad_logits, upstream, dz, shares)
         calls.append((plan.sweep, tensors))
+    if plan.products:
+        calls += float_products.backward_calls(z, b, lse, pairs, delta, grad_logits, upstream, dz, shares)
     if plan.sums is not None:
         calls.append((plan.sums, (shares, pooled, dt, dw, dscore_w, dscore_b)))
-    prepare([call for call in calls if isinstance(call[0], Launch)])
-    for launch, tensors in calls:
-        launch(*tensors)
+    run(calls)

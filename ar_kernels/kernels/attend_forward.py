@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import hopper
+from . import float_products, hopper
 from .heuristics import MOST_REGISTERS, SUMS_OVER_LANES, chip, next_power_of_2, sweep_config
-from .launch import Launch, prepare
+from .launch import Call, Launch, run
 from .tiles import (
     accumulator,
     aligned,
@@ -467,7 +467,7 @@ def merge_kernel(
 class _Plan(NamedTuple):
     """What is launched for maps of one shape, strides and dtype."""
 
-    sweep: Launch | None  # None: `native` does it
+    sweep: Launch | None  # None: `native` does it, or without one PyTorch's products
     native: Any  # an operator of the library built from csrc
     merge: Launch | None  # None: no batch of such maps needs one; after `native`, this one does not
     rows: int  # (image, split), where the sweep writes parts that are to be merged; else 0
@@ -486,6 +486,7 @@ def _plan(
     precision: str,
     alike: bool,
     native: bool,
+    products: bool,
 ) -> _Plan:
     images, channels = sizes[:2]
     positions = math.prod(sizes[2:])
@@ -515,6 +516,8 @@ def _plan(
         merges = parts > 1
         merge = _merge(images, parts, constants) if merges else None
         return _Plan(None, operator, merge, images * parts if merges else 0, False)
+    if products:
+        return _Plan(None, None, _merge(images, 1, constants | {"ROWS": heads}), images, False)
     sweep = Launch(
         kernel,
         (images * config.splits,),
@@ -558,21 +561,23 @@ def attend_forward(
     plan = _plan(
         z.shape, z.stride(), z.dtype, z.get_device(), heads,
         0 if gates is None else gates.shape[1], mean is not None, float32_precision(z.dtype), alike,
-        hopper.can_read(z, w, score_w),
+        hopper.can_read(z, w, score_w), float_products.are_faster(z, heads, alike),
     )  # fmt: skip
     if plan.native is not None:
         score_w = hopper.score_weights(score_w, gates, w)
     # Not to compile anew for a batch that needs no merge, a held sweep always gets pointers; these it does not follow.
     parts = (lse, lse, lse) if plan.gets_parts else (None, None, None)
+    by_products = plan.sweep is None and plan.native is None
     if plan.rows:
-        rows = heads + (mean is not None)
+        rows = heads + (mean is not None and not by_products)
         parts = tuple(lse.new_empty(plan.rows, rows, *more) for more in ((), (), (channels,)))
-    sweep = plan.sweep or plan.native
-    tensors = (z, w, b, score_w, score_b, pooled, lse, logits, mean, scores, gates, features, *parts)
-    calls: list[tuple[Any, tuple[Tensor | None, ...]]] = [(sweep, tensors)]
-    if plan.merge is not None:
-        calls.append((plan.merge, (score_w, score_b, pooled, lse, mean, scores, gates, features, *parts)))
+    calls: list[Call] = []
+    merged_mean = mean
+    if by_products:
+        calls, merged_mean = float_products.forward_calls(z, w, b, logits, mean, *parts), None
+    else:
+        tensors = (z, w, b, score_w, score_b, pooled, lse, logits, mean, scores, gates, features, *parts)
+        calls.append((plan.sweep or plan.native, tensors))
+    merge = (plan.merge, (score_w, score_b, pooled, lse, merged_mean, scores, gates, features, *parts))
     # The merge too: a smaller batch of such maps is not to wait for a compiler.
-    prepare([call for call in calls if isinstance(call[0], Launch)])
-    for launch, tensors in calls[: 2 if plan.rows else 1]:
-        launch(*tensors)
+    run(calls + [merge] if plan.rows else calls, [] if plan.merge is None else [merge])

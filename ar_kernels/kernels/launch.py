@@ -113,7 +113,10 @@ class Launch:
             self._direct = False
 
 
-_Call = tuple[Launch, Sequence[Tensor | torch.dtype | None]]
+Call = tuple[Any, Sequence[Tensor | None]]
+"""A Launch, or another function, and its tensors."""
+
+_Build = tuple[Launch, Sequence[Tensor | torch.dtype | None]]
 """A dtype for an aligned tensor of it, where it is only to be compiled."""
 
 
@@ -121,7 +124,14 @@ def _dtypes(tensors: Sequence[Tensor | torch.dtype | None]) -> tuple[torch.dtype
     return tuple([getattr(tensor, "dtype", tensor) for tensor in tensors])
 
 
-def prepare(calls: Sequence[_Call]) -> None:
+def run(calls: Sequence[Call], besides: Sequence[Call] = ()) -> None:
+    """Makes the calls, one after another. Kernels that they, or those besides, need compiled are compiled first."""
+    prepare([call for call in (*calls, *besides) if isinstance(call[0], Launch)])
+    for act, tensors in calls:
+        act(*tensors)
+
+
+def prepare(calls: Sequence[_Build]) -> None:
     """Before the first of these calls: compiles side by side what they need, and what else a recorder holds.
 
     Triton holds Python's lock only while it reads a kernel's source: its passes run at once, and so do the assembler
@@ -133,7 +143,7 @@ def prepare(calls: Sequence[_Call]) -> None:
         _recording.recorder.prepare(calls)
 
 
-def _prepare(calls: Sequence[_Call]) -> None:
+def _prepare(calls: Sequence[_Build]) -> None:
     fresh = {launch: tensors for launch, tensors in calls if not launch.is_prepared(tensors)}
     if not fresh:
         return
@@ -212,8 +222,8 @@ class Recorder(TorchDispatchMode):
         self._places: dict[int, int] = {}  # by address: the last of _allocated there
         self._steps: list[int] = []
         self._used: set[int] = set()
-        self._held: list[_Call] = []
-        self._coming: list[_Call] = []  # to be compiled beside them
+        self._held: list[_Build] = []
+        self._coming: list[_Build] = []  # to be compiled beside them
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -231,7 +241,7 @@ class Recorder(TorchDispatchMode):
         if error[0] is None:
             self._flush()
 
-    def prepare(self, calls: Sequence[_Call]) -> None:
+    def prepare(self, calls: Sequence[_Build]) -> None:
         self._coming += calls
 
     def hold(self, launch: Launch, tensors: Sequence[Tensor | None]) -> None:
@@ -410,8 +420,9 @@ class StandIn(Tensor):
         # empty_like and zeros_like, which launchers therefore do without.
         if func in operators:
             return None
-        if func is torch.mm:
-            return args[0].new_empty(args[0].shape[0], args[1].shape[1])
+        if func in (torch.mm, torch.bmm):
+            out = (kwargs or {}).get("out")
+            return args[0].new_empty(args[0].shape[0], args[1].shape[1]) if out is None else out
         made = super().__torch_function__(func, types, args, kwargs or {})
         index = next(value.index for value in tree_leaves((args, kwargs)) if isinstance(value, cls))
         for value in tree_leaves(made):
@@ -426,7 +437,7 @@ class _Rehearsal:
     def __init__(self) -> None:
         self.calls: dict[Launch, tuple[torch.dtype | None, ...]] = {}
 
-    def prepare(self, calls: Sequence[_Call]) -> None:
+    def prepare(self, calls: Sequence[_Build]) -> None:
         for launch, tensors in calls:
             self.hold(launch, tensors)
 
@@ -445,7 +456,7 @@ def _rehearse(act: Callable[[], Any]) -> dict[Launch, tuple[torch.dtype | None, 
     return rehearsal.calls
 
 
-def _rehearsed(pool: ThreadPoolExecutor, act: Callable[[], Any]) -> list[_Call]:
+def _rehearsed(pool: ThreadPoolExecutor, act: Callable[[], Any]) -> list[_Build]:
     """What act launches, found out in a thread of its own, where no mode looks on; nothing if it raises, as it will
     when it is called for what it does."""
     rehearsal = pool.submit(_rehearse, act)
