@@ -183,8 +183,9 @@ def _why_not(candidate: str, data: Tensor, mask_weight: Tensor | None, named: bo
 
 
 def _is_for_us(data: Tensor, mask_weight: Tensor) -> bool:
-    """Whether "triton" is faster than eager on this map of more than 2 bytes a number: on NVIDIA's GPUs, in float32 with
-    1×1 heads. Not under torch.func and forward mode, for which eager has all derivatives, unless Hopper has a sweep."""
+    """Whether "triton" is faster than eager on this map of more than 2 bytes a number: on NVIDIA's GPUs, in float32
+    with 1×1 heads. Not under torch.func and forward mode, for which eager has all derivatives, unless Hopper has a
+    sweep."""
     if torch.version.hip is not None or data.device.type != "cuda":
         return False
     if mask_weight.dim() != 2 or data.dtype != torch.float32:

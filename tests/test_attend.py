@@ -109,7 +109,7 @@ def test_float32_by_pytorchs_products(shape, layout, monkeypatch, device):
         launched.add(one.kernel)
         return call(one, *tensors)
 
-    # What is between the products is judged: PyTorch's own are now more and now less exact than eager's, by their sizes.
+    # What is between the products is judged: PyTorch's own are more exact than eager's, or less, by their sizes.
     monkeypatch.setattr(float_products, "_multiply", lambda a, b, out: out.copy_(a.double() @ b.double()))
     monkeypatch.setattr(launch.Launch, "__call__", spy)
     sizes = SHAPES.get(shape, {"n": 2, "c": 12, "h": 31, "w": 37, "k": 5, "globals": 1})  # long: in several tiles
@@ -126,7 +126,7 @@ def test_float32_by_pytorchs_products(shape, layout, monkeypatch, device):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pytorchs_products_of_any_strides(layout, monkeypatch, device):
-    """As PyTorch makes them, of a map and a tapped map's gradient in whatever strides, and of what is not needed none."""
+    """As PyTorch makes them, of a map and a tapped map's gradient in any strides, and of what is not needed none."""
     float_products = pytest.importorskip("ar_kernels.kernels.float_products")
     monkeypatch.setattr(float_products, "SMALL", -1)
     monkeypatch.setattr(native, "SWEEPS_FLOAT32", False)

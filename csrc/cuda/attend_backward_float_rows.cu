@@ -229,7 +229,8 @@ bool can_sweep_backward_float_rows(const BackwardSweep& a) {
 }
 
 int backward_float_rows_programs(const BackwardSweep& a) {
-  return static_cast<int>(std::min<int64_t>(static_cast<int64_t>(a.images) * backward_cut(a).tiles, processors()));
+  const FloatRowsCut cut = backward_cut(a);
+  return static_cast<int>(std::min<int64_t>(static_cast<int64_t>(a.images) * cut.tiles, cut.blocks * processors()));
 }
 
 cudaError_t sweep_backward_float_rows(const BackwardSweep& a, cudaStream_t stream) {

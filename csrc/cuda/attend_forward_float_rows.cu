@@ -232,7 +232,7 @@ cudaError_t sweep(const ForwardSweep& a, const FloatRowsCut& cut, cudaStream_t s
   CUtensorMap z;
   if (!encode(&z, a.z, a.images, a.channels, a.positions, cut)) return cudaErrorInvalidValue;
   const int64_t rows = static_cast<int64_t>(a.images) * cut.splits;
-  return launch<forward_float_rows_kernel<kQuads>>(static_cast<int>(std::min<int64_t>(rows, processors())),
+  return launch<forward_float_rows_kernel<kQuads>>(static_cast<int>(std::min<int64_t>(rows, cut.blocks * processors())),
                                                    32 * cut.warps, cut.bytes, stream, z, a, cut);
 }
 
@@ -247,7 +247,8 @@ bool can_sweep_forward_float_rows(const ForwardSweep& a) {
 }
 
 int forward_float_rows_splits(const ForwardSweep& a, bool alike) {
-  return splits_of(a.images, a.channels, a.positions, forward_cut(a).tiles, alike);
+  const FloatRowsCut cut = forward_cut(a);
+  return splits_of(a.images, a.channels, a.positions, cut.blocks * processors(), cut.tiles, alike);
 }
 
 cudaError_t sweep_forward_float_rows(const ForwardSweep& a, cudaStream_t stream) {

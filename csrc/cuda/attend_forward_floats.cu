@@ -284,7 +284,7 @@ bool can_sweep_forward_floats(const ForwardSweep& a) {
 
 // 16 positions at least.
 int forward_floats_splits(const ForwardSweep& a, bool alike) {
-  return splits_of(a.images, a.channels, a.positions, a.positions / 16, alike);
+  return splits_of(a.images, a.channels, a.positions, processors(), a.positions / 16, alike);
 }
 
 cudaError_t sweep_forward_floats(const ForwardSweep& a, cudaStream_t stream) {

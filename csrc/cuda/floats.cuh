@@ -83,14 +83,14 @@ inline FloatsCut floats_cut(int channels, int positions, int splits, int most_st
   return cut;
 }
 
-// Into how many splits a forward sweep may cut an image: few images are split, so that all multiprocessors have
+// Into how many splits a forward sweep may cut an image: few images are split, so that all blocks that run at once have
 // something to do, but not into many small ones, each of which takes the merge time; or, where that must not depend on
 // their number, large ones. Measured on an H100: an image of 256 x 56 x 56 takes 45 us in 132 splits, 25 in 49, 19 in
 // 25, 21 in 12; eight of 512 x 28 x 28 in NCHW take 22 in 13, one for each tile, and 27 in 12 or 6.
-inline int splits_of(int images, int channels, int positions, int most, bool alike) {
+inline int splits_of(int images, int channels, int positions, int blocks, int most, bool alike) {
   constexpr int kSplitBytes = 256 * 1024, kLeastBytes = 96 * 1024;
   const int64_t bytes = int64_t{4} * channels * positions, wanted = bytes / (alike ? kSplitBytes : kLeastBytes);
-  const int64_t splits = alike ? wanted : std::min<int64_t>(wanted, processors() / images);
+  const int64_t splits = alike ? wanted : std::min<int64_t>(wanted, blocks / images);
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(splits, most)));
 }
 
