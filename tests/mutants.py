@@ -187,10 +187,11 @@ TESTS = {
     f"{KERNELS}tiles.py": [["tests/test_heuristics.py"], *OF_1X1[:2], *OF_3X3[:1], ["tests/test_ops.py", "-k", "beyond"], *OF_1X1[2:], *OF_3X3[1:]],
     f"{KERNELS}rectify.py": [["tests/test_ops.py", "-k", "rectify and triton"], ["tests/test_extremes.py", "-k", "rectify"]],
     f"{KERNELS}products.py": [["tests/test_products.py"]],
+    f"{KERNELS}float_products.py": [["tests/test_attend.py", "-k", "products"]],
     f"{PACKAGE}ops.py": OF_OPS,
     f"{PACKAGE}eager.py": [["tests/test_attend.py", "-k", "eager and (float64_equals or no_copy)"], *OF_OPS],
     f"{PACKAGE}functional.py": [
-        ["tests/test_errors.py", "-k", "eager"], ["tests/test_attend.py", "-k", "eager or named or explain"],
+        ["tests/test_errors.py", "-k", "eager"], ["tests/test_attend.py", "-k", "eager or named or explain or are_ours"],
         ["tests/test_properties.py", "-k", "cases and 0"], *OF_OPS,
     ],
     f"{PACKAGE}modules.py": [["tests/test_modules.py"], ["tests/test_errors.py", "tests/test_models.py"]],
