@@ -93,7 +93,8 @@ class AttendRectify(nn.Module):
     layer left it; the backbone goes on with a copy. A layer inside torch.utils.checkpoint needs use_reentrant=False;
     its map is then kept for the attention. Under torch.compile such a layer breaks the graph unless
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint is set; other backbones compile as one graph.
-    Parameters are made on each map's device and in its dtype.
+    Parameters are made on each map's device and in its dtype; in float32 for half-precision maps of a backbone with
+    float32 parameters, which autocasts inside.
     state_dict keys: backbone.*, attention.<i>.* with i the place in layers, global_gates.*.
     Raises TypeError and ValueError naming the argument or the layer.
     """
@@ -306,7 +307,7 @@ class _Map(NamedTuple):
     channels_last: bool
     overwritten: bool
     device: torch.device
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the attention's parameters
 
 
 def _check_layers(backbone: object, layers: object) -> None:
@@ -369,8 +370,15 @@ def _dry_run(
             )
         channels = feature_map.shape[-1 if channels_last else 1]
         overwritten = feature_map._version != versions[len(maps)]
-        maps.append(_Map(channels, channels_last, overwritten, feature_map.device, feature_map.dtype))
+        dtype = _weight_dtype(backbone, feature_map.dtype)
+        maps.append(_Map(channels, channels_last, overwritten, feature_map.device, dtype))
     return maps, fired[-1]
+
+
+def _weight_dtype(backbone: nn.Module, dtype: torch.dtype) -> torch.dtype:
+    """Of attention parameters beside maps of this dtype."""
+    has_float32 = any(parameter.dtype == torch.float32 for parameter in backbone.parameters())
+    return torch.float32 if has_float32 and dtype.itemsize == 2 else dtype
 
 
 def _first_run(backbone: nn.Module, layers: tuple[str, ...], sizes: list[int]) -> tuple[Any, ...]:

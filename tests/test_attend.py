@@ -93,7 +93,7 @@ def test_triton_forward_kernels_of_many_channels(kernel, sizes, layout, device):
 
 
 @pytest.mark.usefixtures("guarded_memory")
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", [*SHAPES_OF_BUDGET, "long", "ungated, no biases"])
 def test_float32_by_pytorchs_products(shape, layout, monkeypatch, device):
     """As maps have it that are too large for Triton: no launch of a sweep of its own."""
@@ -125,12 +125,13 @@ def test_float32_by_pytorchs_products(shape, layout, monkeypatch, device):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_pytorchs_products_of_any_strides(layout, monkeypatch, device):
-    """As PyTorch makes them, of a map and a tapped map's gradient in any strides, and of what is not needed none."""
+@pytest.mark.parametrize("sizes", [{}, {"c": 1}, {"c": 1, "k": 1, "n": 1}, {"h": 1, "w": 1}], ids=str)
+def test_pytorchs_products_of_any_strides(sizes, layout, monkeypatch, device):
+    """As PyTorch makes them, and of what is not needed none; or Triton's, where PyTorch would copy the map."""
     float_products = pytest.importorskip("ar_kernels.kernels.float_products")
     monkeypatch.setattr(float_products, "SMALL", -1)
     monkeypatch.setattr(native, "SWEEPS_FLOAT32", False)
-    layer = Layer(n=2, c=24, h=5, w=7, k=5, dtype=torch.float32, device=device)
+    layer = Layer(**{"n": 2, "c": 24, "h": 5, "w": 7, "k": 5, **sizes}, dtype=torch.float32, device=device)
     got = layer.run("triton", layout=LAYOUTS[layout], tap_layout=LAYOUTS[layout])
     want = layer.run("reference", exact=True, layout=LAYOUTS[layout], tap_layout=LAYOUTS[layout])
     for name, value in want.items():
@@ -476,19 +477,20 @@ def test_float32_maps_that_are_ours(swept, traced, monkeypatch):
 
 
 def test_float32_maps_that_pytorchs_products_take(monkeypatch):
-    """Where no sweep does: not the small ones on Hopper, nor where an image's results may not depend on its batch."""
+    """Where no sweep does: not small ones on Hopper, nor what PyTorch would copy, nor where batches may not count."""
     float_products = pytest.importorskip("ar_kernels.kernels.float_products")
     small, heads = float_products.SMALL, float_products.SMALL_HEADS
     for capability in (8, 9, 10):
         chip = SimpleNamespace(capability=capability)
         monkeypatch.setattr(float_products.heuristics, "chip", lambda index, it=chip: it)
-        for nbytes, count in ((small, heads), (small + 4, heads), (small, heads + 1)):
-            z = SimpleNamespace(dtype=torch.float32, nbytes=nbytes, get_device=lambda: 0)
-            is_small = capability == 9 and (nbytes, count) == (small, heads)
+        for size, count in ((small // 4, heads), (small // 4 + 1, heads), (small // 4, heads + 1)):
+            z = torch.empty(1, 1, size, 1, device="meta")
+            is_small = capability == 9 and (size, count) == (small // 4, heads)
             assert float_products.are_faster(z, count, alike=False) != is_small
             assert not float_products.are_faster(z, count, alike=True)
-            z.dtype = torch.float64
-            assert not float_products.are_faster(z, count, alike=False)
+            assert not float_products.are_faster(z.double(), count, alike=False)
+            spread, cut = torch.empty(1, 2 * size, 2, 2, device="meta")[:, ::2, :, :1], torch.empty(1, size, 2, 4)[..., :3]
+            assert not any(float_products.are_faster(odd, count, alike=False) for odd in (spread, cut))
 
 
 def test_a_named_implementation_raises_where_it_cannot_run(device):

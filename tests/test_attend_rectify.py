@@ -701,6 +701,23 @@ def measured_compiled(compiled: nn.Module, inputs: torch.Tensor) -> dict[str, to
     return {name.replace("d _orig_mod.", "d "): value for name, value in got.items()}
 
 
+class _AutocastsInside(OwnNet):
+    def forward(self, x):
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+            return super().forward(x)
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)], ids=str)
+def test_a_backbone_that_autocasts_inside(dtype, kept, device):
+    """Its maps are bfloat16, the attention's parameters what the backbone's own are."""
+    inputs = images(device, dtype=dtype)
+    model = AttendRectify(_AutocastsInside(LABELS).to(device, dtype), OWN_LAYERS, LABELS, example_input=inputs)
+    attention = [*model.attention.parameters(), *model.global_gates.parameters()]
+    assert {parameter.dtype for parameter in attention} == {kept}
+    model(inputs).float().sum().backward()
+    assert all(parameter.grad.dtype == kept and parameter.grad.any() for parameter in model.attention.parameters())
+
+
 def test_a_backbone_that_ran_compiled_before_it_was_wrapped(device):
     """Dynamo has left the hooks out: the error says what to do instead."""
     torch._dynamo.reset()

@@ -351,6 +351,8 @@ x = torch.ones(2, 2)
 with launch.Recorder([x]):
     torch.mm(x, x.new_empty(2, 2))
 launch._rehearse(lambda: torch.mm(launch.StandIn(x), launch.StandIn(x).t()).new_empty(3).half().contiguous())
+y = launch.StandIn(torch.ones(2, 2, 2))
+launch._rehearse(lambda: torch.bmm(y, y.mT, out=y.new_empty(2, 2, 2)).add_(y))
 """
     assert imported_by(code) == []
     assert imported_by("import torch._dynamo") == ["torch._dynamo", "sympy"]

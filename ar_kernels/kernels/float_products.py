@@ -5,9 +5,8 @@ for a map and it is not so small that Triton's is faster.
     ℓ, dA = (W_H, dP) Z,  a = exp(ℓ + b_H − lse),  dℓ = a ⊙ (dA − δ) + direct
     dZ = (W_H, dP)ᵀ (dℓ, a) + upstream,  dW_H = dℓ Zᵀ, a share of each image
 
-As in the other sweeps W_H and dP lie side by side, row 2k and 2k+1, and so do dℓ and a; backward a mean is one more
-head.
-Triton has three TF32 products on the matrix units for one in float32; these are as PyTorch is told to make them.
+W_H and dP lie side by side, row 2k and 2k+1, and so do dℓ and a; backward a mean is one more head. Triton has three
+TF32 products on the matrix units for one in float32; these are as PyTorch is told to make them.
 
 Bytes: |Z| read twice in each direction, |dZ| written once, O(N·K·(C + S)) besides.
 """
@@ -22,7 +21,7 @@ from torch import Tensor
 from . import heuristics
 from .heuristics import next_power_of_2
 from .launch import Call, Launch
-from .tiles import origin
+from .tiles import map_strides, origin
 
 SMALL, SMALL_HEADS = 10_000_000, 16
 """The most bytes and heads of a map that Triton's sweeps take on Hopper. A layer of 1.6 MB takes as long either way on
@@ -31,12 +30,15 @@ than eager's 133 both; one of 15.7 MB 212, 109 and 170 (8 heads, an H100; docs/t
 
 
 def are_faster(z: Tensor, heads: int, alike: bool) -> bool:
-    """Whether these take a float32 map that no sweep of csrc/cuda takes; docs/tuning.md has the measurements. alike: an
-    image's results may not depend on its batch, by which PyTorch cuts products."""
+    """Whether these take a float32 map that no sweep of csrc/cuda takes; docs/tuning.md has the measurements. Not one
+    whose images are no matrices in memory, which PyTorch would copy. alike: an image's results may not depend on its
+    batch, by which PyTorch cuts products."""
     if z.dtype != torch.float32 or alike:
         return False
+    strides = map_strides(z.shape, z.stride(), z.dtype.itemsize)
     is_small = heads <= SMALL_HEADS and z.nbytes <= SMALL
-    return not (is_small and heuristics.chip(z.get_device()).capability == 9)
+    is_for_triton = is_small and heuristics.chip(z.get_device()).capability == 9
+    return strides.flat and strides.unit != "" and not is_for_triton
 
 
 SIZES = ("positions", "image", "row_step", "step")
@@ -151,7 +153,7 @@ def forward_calls(
     weights = part_m.new_empty(images, heads, z.shape[2])
     plan = _plan(images, heads, None, z.shape[2], products.stride())
     factors = w.expand(images, -1, -1), z, products
-    if z.mT.is_contiguous():  # one product of all positions: a batch of them takes up to a third longer
+    if z.mT.is_contiguous() and products.mT.is_contiguous():  # one product; a batch of them takes up to a third longer
         factors = z.mT.flatten(0, 1), w.t(), products.mT.flatten(0, 1)
     calls: list[Call] = [
         (_multiply, factors),
