@@ -230,9 +230,10 @@ def error(contender: Contender, problem: Problem, inference: bool = True) -> flo
     is 0 but for two images, so these alone decide all gradients, and float64 need not be computed for more. Errors
     are relative RMS; allowed is twice (the yardstick's + eps). The yardstick, a rival's own uncompiled run or our eager
     path, runs on the whole batch too: PyTorch makes products of two images in another way, and more exactly. It
-    must itself stay near its roundings: within 8 eps in half precision, where results are rounded a few times by
-    eps / 2 and sums are kept in float32, and 64 eps in float32, where sums of thousands of terms round as well (on
-    a CPU they are off by 1.3 and 17 eps at most). A wrong formula is off by about 1.
+    must itself stay near its roundings, by which alone an uncompiled rival is judged, and eager: within 8 eps in
+    half precision, where results are rounded a few times by eps / 2 and sums are kept in float32, and 64 eps in
+    float32, where sums of thousands of terms round as well (on a CPU they are off by 1.3 and 17 eps at most). A
+    wrong formula is off by about 1.
     """
     truth, z = contender.exact(), problem.maps[0]
     eps, picked = torch.finfo(z.dtype).eps, problem.picked

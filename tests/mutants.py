@@ -100,11 +100,13 @@ HAND_MADE = [
     ("a gradient of W_O by columns", f"{KERNELS}products.py", "grad, grad_label, grad_image, features, columns, 1, doutput_w", "grad, grad_image, grad_label, features, columns, 1, doutput_w"),
     ("W_O's gradient from the first tile", f"{KERNELS}products.py", "doutput_w, tile - tiles, labels", "doutput_w, tile, labels"),
     # float32 by PyTorch's products
-    ("float32 maps of any size", f"{KERNELS}float_products.py", "heads <= SMALL_HEADS and z.nbytes <= SMALL", "heads <= SMALL_HEADS"),
+    ("float32 maps of any size by Triton", f"{KERNELS}float_products.py", "heads <= SMALL_HEADS and z.nbytes <= SMALL", "heads <= SMALL_HEADS"),
     ("by products where bits must not depend on the batch", f"{KERNELS}float_products.py", "z.dtype != torch.float32 or alike", "z.dtype != torch.float32"),
     ("logits without their bias", f"{KERNELS}float_products.py", "tl.store(logits + row * positions + s, logit, mask", "tl.store(logits + row * positions + s, logit - bias, mask"),
     ("the bias left in the masks' exponent", f"{KERNELS}float_products.py", "        shift -= tl.load(b + k, mask=k < HEADS, other=0.0)\n", "        pass\n"),
     ("a mean's gradient that is not divided", f"{KERNELS}float_products.py", "tl.where(k < HEADS, a, 1.0 / positions)", "tl.where(k < HEADS, a, 1.0)"),
+    ("masks' weights counted from an infinite maximum", f"{KERNELS}float_products.py", "beginning = origin(m)", "beginning = m"),
+    ("a delta without the gradient of lse", f"{KERNELS}float_products.py", "        delta -= tl.load(grad_lse + head, mask=k < HEADS, other=0.0)\n", "        pass\n"),
     ("an upstream gradient not added to a product", f"{KERNELS}float_products.py", "        calls.append((_add, (upstream, dz)))\n", "        pass\n"),
     # operators and their derivatives
     ("the bias's gradient of lse alone", f"{PACKAGE}ops.py", "        db = db + grad_logits.sum(dim=(0, 2))\n", "        pass\n"),

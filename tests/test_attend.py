@@ -147,6 +147,67 @@ def test_pytorchs_products_of_any_strides(sizes, layout, monkeypatch, device):
         torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
 
 
+def test_pytorchs_products_that_round(monkeypatch, device):
+    """As TF32 rounds factors: what all positions of a map share cancels in dW_H all the same, as in a softmax's own
+    backward with such products."""
+    float_products = pytest.importorskip("ar_kernels.kernels.float_products")
+
+    def rounded(value):
+        return ((value.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).double()
+
+    monkeypatch.setattr(float_products, "SMALL", -1)
+    monkeypatch.setattr(native, "SWEEPS_FLOAT32", False)
+    monkeypatch.setattr("ar_kernels.plans.are_used", lambda *arguments: False)
+    monkeypatch.setattr(float_products, "_multiply", lambda a, b, out: out.copy_(rounded(a) @ rounded(b)))
+    generator = torch.Generator().manual_seed(0)
+    z, w, grad = (torch.randn(shape, generator=generator) for shape in ((2, 64, 16, 16), (5, 64), (2, 5, 64)))
+    z, w, grad = (z + 8).relu().to(device), (w / 8).to(device).requires_grad_(), grad.to(device)
+    (got,) = torch.autograd.grad(ar_kernels.attend(z, w, implementation="triton").pooled, w, grad)
+    (exact,) = torch.autograd.grad(
+        ar_kernels.attend(z.double(), w.double(), implementation="eager").pooled, w, grad.double()
+    )
+    positions = rounded(z.flatten(2))
+    masks = torch.softmax(rounded(w.detach()) @ positions, dim=2)
+    of_masks = rounded(grad) @ positions
+    of_logits = masks * (of_masks - (masks * of_masks).sum(dim=2, keepdim=True))
+    other = (rounded(of_logits.float()) @ positions.mT).sum(dim=0)
+    assert (got - exact).norm() <= 2 * (other - exact).norm() <= 0.05 * exact.norm()
+
+
+def test_pytorchs_products_where_they_may_be_made(monkeypatch, device):
+    """Not in deterministic mode, forward or backward."""
+    float_products = pytest.importorskip("ar_kernels.kernels.float_products")
+    made, multiply = [], float_products._multiply
+    monkeypatch.setattr(float_products, "SMALL", -1)
+    monkeypatch.setattr(native, "SWEEPS_FLOAT32", False)
+    monkeypatch.setattr("ar_kernels.plans.are_used", lambda *arguments: False)
+    monkeypatch.setattr(float_products, "_multiply", lambda *factors: made.append(multiply(*factors)))
+    z, w = torch.randn(2, 24, 5, 7, device=device, requires_grad=True), torch.randn(5, 24, device=device)
+    for forward, backward, count in ((True, True, 0), (True, False, 2), (False, True, 2), (False, False, 4)):
+        made.clear()
+        monkeypatch.setattr(ops, "are_deterministic_algorithms_enabled", lambda it=forward: it)
+        pooled = ar_kernels.attend(z, w, implementation="triton").pooled
+        monkeypatch.setattr(ops, "are_deterministic_algorithms_enabled", lambda it=backward: it)
+        pooled.sum().backward()
+        assert len(made) == count
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # of the interpreter
+def test_pytorchs_products_of_infinite_logits(monkeypatch, device):
+    """An infinite bias, and logits that are all -∞: lse, and where P is NaN, are the reference's."""
+    float_products = pytest.importorskip("ar_kernels.kernels.float_products")
+    monkeypatch.setattr(float_products, "SMALL", -1)
+    monkeypatch.setattr(native, "SWEEPS_FLOAT32", False)
+    monkeypatch.setattr("ar_kernels.plans.are_used", lambda *arguments: False)
+    z, w = torch.randn(2, 24, 5, 7, device=device), torch.randn(3, 24, device=device)
+    z[1, 3, 2, 2], w[2, 3] = float("inf"), 1
+    b = torch.tensor([float("inf"), float("-inf"), 0.5], device=device)
+    got, exact = (ar_kernels.attend(z, w, b, implementation=name) for name in ("triton", "reference"))
+    assert torch.equal(got.lse.isinf(), exact.lse.isinf()) and torch.equal(got.lse.isnan(), exact.lse.isnan())
+    assert torch.equal(got.pooled.isnan(), exact.pooled.isnan())
+    assert torch.equal(got.lse > 0, exact.lse > 0)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value")  # of the interpreter
 def test_triton_lets_an_infinite_element_reach_no_other_channel_of_its_row(device):
     """Its logit is -∞ for one head, whose other channels stay finite, and ∞ for the other."""
@@ -453,12 +514,10 @@ def test_explain_says_what_runs_and_why(device):
     assert ar_kernels.explain(z, w, implementation="reference").chosen == "reference"
 
 
-@pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("swept", [False, True])
-def test_float32_maps_that_are_ours(swept, traced, monkeypatch):
+def test_float32_maps_that_are_ours(swept, monkeypatch):
     """Of 1×1 heads on NVIDIA's GPUs; in forward mode those with sweeps, on Hopper."""
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: traced)
     monkeypatch.setattr(native, "sweeps_float32", lambda data, heads: swept)
     mask_weights = torch.empty(4, 8), torch.empty(4, 8, 3, 3)
     for dtype in (torch.float32, torch.float64):
@@ -490,7 +549,8 @@ def test_float32_maps_that_pytorchs_products_take(monkeypatch):
             assert not float_products.are_faster(z, count, alike=True)
             assert not float_products.are_faster(z.double(), count, alike=False)
             wide = torch.empty(1, 2 * size, 2, 4, device="meta")
-            for copied in (wide[..., ::2], wide[..., :3]):
+            overlapping = wide.as_strided((1, 8, size, 1), (8 * size, size - 1, 1, 1))
+            for copied in (wide[..., ::2], wide[..., :3], wide[:, :, :1, :1].expand(1, -1, 4, 4), overlapping):
                 assert not float_products.are_faster(copied, count, alike=False)
 
 

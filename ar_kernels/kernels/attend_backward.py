@@ -596,7 +596,7 @@ def attend_backward(
             tensors = (z, b, lse, pairs, delta, unscale, grad_logits, upstream, dz, shares)
         calls.append((plan.sweep, tensors))
     if plan.products:
-        calls += float_products.backward_calls(z, b, lse, pairs, delta, grad_logits, upstream, dz, shares)
+        calls += float_products.backward_calls(z, b, lse, pairs, grad_lse, grad_logits, upstream, dz, shares)
     if plan.sums is not None:
         calls.append((plan.sums, (shares, pooled, dt, dw, dscore_w, dscore_b)))
     run(calls)

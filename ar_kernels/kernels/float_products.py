@@ -2,13 +2,14 @@
 for a map and it is not so small that Triton's is faster.
 
     ℓ = W_H Z,  p = exp(ℓ + b_H − m),  parts m, d = Σ p, p Zᵀ: one split's, which merge_kernel makes results of
-    ℓ, dA = (W_H, dP) Z,  a = exp(ℓ + b_H − lse),  dℓ = a ⊙ (dA − δ) + direct
+    ℓ, dA = (W_H, dP) Z,  a = exp(ℓ + b_H − lse),  dℓ = a ⊙ (dA − δ) + direct,  δ = Σ a dA − dlse
     dZ = (W_H, dP)ᵀ (dℓ, a) + upstream,  dW_H = dℓ Zᵀ, a share of each image
 
 W_H and dP lie side by side, row 2k and 2k+1, and so do dℓ and a; backward a mean is one more head. Triton has three
 TF32 products on the matrix units for one in float32; these are as PyTorch is told to make them.
 
-Bytes: |Z| read twice in each direction, |dZ| written once, O(N·K·(C + S)) besides.
+Bytes: |Z| read twice in each direction, |dZ| written once and once more where an upstream gradient is added, O(N·K·(C
++ S)) besides.
 """
 
 import functools
@@ -19,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import heuristics
-from .heuristics import next_power_of_2
+from .heuristics import SUMS_OVER_LANES, next_power_of_2
 from .launch import Call, Launch
 from .tiles import map_strides, origin
 
@@ -35,10 +36,13 @@ def are_faster(z: Tensor, heads: int, alike: bool) -> bool:
     batch, by which PyTorch cuts products."""
     if z.dtype != torch.float32 or alike:
         return False
-    strides = map_strides(z.shape, z.stride(), z.dtype.itemsize)
-    is_small = heads <= SMALL_HEADS and z.nbytes <= SMALL
-    is_for_triton = is_small and heuristics.chip(z.get_device()).capability == 9
-    return strides.flat and strides.unit != "" and not is_for_triton
+    if heads <= SMALL_HEADS and z.nbytes <= SMALL and heuristics.chip(z.get_device()).capability == 9:
+        return False
+    strides, positions = map_strides(z.shape, z.stride(), z.dtype.itemsize), z.shape[2:].numel()
+    if not strides.flat or strides.unit == "" or len(z) * positions >= 2**31:
+        return False
+    row, length = (strides.c, positions) if strides.unit == "s" else (strides.w, z.shape[1])
+    return row * strides.vector >= length  # rows that do not overlap
 
 
 SIZES = ("positions", "image", "row_step", "step")
@@ -59,47 +63,67 @@ def weights_kernel(
     most = tl.full([S_TILE], float("-inf"), tl.float32)
     for start in range(0, positions, S_TILE):
         s = start + tl.arange(0, S_TILE)
-        logit = tl.load(products + s * step, mask=s < positions, other=float("-inf")) + bias
+        real = s < positions
+        logit = tl.load(products + s.to(tl.int64) * step, mask=real, other=0.0) + bias
         if logits is not None:
-            tl.store(logits + row * positions + s, logit, mask=s < positions)
-        most = tl.maximum(most, logit)
+            tl.store(logits + row * positions + s, logit, mask=real)
+        most = tl.maximum(most, tl.where(real, logit, float("-inf")))
     m = tl.max(most, axis=0)
     beginning = origin(m)
     total = tl.zeros([S_TILE], tl.float32)
     for start in range(0, positions, S_TILE):
         s = start + tl.arange(0, S_TILE)
-        logit = tl.load(products + s * step, mask=s < positions, other=float("-inf")) + bias
-        weight = tl.exp(logit - beginning)
-        tl.store(weights + row * positions + s, weight, mask=s < positions)
+        real = s < positions
+        logit = tl.load(products + s.to(tl.int64) * step, mask=real, other=0.0) + bias
+        weight = tl.where(real, tl.exp(logit - beginning), 0.0)
+        tl.store(weights + row * positions + s, weight, mask=real)
         total += weight
     tl.store(part_m + row, m)
     tl.store(part_d + row, tl.sum(total, axis=0))
 
 
+@triton.jit
+def _mask_and_gradient(products, s, real, shift, row_step, step):
+    """a and dA at some positions of a row, 0 outside."""
+    products += s.to(tl.int64) * step
+    a = tl.where(real, tl.exp(tl.load(products, mask=real, other=0.0) - shift), 0.0)
+    return a, tl.load(products + row_step, mask=real, other=0.0)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def mask_gradient_kernel(
-    products, b, lse, delta, grad_logits, dl_a, positions, image, row_step, step,
+    products, b, lse, grad_lse, grad_logits, dl_a, positions, image, row_step, step,
     HEADS: tl.constexpr, ROWS: tl.constexpr, S_TILE: tl.constexpr,
 ):  # fmt: skip
     """products [N, 2 ROWS, S], of a row the logit without its bias and dA → dl_a [N, ROWS, 2, S], dℓ and a; 0 and 1/S
-    for the mean. One program: some s of one row."""
+    for the mean. One program: one row.
+
+    δ is summed from the dA that it is taken from, not made of P: however products round, Σ_s dℓ stays 0."""
     row = tl.program_id(0).to(tl.int64)
     k = row % ROWS
     head = row // ROWS * HEADS + k
-    s = tl.program_id(1) * S_TILE + tl.arange(0, S_TILE)
-    attends = (s < positions) & (k < HEADS)
-    products += row // ROWS * image + 2 * k * row_step + s * step
+    products += row // ROWS * image + 2 * k * row_step
+    dl_a += 2 * row * positions
     shift = tl.load(lse + head, mask=k < HEADS, other=0.0)
     if b is not None:
         shift -= tl.load(b + k, mask=k < HEADS, other=0.0)
-    a = tl.exp(tl.load(products, mask=attends, other=0.0) - shift)
-    da = tl.load(products + row_step, mask=attends, other=0.0)
-    dl = a * (da - tl.load(delta + head, mask=k < HEADS, other=0.0))
-    if grad_logits is not None:
-        dl += tl.load(grad_logits + head * positions + s, mask=attends, other=0.0)
-    dl_a += 2 * row * positions + s
-    tl.store(dl_a, tl.where(k < HEADS, dl, 0.0), mask=s < positions)
-    tl.store(dl_a + positions, tl.where(k < HEADS, a, 1.0 / positions), mask=s < positions)
+    total = tl.zeros([S_TILE], tl.float32)
+    for start in range(0, positions, S_TILE):
+        s = start + tl.arange(0, S_TILE)
+        a, da = _mask_and_gradient(products, s, (s < positions) & (k < HEADS), shift, row_step, step)
+        total += a * da
+    delta = tl.sum(total, axis=0)
+    if grad_lse is not None:
+        delta -= tl.load(grad_lse + head, mask=k < HEADS, other=0.0)
+    for start in range(0, positions, S_TILE):
+        s = start + tl.arange(0, S_TILE)
+        attends = (s < positions) & (k < HEADS)
+        a, da = _mask_and_gradient(products, s, attends, shift, row_step, step)
+        dl = a * (da - delta)
+        if grad_logits is not None:
+            dl += tl.load(grad_logits + head * positions + s, mask=attends, other=0.0)
+        tl.store(dl_a + s, dl, mask=s < positions)
+        tl.store(dl_a + positions + s, tl.where(k < HEADS, a, 1.0 / positions), mask=s < positions)
 
 
 # ---------------------------------------------------------------------------------------------- launching
@@ -112,8 +136,9 @@ def _plan(images: int, heads: int, rows: int | None, positions: int, steps: tupl
     constants = {"HEADS": heads, "S_TILE": tile, "num_warps": 4}
     if rows is None:
         return Launch(weights_kernel, (images * heads,), (positions, *steps), **constants)
-    grid = images * rows, -(-positions // tile)
-    return Launch(mask_gradient_kernel, grid, (positions, *steps), **constants, ROWS=rows)
+    return Launch(
+        mask_gradient_kernel, (images * rows,), (positions, *steps), **constants, ROWS=rows, **SUMS_OVER_LANES
+    )  # fmt: skip
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -168,7 +193,7 @@ def backward_calls(
     b: Tensor | None,
     lse: Tensor,
     pairs: Tensor,
-    delta: Tensor,
+    grad_lse: Tensor | None,
     grad_logits: Tensor | None,
     upstream: Tensor | None,
     dz: Tensor | None,
@@ -182,7 +207,7 @@ def backward_calls(
     plan = _plan(images, heads, rows, z.shape[2], products.stride())
     calls: list[Call] = [
         (_multiply, (w_dp, z, products)),
-        (plan, (products, b, lse, delta, grad_logits, dl_a)),
+        (plan, (products, b, lse, grad_lse, grad_logits, dl_a)),
     ]
     if dz is not None:
         calls.append((_multiply, (w_dp.mT, dl_a.flatten(1, 2), dz.flatten(2))))
