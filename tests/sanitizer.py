@@ -33,7 +33,7 @@ TESTS = [
     ("test_attend.py", "float16_"),
     ("test_attend.py", "many_channels or other_channel_of_its_row"),
     ("test_attend.py", "any_strides or flat_maps or same_bits"),
-    ("test_attend.py", "pytorchs_products_of"),
+    ("test_attend.py", "takes_pytorchs_products"),
     ("test_attend3x3.py", "float64_equals and (small or one or ungated or images)"),
     ("test_attend3x3.py", "float64_equals and (split or bands or global and not ungated)"),
     ("test_attend3x3.py", "float64_equals and (line or many or sums)"),

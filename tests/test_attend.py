@@ -126,7 +126,7 @@ def test_float32_by_pytorchs_products(shape, layout, monkeypatch, device):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("sizes", [{}, {"c": 1}, {"c": 1, "k": 1, "n": 1}, {"h": 1, "w": 1}], ids=str)
-def test_pytorchs_products_of_any_strides(sizes, layout, monkeypatch, device):
+def test_triton_takes_pytorchs_products(sizes, layout, monkeypatch, device):
     """As PyTorch makes them, and of what is not needed none; or Triton's, where PyTorch would copy the map."""
     float_products = pytest.importorskip("ar_kernels.kernels.float_products")
     monkeypatch.setattr(float_products, "SMALL", -1)

@@ -505,7 +505,11 @@ TABLE: list[tuple[Callable, dict, list[tuple[dict, type[Exception], str]]]] = [
         GATES,
         {"feature_map": zeros(N, C, H, W)},
         [
-            ({"feature_map": zeros(N, 5, H, W)}, ValueError, MASKS.replace("6", "5") + "[3, 6]"),
+            (
+                {"feature_map": zeros(N, 5, H, W)},
+                ValueError,
+                "feature_map must be [N, 6, H, W] or [N, 6, S] as in_channels says, got [2, 5, 3, 4]",
+            ),
             (
                 {"feature_map": zeros(N, C, H, W, dtype=torch.float64)},
                 TypeError,
