@@ -107,7 +107,7 @@ HAND_MADE = [
     ("a mean's gradient that is not divided", f"{KERNELS}float_products.py", "tl.where(k < HEADS, a, 1.0 / positions)", "tl.where(k < HEADS, a, 1.0)"),
     ("masks' weights counted from an infinite maximum", f"{KERNELS}float_products.py", "beginning = origin(m)", "beginning = m"),
     ("a delta without the gradient of lse", f"{KERNELS}float_products.py", "        delta -= tl.load(grad_lse + head, mask=k < HEADS, other=0.0)\n", "        pass\n"),
-    ("an upstream gradient not added to a product", f"{KERNELS}float_products.py", "        calls.append((_add, (upstream, dz)))\n", "        pass\n"),
+    ("an upstream gradient not added to a product", f"{KERNELS}float_products.py", "        calls.append((Tensor.add_, (dz, upstream)))\n", "        pass\n"),
     # operators and their derivatives
     ("the bias's gradient of lse alone", f"{PACKAGE}ops.py", "        db = db + grad_logits.sum(dim=(0, 2))\n", "        pass\n"),
     ("gradients in the map's layout, never its own", f"{PACKAGE}ops.py", "return z.stride(1) < z.stride(-1)", "return False"),

@@ -131,11 +131,16 @@ def test_triton_takes_pytorchs_products(sizes, layout, monkeypatch, device):
     float_products = pytest.importorskip("ar_kernels.kernels.float_products")
     monkeypatch.setattr(float_products, "SMALL", -1)
     monkeypatch.setattr(native, "SWEEPS_FLOAT32", False)
+    monkeypatch.setattr("ar_kernels.plans.are_used", lambda *arguments: False)  # of Triton's launches for such maps
+    made, multiply = [], float_products._multiply
+    monkeypatch.setattr(float_products, "_multiply", lambda *factors: made.append(multiply(*factors)))
     layer = Layer(**{"n": 2, "c": 24, "h": 5, "w": 7, "k": 5, **sizes}, dtype=torch.float32, device=device)
     got = layer.run("triton", layout=LAYOUTS[layout], tap_layout=LAYOUTS[layout])
     want = layer.run("reference", exact=True, layout=LAYOUTS[layout], tap_layout=LAYOUTS[layout])
     for name, value in want.items():
         torch.testing.assert_close(got[name].double(), value, rtol=1e-5, atol=1e-5)
+    if not sizes:  # a channel or a position alone may be a matrix in more than one way
+        assert bool(made) == (layout in ("contiguous", "channels_last"))
     z, w = layer.tensors["feature_map"], layer.tensors["mask_weight"]
     z = z if LAYOUTS[layout] is None else LAYOUTS[layout](z)
     for needs_z in (True, False):

@@ -571,13 +571,12 @@ def attend_forward(
     if plan.rows:
         rows = heads + (mean is not None and not by_products)
         parts = tuple(lse.new_empty(plan.rows, rows, *more) for more in ((), (), (channels,)))
-    calls: list[Call] = []
-    merged_mean = mean
+    calls: list[Call]
     if by_products:
-        calls, merged_mean = float_products.forward_calls(z, w, b, logits, mean, *parts), None
+        calls, mean = float_products.forward_calls(z, w, b, logits, mean, *parts), None
     else:
         tensors = (z, w, b, score_w, score_b, pooled, lse, logits, mean, scores, gates, features, *parts)
-        calls.append((plan.sweep or plan.native, tensors))
-    merge = (plan.merge, (score_w, score_b, pooled, lse, merged_mean, scores, gates, features, *parts))
+        calls = [(plan.sweep or plan.native, tensors)]
+    merge = (plan.merge, (score_w, score_b, pooled, lse, mean, scores, gates, features, *parts))
     # The merge too: a smaller batch of such maps is not to wait for a compiler.
     run(calls + [merge] if plan.rows else calls, [] if plan.merge is None else [merge])

@@ -38,11 +38,17 @@ def are_faster(z: Tensor, heads: int, alike: bool) -> bool:
         return False
     if heads <= SMALL_HEADS and z.nbytes <= SMALL and heuristics.chip(z.get_device()).capability == 9:
         return False
-    strides, positions = map_strides(z.shape, z.stride(), z.dtype.itemsize), z.shape[2:].numel()
-    if not strides.flat or strides.unit == "" or len(z) * positions >= 2**31:
+    return _are_matrices(z.shape, z.stride())
+
+
+@functools.lru_cache(maxsize=1024)
+def _are_matrices(sizes: torch.Size, strides: tuple[int, ...]) -> bool:
+    """Whether the images of a float32 map are matrices of rows that do not overlap."""
+    z, positions = map_strides(sizes, strides, torch.float32.itemsize), sizes[2:].numel()
+    if not z.flat or z.unit == "" or sizes[0] * positions >= 2**31:
         return False
-    row, length = (strides.c, positions) if strides.unit == "s" else (strides.w, z.shape[1])
-    return row * strides.vector >= length  # rows that do not overlap
+    row, length = (z.c, positions) if z.unit == "s" else (z.w, sizes[1])
+    return row * z.vector >= length
 
 
 SIZES = ("positions", "image", "row_step", "step")
@@ -149,10 +155,6 @@ def _average(z: Tensor, out: Tensor) -> None:
     torch.mean(z, 2, out=out)
 
 
-def _add(value: Tensor, out: Tensor) -> None:
-    out.add_(value)
-
-
 def _new_products(like: Tensor, z: Tensor, rows: int) -> Tensor:
     """[N, rows, S] for sums over channels, with what lies beside each other in z [N, C, S] beside each other."""
     images, _, positions = z.shape
@@ -212,7 +214,7 @@ def backward_calls(
     if dz is not None:
         calls.append((_multiply, (w_dp.mT, dl_a.flatten(1, 2), dz.flatten(2))))
     if dz is not None and upstream is not None:
-        calls.append((_add, (upstream, dz)))
+        calls.append((Tensor.add_, (dz, upstream)))
     if shares is not None:
         calls.append((_multiply, (dl_a[:, :, 0][:, :heads], z.mT, shares)))
     return calls
