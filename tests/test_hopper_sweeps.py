@@ -52,21 +52,19 @@ WRAPPER = """
       return rows == kRows ? sweep_backward_rows(a, nullptr) : sweep_backward(a, nullptr);
     }
     AR_EXPORT int backward_of(int64_t images, int64_t channels, int64_t positions, int64_t heads, int64_t gated,
-                              void* z, void* upstream, void* dz, int64_t rows, const float* b, const float* lse,
+                              void* z, void* upstream, void* dz, const float* b, const float* lse,
                               const float* grad_logits, float* dw, const void* w,
                               const float* score_w, const float* pooled, const float* scores, const float* gates,
                               const void* grad_features, const float* grad_gates, const float* grad_scores,
                               const float* grad_pooled, const float* grad_lse, const float* grad_mean, float* dt) {
       BackwardSweep a = {};
-      const auto map = [&](void* data) {
-        return rows ? Map{data, channels * positions, positions, 1} : Map{data, channels * positions, 1, channels};
-      };
+      const auto map = [&](void* data) { return Map{data, channels * positions, 1, channels}; };
       a.kind = Kind::kBFloat16, a.images = images, a.channels = channels, a.positions = positions, a.heads = heads;
       a.z = map(z), a.upstream = map(upstream), a.dz = map(dz), a.mean = grad_mean != nullptr;
       a.b = {b, Kind::kFloat}, a.lse = lse, a.grad_logits = grad_logits, a.dw = dw;
       a.of = {{w, Kind::kBFloat16}, {score_w, Kind::kFloat}, static_cast<int>(gated), pooled, scores, gates,
               grad_features, grad_gates, grad_scores, grad_pooled, grad_lse, grad_mean, dt};
-      return rows == kRows ? sweep_backward_rows(a, nullptr) : sweep_backward(a, nullptr);
+      return sweep_backward(a, nullptr);
     }
     AR_EXPORT int forward(int64_t kind, int64_t images, int64_t channels, int64_t positions, int64_t heads,
                           int64_t gated, void* z, int64_t rows, const void* w, int64_t w_kind, const float* b,
@@ -146,6 +144,10 @@ def shares(kernels, sizes, maps, rows, processors=2):
         (ROWS, 2, 256, 9, 4, True, False, False),  # one tile
         (ROWS, 2, 256, 62, 4, True, False, True),  # some rows touch a tile less than others
         (ROWS, 2, 128, 43, 3, False, False, False),
+        (ROWS, 6, 512, 36, 4, False, False, False),  # images that follow each other in a cluster
+        (ROWS, 5, 1152, 49, 2, True, False, True),  # the same, and a block's threads have several pairs of channels
+        (ROWS, 2, 384, 196, 4, False, False, False),  # an odd number of chunks a block
+        (ROWS, 2, 256, 17, 2, True, False, True),
     ],
 )
 def test_backward(kernels, dtype, rows, images, channels, positions, heads, mean, tapped, direct):
@@ -196,27 +198,16 @@ def test_backward(kernels, dtype, rows, images, channels, positions, heads, mean
 @emulated
 @pytest.mark.parametrize("everything", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "images", "channels", "positions", "heads", "gated"),
+    ("images", "channels", "positions", "heads", "gated"),
     [
-        (LAST, 3, 64, 40, 4, 4),
-        (LAST, 7, 64, 40, 4, 4),  # a program has an image
-        (LAST, 3, 512, 70, 2, 0),  # or its tiles of several
-        (LAST, 3, 1024, 50, 3, 2),
-        (LAST, 2, 2048, 20, 1, 0),
-        (ROWS, 3, 128, 49, 4, 3),
-        (ROWS, 2, 1152, 49, 3, 3),  # a block's threads have several pairs of channels
-        (ROWS, 2, 256, 196, 1, 0),
-        (ROWS, 6, 512, 36, 4, 4),  # images that follow each other in a cluster
-        (ROWS, 4, 1024, 49, 4, 4),  # in chunks of 256 channels
-        (ROWS, 2, 384, 196, 4, 4),  # an odd number of chunks a block
-        (ROWS, 2, 256, 17, 2, 2),
-        (ROWS, 3, 256, 62, 3, 3),
-        (ROWS, 5, 1152, 49, 2, 2),  # several pairs, and images that follow each other
+        (3, 64, 40, 4, 4),
+        (7, 64, 40, 4, 4),  # a program has an image
+        (3, 512, 70, 2, 0),  # or its tiles of several
+        (3, 1024, 50, 3, 2),
+        (2, 2048, 20, 1, 0),
     ],
 )
-def test_backward_from_the_gradients_of_what_came_out(
-    kernels, rows, images, channels, positions, heads, gated, everything
-):
+def test_backward_from_the_gradients_of_what_came_out(kernels, images, channels, positions, heads, gated, everything):
     torch.manual_seed(0)
     dtype = torch.bfloat16
     z = torch.randn(images, channels, positions).to(dtype)
@@ -234,12 +225,12 @@ def test_backward_from_the_gradients_of_what_came_out(
     }
     if not everything:
         given = dict.fromkeys(given, None) | ({} if gated else {"pooled": given["pooled"]})
-    laid = layout(z, rows)
+    laid = layout(z, LAST)
     dz, dt = torch.full_like(laid, torch.nan), torch.full((images, heads), torch.nan)
     sizes = (KINDS[dtype], images, channels, positions, heads)
-    dw = shares(kernels, sizes, (laid, None), rows)
+    dw = shares(kernels, sizes, (laid, None), LAST)
     kernels.backward_of(
-        *sizes[1:], gated, laid, None, dz, rows, None, lse, None, dw, w, score_w, pooled, scores if gated else None,
+        *sizes[1:], gated, laid, None, dz, None, lse, None, dw, w, score_w, pooled, scores if gated else None,
         gates if gated else None, grad_features, *given.values(), dt, processors=2,
     )  # fmt: skip
 
@@ -273,7 +264,7 @@ def test_backward_from_the_gradients_of_what_came_out(
     ]
     allowed, allowed_dw = products(*sizes_of, z.abs(), w.abs(), dp.abs(), mean.abs())
     eps = torch.finfo(dtype).eps
-    dz = (dz if rows else dz.transpose(1, 2)).double()
+    dz = dz.transpose(1, 2).double()
     assert ((dz - expected).abs() <= eps * (expected.abs() + allowed)).all()
     assert ((dw.sum(0) - expected_dw).abs() <= eps * allowed_dw).all()
 
@@ -700,7 +691,7 @@ class Operators:
         if pairs is None:
             w, score_w, pooled, scores, gates, *others = of_pooled
             self.kernels.backward_of(
-                images, channels, height * width, heads, gates.shape[1], z, upstream, dz, z.stride(3) == 1,
+                images, channels, height * width, heads, gates.shape[1], z, upstream, dz,
                 None if b is None else b.float(), lse, grad_logits, dw, w, score_w.float(), pooled, scores, gates,
                 *others, processors=self.processors,
             )  # fmt: skip

@@ -516,7 +516,7 @@ def _plan(
             num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg,
         )  # fmt: skip
     pooled = None
-    fused = hopper.makes_pooled_gradient(dtype) if operator is not None else sweep is not None and config.fused
+    fused = hopper.makes_pooled_gradient(z, dtype) if operator is not None else sweep is not None and config.fused
     if not fused:
         head_tile = next_power_of_2(rows)
         tile = min(next_power_of_2(channels), max(16, 4096 // head_tile))

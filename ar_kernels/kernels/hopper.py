@@ -118,7 +118,7 @@ def score_weights(score_w: Tensor | None, gates: Tensor | None, w: Tensor) -> Te
     return w.new_zeros(w.shape) if score_w is None and gates is not None else score_w
 
 
-def makes_pooled_gradient(dtype: torch.dtype) -> bool:
+def makes_pooled_gradient(z: MapStrides, dtype: torch.dtype) -> bool:
     """Whether the backward sweep of such maps makes the pooled features' gradients itself. In float16 they are scaled
-    by the largest, which must be known before."""
-    return dtype == torch.bfloat16
+    by the largest, which must be known before; in NCHW it would take longer than a kernel of its own."""
+    return dtype == torch.bfloat16 and z.unit == "c"

@@ -21,7 +21,7 @@ struct BackwardSweep {
   Kind kind;  // of the maps and of pairs: kHalf or kBFloat16
   int images, channels, positions, heads;
   Map z, upstream, dz;       // float32 kernels do without dz
-  PooledGradient of;         // of bfloat16 alone
+  PooledGradient of;         // of bfloat16 and channels_last alone
   const void* pairs;         // [N, heads (+ 1: the mean's row), 2, C]: W_H and dP
   bool mean;                 // whether there is such a row
   Values b;                  // [heads]
@@ -40,7 +40,7 @@ int backward_programs(const BackwardSweep& a);
 // Launches them; cudaErrorInvalidValue where can_sweep_backward is false, or data is not aligned to 16 bytes.
 cudaError_t sweep_backward(const BackwardSweep& a, cudaStream_t stream);
 
-// The same of NCHW maps with rows of any length, without an upstream gradient.
+// The same of NCHW maps with rows of any length, of pairs alone, without an upstream gradient.
 bool can_sweep_backward_rows(const BackwardSweep& a);
 int backward_rows_programs(const BackwardSweep& a);
 cudaError_t sweep_backward_rows(const BackwardSweep& a, cudaStream_t stream);

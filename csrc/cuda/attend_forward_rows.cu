@@ -48,8 +48,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   float* totals = reinterpret_cast<float*>(scores + kWarps);         // [kHeads]
   // A thread's channels: this one and the next, and others behind where a block has more.
   const int own_pair = 2 * threadIdx.x;
-  uint2 w[kHeads] = {};
+  const bool is_held = cut.channels <= 2 * kWorkers;  // there are no others: what is of them stays in registers
+  uint2 w[kHeads] = {}, score_w[kHeads] = {};
+  float2 values[kHeads] = {};  // P
   if (own_pair < cut.channels) load_pairs(a.w, a.heads, channels, first_channel + own_pair, w);
+  if (a.gated > 0 && own_pair < cut.channels)
+    load_pairs(a.score_w, a.heads, channels, first_channel + own_pair, score_w);
   for (int i = threadIdx.x; i < (kFrame + 16 * cut.tiles) * 8; i += kWorkers) {
     const int position = i / 8 - kFrame;
     masks[i - kFrame * 8] = rounded<T>(i % 8 == kMean && position >= 0 && position < positions ? 1.f : 0.f);
@@ -76,11 +80,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     take_sums(scores, of_scores, static_cast<int>(image) - begin, sums);
     make_gates(a, image, sums, 1, gates);  // both blocks store the same
 #pragma unroll 1
-    for (int pair = own_pair; pair < cut.channels; pair += 2 * kWorkers) {  // of what this thread has stored
-      float2 values[kHeads];
+    for (int pair = own_pair; pair < cut.channels; pair += 2 * kWorkers) {
 #pragma unroll
       for (int k = 0; k < kHeads; ++k)
-        if (k < a.gated) values[k] = *pooled_pair(image, k, pair);
+        if (!is_held && k < a.gated) values[k] = *pooled_pair(image, k, pair);  // which this thread has stored
 #pragma unroll
       for (int k = 0; k < kHeads; ++k)
         if (k < a.gated)
@@ -138,20 +141,17 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (k == kMean) continue;
       to[pitch] = pooled_sums[1] * high, to[pitch + cut.classes * 8] = pooled_sums[3] * high;
     }
-    uint2 score_w[kHeads] = {};
-    if (a.gated > 0 && own_pair < cut.channels)
-      load_pairs(a.score_w, a.heads, channels, first_channel + own_pair, score_w);
     workers_sync();
 #pragma unroll 1
     for (int pair = own_pair; pair < cut.channels; pair += 2 * kWorkers) {
-      if (a.gated > 0 && pair != own_pair) load_pairs(a.score_w, a.heads, channels, first_channel + pair, score_w);
+      if (a.gated > 0 && !is_held) load_pairs(a.score_w, a.heads, channels, first_channel + pair, score_w);
 #pragma unroll
       for (int k = 0; k < kHeads; ++k) {
         if (k >= a.heads) continue;
-        const float2 values = make_float2(pooled[k * pitch + pair], pooled[k * pitch + pair + 1]);
         const float2 of_score = pair_from<T>(a.score_w, score_w[k]);
-        *pooled_pair(image, k, pair) = values;
-        score[k] += values.x * of_score.x + values.y * of_score.y;
+        values[k] = make_float2(pooled[k * pitch + pair], pooled[k * pitch + pair + 1]);
+        *pooled_pair(image, k, pair) = values[k];
+        score[k] += values[k].x * of_score.x + values[k].y * of_score.y;
       }
       if (a.mean != nullptr)
         *reinterpret_cast<float2*>(a.mean + image * channels + first_channel + pair) =

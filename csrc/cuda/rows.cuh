@@ -26,9 +26,9 @@ constexpr int kChunkMost = 32 * 1024;  // bytes, unless the least chunk has more
 constexpr int kWarps = 16;             // workers
 constexpr int kWorkers = 32 * kWarps;
 constexpr int kThreads = kWorkers + 32;
-constexpr int kColumnTiles = 2;  // of 16 columns, the most that a warp sums at once
-constexpr int kExchanges = 3;    // between the blocks of a cluster, of an image: the first one of sums at all positions
-constexpr int kFrame = 8;        // rows of zeros before the masks' first
+constexpr int kColumnTiles = 2;            // of 16 columns, the most that a warp sums at once
+constexpr int kExchanges = 2;              // between the blocks of a cluster, of an image
+constexpr int kFrame = 8;                  // rows of zeros before the masks' first
 constexpr int kBytesPerNanosecond = 3350;  // of an H100's memory
 constexpr int kLoads = 32;  // barriers and places in the table of slots: twice as many as slots, at least
 
@@ -94,7 +94,7 @@ inline RowsCut rows_cut(int images, int channels, int positions, const RowsNeeds
   cut.pitch = 16 * cut.tiles + 4;  // two columns begin 8 banks apart
   int sums = cut.classes * cut.columns * cut.pitch * 4;
   if (sums < needs.sums_of_channel * (cut.channels + 1)) sums = needs.sums_of_channel * (cut.channels + 1);
-  const int given = cut.blocks == 1 ? 0 : 2 * (cut.columns * 4 * cut.quads + (kExchanges - 1) * kWarps * kHeads) * 4;
+  const int given = cut.blocks == 1 ? 0 : 2 * (cut.columns * 4 * cut.quads + kWarps * kHeads) * 4;
   int at = 0;
   const auto take = [&](int bytes) {
     at += (bytes + 15) / 16 * 16;
@@ -230,7 +230,7 @@ struct Slots {
 
 // What the blocks of a cluster of two tell each other, once an image: sums of floats over the channels of each. Memory
 // for two images, used in turn: a block gives again only after the other took what it gave before the last time, for it
-// has been given something since. Exchange 0 is of sums at all positions, the others are of the warps' shares of
+// has been given something since. Exchange 0 is of sums at all positions, the other one of the warps' shares of
 // a number of each head.
 struct Exchange {
   const Slots& slots;
@@ -251,8 +251,7 @@ struct Exchange {
   // Offset of what is given.
   __device__ int place(int turn) const {
     const int sums = slots.cut.columns * 4 * slots.cut.quads;
-    return slots.cut.given +
-           (number == 0 ? turn % 2 * sums : 2 * sums + (2 * number - 2 + turn % 2) * kWarps * kHeads) * 4;
+    return slots.cut.given + (number == 0 ? turn % 2 * sums : 2 * sums + turn % 2 * kWarps * kHeads) * 4;
   }
 
   // Four floats to the other block, from there on where they belong. turn: the image, from this block's first.
