@@ -85,9 +85,9 @@ def sweeps_float32(feature_map: Tensor, heads: int) -> bool:
     positions = math.prod(sizes[2:])
     if positions > 1 and strides[1] == 1:  # dense channels_last
         dense = strides[-1] == channels and (len(sizes) == 3 or strides[2] == channels * sizes[3])
-        return dense and channels % 4 == 0 and channels <= 2560 and strides[0] % 4 == 0
+        return dense and channels % 4 == 0 and channels <= 2560 and strides[0] > 0 and strides[0] % 4 == 0
     rows = strides[-1] == 1 and (len(sizes) == 3 or strides[2] == sizes[3])
-    if not rows or strides[0] % 4 != 0:
+    if not rows or strides[0] < 1 or strides[0] % 4 != 0:
         return False
     if channels % 8 == 0 and channels <= 1024 and positions % 4 == 0 and strides[1] % 4 == 0:
         return True

@@ -179,6 +179,25 @@ def test_pytorchs_products_that_round(monkeypatch, device):
     assert (got - exact).norm() <= 2 * (other - exact).norm() <= 0.05 * exact.norm()
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("channels", [768, 2304])
+def test_gradients_that_begin_anywhere(channels, layout, device):
+    """What autograd hands over may begin at any element, also where a kernel would load several at once."""
+    layer = Layer(2, channels, 3, 3, k=4, dtype=torch.bfloat16, device=device)
+    found = []
+    for before in (0, 7):
+        z = layer.tensors["feature_map"].contiguous(memory_format=layout).detach().requires_grad_()
+        w = layer.tensors["mask_weight"].detach().requires_grad_()
+        pooled = ar_kernels.attend(z, w).pooled
+        other = torch.zeros(before, device=device, requires_grad=True)
+        grads = torch.linspace(-1, 1, before + pooled.numel(), device=device)
+        grads[before:] = torch.linspace(-1, 1, pooled.numel(), device=device)
+        torch.cat([other, pooled.flatten()]).backward(grads)
+        found.append((z.grad, w.grad))
+    for aligned, anywhere in zip(*found):
+        assert torch.equal(aligned, anywhere)
+
+
 def test_pytorchs_products_where_they_may_be_made(monkeypatch, device):
     """Not in deterministic mode, forward or backward."""
     float_products = pytest.importorskip("ar_kernels.kernels.float_products")
@@ -186,6 +205,7 @@ def test_pytorchs_products_where_they_may_be_made(monkeypatch, device):
     monkeypatch.setattr(float_products, "SMALL", -1)
     monkeypatch.setattr(native, "SWEEPS_FLOAT32", False)
     monkeypatch.setattr("ar_kernels.plans.are_used", lambda *arguments: False)
+    monkeypatch.setattr("ar_kernels.node.wanted", False)  # it asks torch for the mode
     monkeypatch.setattr(float_products, "_multiply", lambda *factors: made.append(multiply(*factors)))
     z, w = torch.randn(2, 24, 5, 7, device=device, requires_grad=True), torch.randn(5, 24, device=device)
     for forward, backward, count in ((True, True, 0), (True, False, 2), (False, True, 2), (False, False, 4)):

@@ -25,7 +25,8 @@ WRAPPER = """
                            const float* grad_logits, float* dw, int64_t* programs, int64_t writes) {
       BackwardSweep a = {};
       const auto map = [&](void* data) {
-        return rows ? Map{data, channels * positions, positions, 1} : Map{data, channels * positions, 1, channels};
+        const FlatMap last = {data, channels * positions, 1, channels};
+        return rows ? FlatMap{data, channels * positions, positions, 1} : last;
       };
       a.kind = kind_of(kind), a.images = images, a.channels = channels, a.positions = positions, a.heads = heads;
       a.z = map(z), a.upstream = map(upstream), a.dz = map(dz);
@@ -58,7 +59,7 @@ WRAPPER = """
                               const void* grad_features, const float* grad_gates, const float* grad_scores,
                               const float* grad_pooled, const float* grad_lse, const float* grad_mean, float* dt) {
       BackwardSweep a = {};
-      const auto map = [&](void* data) { return Map{data, channels * positions, 1, channels}; };
+      const auto map = [&](void* data) { return FlatMap{data, channels * positions, 1, channels}; };
       a.kind = Kind::kBFloat16, a.images = images, a.channels = channels, a.positions = positions, a.heads = heads;
       a.z = map(z), a.upstream = map(upstream), a.dz = map(dz), a.mean = grad_mean != nullptr;
       a.b = {b, Kind::kFloat}, a.lse = lse, a.grad_logits = grad_logits, a.dw = dw;
@@ -74,7 +75,7 @@ WRAPPER = """
       ForwardSweep a = {};
       a.kind = kind_of(kind), a.images = images, a.channels = channels, a.positions = positions, a.heads = heads;
       a.gated = gated;
-      a.z = rows ? Map{z, channels * positions, positions, 1} : Map{z, channels * positions, 1, channels};
+      a.z = rows ? FlatMap{z, channels * positions, positions, 1} : FlatMap{z, channels * positions, 1, channels};
       a.w = {w, kind_of(w_kind)}, a.b = {b, Kind::kFloat};
       a.score_w = {score_w, Kind::kFloat}, a.score_b = {score_b, Kind::kFloat};
       a.pooled = pooled, a.lse = lse, a.logits = logits, a.mean = mean;
@@ -92,7 +93,7 @@ WRAPPER = """
                                                    : sweep_forward_float_rows(a, nullptr);
       }
       if (splits != nullptr) {
-        *splits = rows == kRows ? 1 : forward_splits(a, false);
+        *splits = rows == kRows ? 1 : can_sweep_forward(a) ? forward_splits(a, false) : 0;
         return 0;
       }
       return rows == kRows ? sweep_forward_rows(a, nullptr) : sweep_forward(a, nullptr);
@@ -642,6 +643,17 @@ def test_float_maps_that_are_promised_fit(kernels, rows, monkeypatch):
                 *sizes, 0, something, rows, None, KINDS[torch.float32], *[None] * 10, count, 0, None, None, None
             )
     assert promised > 50
+
+
+def test_a_block_has_no_more_warps_than_registers_are_for(kernels):
+    """With 16 blocks of 16 channels a warp has room in a block of 8 warps: 2304 channels would take 9."""
+    something, count = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    for channels, taken in ((768, True), (2048, True), (2304, False), (2560, False), (3328, False), (4096, False)):
+        kernels.forward(
+            KINDS[torch.bfloat16], 2, channels, 49, 4, 0, something, LAST, None, KINDS[torch.bfloat16],
+            *[None] * 10, count, 0, None, None, None,
+        )  # fmt: skip
+        assert (int(count) > 0) == taken, channels
 
 
 class Operators:

@@ -104,7 +104,7 @@ def _scale(
         for start in range(0, positions, channels.shape[0]):
             s = start + channels
             direct = tl.load(
-                grad_logits + n * HEADS * positions + heads[None, :] * positions + s[:, None],
+                grad_logits + (n * HEADS + heads)[None, :] * positions + s[:, None],
                 mask=(s < positions)[:, None] & (heads < HEADS)[None, :],
                 other=0.0,
             )
@@ -189,7 +189,7 @@ def _mask_gradient(
     a = tl.where(attends, tl.exp(logit - shift[None, :]), 0.0)
     dl = a * (da - delta[None, :])
     if grad_logits is not None:
-        offsets = n * HEADS * positions + heads[None, :] * positions + s[:, None]
+        offsets = (n * HEADS + heads)[None, :] * positions + s[:, None]
         dl += scale * tl.load(grad_logits + offsets, mask=(s < end)[:, None] & attends, other=0.0)
     if ROWS > HEADS:
         a = tl.where((heads == HEADS)[None, :], 1.0 / positions.to(ACC), a)
@@ -582,7 +582,7 @@ def attend_backward(
         calls.append((plan.pooled, (score_w, pooled, scores, gates, *received, w, pairs, delta, dt, unscale)))
     if plan.native is not None:
         of_scores = score_w if plan.pooled is not None else hopper.score_weights(score_w, gates, w)
-        of_pooled = (w, of_scores, pooled, scores, gates, *received[:-1], dt)
+        of_pooled = (w, of_scores, *map(hopper.aligned, (pooled, scores, gates, *received[:-1])), dt)
         if plan.pooled is not None:
             of_pooled = (None,) * len(of_pooled)
         calls.append((plan.native, (z, b, lse, pairs, delta, unscale, grad_logits, upstream, dz, shares, *of_pooled)))

@@ -34,12 +34,12 @@ Triton's takes longer than two of Triton's (64 × 384 × 14² on an H100: 22.6 �
 @functools.cache
 def _operators() -> Any:
     """torch.ops.ar_kernels_native, or None where it has no such kernels."""
-    if native.why_not("cpu") is not None or not native.has_kernels("cuda", "sweep_forward_"):
+    if not native.has_sweeps():
         return None
     found = torch.ops.ar_kernels_native
     for name in ("sweep_forward_", "sweep_backward_"):  # called where nothing is recorded
         _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    launch.operators += [found.sweep_forward_.default, found.sweep_backward_.default]
+    launch.operators[:] = found.sweep_forward_.default, found.sweep_backward_.default  # by two threads, it may be
     return found
 
 
@@ -111,6 +111,11 @@ def upstream_as_read(
     if not takes_map or (upstream.stride() == dz.stride() and can_read(z, w, upstream)):
         return upstream
     return dz.new_empty_strided(dz.shape, dz.stride()).copy_(upstream)
+
+
+def aligned(value: Tensor | None) -> Tensor | None:
+    """value, copied if it does not begin where these sweeps can load several of its numbers at once."""
+    return value if value is None or value.data_ptr() % _ALIGNMENT == 0 else value.clone()
 
 
 def score_weights(score_w: Tensor | None, gates: Tensor | None, w: Tensor) -> Tensor | None:

@@ -3,15 +3,13 @@
 
 #include <stdint.h>
 
+#include "../shares.h"
 #include "kind.h"
 
 namespace ar_kernels {
 
 // Of a tile that stays in the first-level cache between two products.
 constexpr int64_t kSmallTileBytes = 24 << 10;
-
-// Of so many things that groups share in order, the first one of a group.
-constexpr int64_t first_of(int64_t group, int64_t groups, int64_t count) { return count * group / groups; }
 
 // A feature map [N, C, H, W] of any strides (in elements), or what has its shape.
 struct Map {

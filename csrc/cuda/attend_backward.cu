@@ -62,9 +62,8 @@ inline Slices slices_of(int channels, int positions, int maps, int per_processor
   const int stage_bytes = cut.warps * cut.bytes_each * maps;
   const int parts = cut.warps * part_bytes(cut.blocks, cut.sixteens), masks = 16 * cut.sixteens * kHeads * 4;
   const int of_image = 2 * cut.warps * kHeads * 4;
-  const int shared = (kSharedBytes + 1024) / per_processor - 1024;  // 1024 of each block's are the system's
-  const int others = 1024 + parts + masks + 16 + of_image;          // tiles begin at a multiple of 1024
-  cut.stages = std::min((shared - others) / (stage_bytes + 8 * cut.warps), kMostStages);
+  const int others = 1024 + parts + masks + 16 + of_image;  // tiles begin at a multiple of 1024
+  cut.stages = std::min((shared_bytes(per_processor) - others) / (stage_bytes + 8 * cut.warps), kMostStages);
   cut.parts = cut.stages * stage_bytes;
   cut.masks = cut.parts + parts;
   cut.spare = cut.masks + masks;
@@ -149,7 +148,7 @@ __device__ __forceinline__ void load_weights(const Values& w, int first, uint32_
 __device__ __forceinline__ void prefetch_row(const void* data, int64_t row, int bytes) {
   if (data == nullptr) return;
   const char* from = static_cast<const char*>(data) + row * bytes;
-  for (int at = 128 * threadIdx.x; at < bytes; at += 128 * blockDim.x) prefetch_line(from + at);
+  for (int at = 128 * threadIdx.x; at < bytes; at += 128 * blockDim.x) prefetch_l2(from + at);
 }
 
 // What is wanted of an image before its first tile, into L2.
@@ -167,15 +166,15 @@ __device__ __forceinline__ void prefetch_image(const BackwardSweep& a, int64_t i
 #pragma unroll
   for (int i = 0; i < 7; ++i)
     if (threadIdx.x == i && few[i] != nullptr) own = few[i] + image * (i < 2 ? of.gated : a.heads);
-  if (own != nullptr) prefetch_line(own);
+  if (own != nullptr) prefetch_l2(own);
 }
 
 // dP of an image into the odd rows of the kernel's weights, and what delta is the sum of.
 //   dg_k = dx_k . P_k,  du = g (dg - sum_j g_j dg_j),  dt = du (1 - tanh^2 t),  dP_k = g_k dx_k + dt_k W_G[k]
 // A lane has four channels of one head after another, so that all it needs is on its way at once, and dP goes to where
 // products want it through `own`, the warp's part of shared memory.
-// shared: two arrays of [warps, kHeads] floats; the second is what delta is the sum of, after a barrier. A barrier for
-// all threads is inside.
+// shared: two arrays of [warps, kHeads] floats; the second is what delta is the sum of, after a barrier. Where there
+// are gates, a barrier for all threads is inside.
 template <class T, int kBlocks>
 __device__ __forceinline__ void pooled_gradient(const BackwardSweep& a, int64_t image, int first_channel, bool stores,
                                                 float mean_factor, float* shared, uint8_t* own,
@@ -602,7 +601,7 @@ int programs_of(const BackwardSweep& a, const Slices& cut) {
 template <class T, int kBlocks, int kTiles>
 cudaError_t sweep(const BackwardSweep& a, const Slices& cut, cudaStream_t stream) {
   CUtensorMap z, upstream, dz;
-  const auto encoded = [&](CUtensorMap* tensor, const Map& map) {  // a box is what a warp has of a tile
+  const auto encoded = [&](CUtensorMap* tensor, const FlatMap& map) {  // a box is what a warp has of a tile
     return encode<T>(tensor, map, a.images, a.channels, a.positions, 16 * cut.blocks, cut.tile);
   };
   if (!encoded(&z, a.z) || !encoded(&dz, a.dz)) return cudaErrorInvalidValue;

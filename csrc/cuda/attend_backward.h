@@ -18,15 +18,15 @@ struct PooledGradient {
 };
 
 struct BackwardSweep {
-  Kind kind;  // of the maps and of pairs: kHalf or kBFloat16
+  Kind kind;  // of the maps and of pairs
   int images, channels, positions, heads;
-  Map z, upstream, dz;       // float32 kernels do without dz
+  FlatMap z, upstream, dz;   // float32 kernels do without dz
   PooledGradient of;         // of bfloat16 and channels_last alone
   const void* pairs;         // [N, heads (+ 1: the mean's row), 2, C]: W_H and dP
   bool mean;                 // whether there is such a row
   Values b;                  // [heads]
   const float *lse, *delta;  // [N, heads]; δ = Σ_c dP P − dlse
-  const float* unscale;      // [N]: takes what comes of dP out of the image's scale; null: 1
+  const float* unscale;      // [N]: takes what comes of dP out of the image's scale, in float16; null: 1
   const float* grad_logits;  // [N, heads, S] or null
   float* dw;                 // [backward_programs, heads, C] or null: each program's share of dW_H
 };
@@ -37,7 +37,7 @@ bool can_sweep_backward(const BackwardSweep& a);
 // How many programs launch on the current device.
 int backward_programs(const BackwardSweep& a);
 
-// Launches them; cudaErrorInvalidValue where can_sweep_backward is false, or data is not aligned to 16 bytes.
+// Launches them, of maps that are aligned to 16 bytes; cudaErrorInvalidValue where can_sweep_backward is false.
 cudaError_t sweep_backward(const BackwardSweep& a, cudaStream_t stream);
 
 // The same of NCHW maps with rows of any length, of pairs alone, without an upstream gradient.
@@ -45,7 +45,7 @@ bool can_sweep_backward_rows(const BackwardSweep& a);
 int backward_rows_programs(const BackwardSweep& a);
 cudaError_t sweep_backward_rows(const BackwardSweep& a, cudaStream_t stream);
 
-// The same of float32 maps, channels_last and NCHW, with an upstream gradient or without; `unscale` is null.
+// The same of float32 maps, channels_last and NCHW, with an upstream gradient or without.
 bool can_sweep_backward_floats(const BackwardSweep& a);
 int backward_floats_programs(const BackwardSweep& a);
 cudaError_t sweep_backward_floats(const BackwardSweep& a, cudaStream_t stream);

@@ -8,7 +8,6 @@
 // dW_H is added up in shared memory, by the same threads; the upstream gradient is read from memory where it is added.
 
 #include <algorithm>
-#include <type_traits>
 
 #include "attend_backward.h"
 #include "float_images.cuh"
@@ -25,11 +24,9 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
 #if AR_HOPPER
   uint8_t* memory = shared_memory();
   const bool tapped = a.upstream.data != nullptr, writes = a.dz.data != nullptr;
-  const int cluster = blockIdx.x >> cut.block_bits, clusters = gridDim.x >> cut.block_bits;
-  const int begin = static_cast<int>(static_cast<int64_t>(a.images) * cluster / clusters);
-  const int end = static_cast<int>(static_cast<int64_t>(a.images) * (cluster + 1) / clusters);
+  const ImageShare share(cut, a.images);
+  const int begin = share.begin, end = share.end, first_channel = share.first_channel;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, positions = a.positions, channels = a.channels;
-  const int first_channel = (blockIdx.x & (cut.blocks - 1)) * cut.channels;
   ImageSlots slots(cut, static_cast<const float*>(a.z.data) + begin * a.z.image + first_channel * positions,
                    a.z.image * 4, end - begin, memory);
   float* weights = reinterpret_cast<float*>(memory + cut.weights);     // [channels of this block, kColumns]
@@ -149,44 +146,33 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   const float* gradients = reinterpret_cast<const float*>(memory + cut.gradients);
   for (int k = 0; k < a.heads; ++k)
     for (int channel = threadIdx.x; channel < cut.channels; channel += kFloatThreads)
-      a.dw[(static_cast<int64_t>(cluster) * a.heads + k) * channels + first_channel + channel] =
+      a.dw[(static_cast<int64_t>(share.cluster) * a.heads + k) * channels + first_channel + channel] =
           gradients[channel * kHeads + k];
 #endif  // AR_HOPPER
 }
 
 FloatImagesCut backward_cut(const BackwardSweep& a) { return float_images_cut(a.channels, a.positions, kColumns); }
 
-// does(kernel) with the kernel of a cut.
-template <class Does>
-auto with_kernel(const FloatImagesCut& cut, const Does& does) {
-  switch (cut.own) {
-    case 2: return does(std::integral_constant<int, 2>());
-    case 5: return does(std::integral_constant<int, 5>());
-    case 7: return does(std::integral_constant<int, 7>());
-    default: return does(std::integral_constant<int, 8>());
-  }
-}
-
 }  // namespace
 
 bool can_sweep_backward_float_images(const BackwardSweep& a) {
   if (a.kind != Kind::kFloat || a.heads < 1 || a.heads > kHeads || a.images < 1) return false;
-  for (const Map& map : {a.dz, a.upstream})
+  for (const FlatMap& map : {a.dz, a.upstream})
     if (map.data != nullptr && !is_float_images(map, a.channels, a.positions)) return false;
   return is_float_images(a.z, a.channels, a.positions) && backward_cut(a).slots > 0;
 }
 
 int backward_float_images_programs(const BackwardSweep& a) {
   const FloatImagesCut cut = backward_cut(a);
-  return with_kernel(cut, [&](auto own) {
+  return with_own(cut, [&](auto own) {
     return float_images_clusters<backward_float_images_kernel<decltype(own)::value>>(cut, a.images);
   });
 }
 
 cudaError_t sweep_backward_float_images(const BackwardSweep& a, cudaStream_t stream) {
-  if (!can_sweep_backward_float_images(a) || a.unscale != nullptr) return cudaErrorInvalidValue;
+  if (!can_sweep_backward_float_images(a)) return cudaErrorInvalidValue;
   const FloatImagesCut cut = backward_cut(a);
-  return with_kernel(cut, [&](auto own) {
+  return with_own(cut, [&](auto own) {
     return launch_float_images<backward_float_images_kernel<decltype(own)::value>>(cut, a, stream);
   });
 }

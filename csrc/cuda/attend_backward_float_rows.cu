@@ -31,8 +31,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   Ring ring(cut, memory);
   const bool tapped = a.upstream.data != nullptr, writes = a.dz.data != nullptr;
   const int64_t items = static_cast<int64_t>(a.images) * cut.tiles;
-  const int begin = static_cast<int>(items * blockIdx.x / gridDim.x);
-  const int end = static_cast<int>(items * (blockIdx.x + 1) / gridDim.x);
+  const int begin = first_of(blockIdx.x, gridDim.x, items), end = first_of(blockIdx.x + 1, gridDim.x, items);
 
   // Thread 0 asks for all copies.
   int next_item = begin, next_chunk = 0;
@@ -209,7 +208,7 @@ FloatRowsCut backward_cut(const BackwardSweep& a) {
 template <int kQuads>
 cudaError_t sweep(const BackwardSweep& a, const FloatRowsCut& cut, cudaStream_t stream) {
   CUtensorMap z, upstream, dz;
-  const auto encoded = [&](CUtensorMap* tensor, const Map& map) {
+  const auto encoded = [&](CUtensorMap* tensor, const FlatMap& map) {
     return encode(tensor, map.data == nullptr ? a.z : map, a.images, a.channels, a.positions, cut);
   };
   if (!encoded(&z, a.z) || !encoded(&dz, a.dz) || !encoded(&upstream, a.upstream)) return cudaErrorInvalidValue;
@@ -222,7 +221,7 @@ cudaError_t sweep(const BackwardSweep& a, const FloatRowsCut& cut, cudaStream_t 
 bool can_sweep_backward_float_rows(const BackwardSweep& a) {
   if (a.kind != Kind::kFloat || a.heads < 1 || a.heads > kHeads || a.images < 1) return false;
   if (!is_float_rows(a.z)) return false;
-  for (const Map& map : {a.dz, a.upstream})
+  for (const FlatMap& map : {a.dz, a.upstream})
     if (map.data != nullptr && !is_float_rows(map)) return false;
   const FloatRowsCut cut = backward_cut(a);
   return cut.slots > 0 && static_cast<int64_t>(a.images) * cut.tiles < INT32_MAX;
@@ -234,7 +233,7 @@ int backward_float_rows_programs(const BackwardSweep& a) {
 }
 
 cudaError_t sweep_backward_float_rows(const BackwardSweep& a, cudaStream_t stream) {
-  if (!can_sweep_backward_float_rows(a) || a.unscale != nullptr) return cudaErrorInvalidValue;
+  if (!can_sweep_backward_float_rows(a)) return cudaErrorInvalidValue;
   const FloatRowsCut cut = backward_cut(a);
   switch (cut.quads) {
     case 4: return sweep<4>(a, cut, stream);

@@ -31,10 +31,9 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   const int group = warp / cut.warps, of_group = warp % cut.warps;
   GroupSlots slots(cut, memory, group);
   const int64_t all_items = static_cast<int64_t>(a.images) * cut.tiles;
-  const int begin = static_cast<int>(all_items * blockIdx.x / gridDim.x);
-  const int end = static_cast<int>(all_items * (blockIdx.x + 1) / gridDim.x);
+  const int begin = first_of(blockIdx.x, gridDim.x, all_items), end = first_of(blockIdx.x + 1, gridDim.x, all_items);
   const auto count_of = [&](int tile) { return min(cut.tile, a.positions - tile * cut.tile); };
-  const auto at = [&](const Map& map, const TilePlace& place) {
+  const auto at = [&](const FlatMap& map, const TilePlace& place) {
     return static_cast<float*>(map.data) + place.row * map.image +
            static_cast<int64_t>(place.tile) * cut.tile * a.channels;
   };
@@ -215,9 +214,9 @@ cudaError_t sweep(const BackwardSweep& a, const FloatsCut& cut, cudaStream_t str
 
 bool can_sweep_backward_floats(const BackwardSweep& a) {
   if (a.kind != Kind::kFloat || a.heads < 1 || a.heads > kHeads || a.images < 1) return false;
-  const auto dense = [&](const Map& map) { return is_dense_channels_last(map, a.channels); };
+  const auto dense = [&](const FlatMap& map) { return is_dense_channels_last(map, a.channels); };
   if (!dense(a.z)) return false;
-  for (const Map& map : {a.dz, a.upstream})
+  for (const FlatMap& map : {a.dz, a.upstream})
     if (map.data != nullptr && !dense(map)) return false;
   const FloatsCut cut = backward_cut(a);
   return cut.slots > 0 && static_cast<int64_t>(a.images) * cut.tiles < INT32_MAX;
@@ -228,7 +227,7 @@ int backward_floats_programs(const BackwardSweep& a) {
 }
 
 cudaError_t sweep_backward_floats(const BackwardSweep& a, cudaStream_t stream) {
-  if (!can_sweep_backward_floats(a) || a.unscale != nullptr) return cudaErrorInvalidValue;
+  if (!can_sweep_backward_floats(a)) return cudaErrorInvalidValue;
   const FloatsCut cut = backward_cut(a);
   switch (cut.own) {
     case 1: return sweep<1>(a, cut, stream);

@@ -35,8 +35,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   uint8_t* memory = shared_memory();
   const int rank = static_cast<int>(cluster_rank()), cluster = blockIdx.x / cut.blocks;
   const int clusters = gridDim.x / cut.blocks;
-  const int begin = static_cast<int>(static_cast<int64_t>(a.images) * cluster / clusters);
-  const int end = static_cast<int>(static_cast<int64_t>(a.images) * (cluster + 1) / clusters);
+  const int begin = first_of(cluster, clusters, a.images), end = first_of(cluster + 1, clusters, a.images);
   const int first_channel = rank * cut.channels;
   const Slots slots(cut, memory);
   const Exchange of_sums(slots, 0);
@@ -228,7 +227,6 @@ bool can_sweep_backward_rows(const BackwardSweep& a) {
   if (a.kind != Kind::kHalf && a.kind != Kind::kBFloat16) return false;
   if (a.heads < 1 || a.heads > kHeads || a.images < 1) return false;
   if (a.upstream.data != nullptr || a.of.w.data != nullptr) return false;
-  if (a.kind == Kind::kBFloat16 && a.unscale != nullptr) return false;
   return is_rows(a.z, a.positions) && is_rows(a.dz, a.positions) && backward_cut(a).slots > 0;
 }
 

@@ -23,6 +23,18 @@ constexpr int kMostBlocks = 16;       // of 16 channels, of a warp
 constexpr int kWarps = 8;             // of a block, if so many suffice: each knows the softmax for itself
 constexpr int kFewBytes = 32 * 1024;  // of a tile, if that has 16 positions or more
 
+// How an image is cut, and where what lies in shared memory.
+struct Cut {
+  int per_processor;                 // blocks that share a multiprocessor
+  int warps, blocks;                 // of a block; of 16 channels each, of a warp
+  int tile, tiles;                   // positions of a tile, tiles of an image
+  int stages, stage_bytes;           // a stage has a tile
+  int parts, rest, barriers, bytes;  // parts: [2, warps, tile, kHeads] floats
+};
+
+// The most warps of a block with so many blocks of channels each: there are registers for no more.
+constexpr int most_warps(int blocks) { return blocks == kMostBlocks ? kWarps : kMostWarps; }
+
 // What is divided by what a launch knows is divided before it: blocks begin at once.
 struct Share {
   int tiles;       // of a split; the last one of an image has what is left
@@ -34,7 +46,7 @@ struct Share {
 //
 // kBlocks: of 16 channels, of a warp. kTiles: of 16 positions, of a tile. What a tile has beyond its image are zeros.
 template <class T, int kBlocks, int kTiles>
-__global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostWarps), 1)
+__global__ void __launch_bounds__(32 * most_warps(kBlocks), 1)
     forward_kernel(const __grid_constant__ CUtensorMap z_map, const __grid_constant__ ForwardSweep a,
                    const __grid_constant__ Cut cut, const __grid_constant__ Share share) {
 #if AR_HOPPER
@@ -121,7 +133,7 @@ __global__ void __launch_bounds__(32 * (kBlocks == kMostBlocks ? kWarps : kMostW
   const int score_bytes = a.gated > 0 ? a.heads * a.channels * (a.score_w.kind == Kind::kFloat ? 4 : 2) : 0;
 #pragma unroll 1
   for (int byte = 128 * threadIdx.x; byte < score_bytes; byte += 128 * blockDim.x)
-    prefetch(static_cast<const char*>(a.score_w.data) + byte);
+    prefetch_l1(static_cast<const char*>(a.score_w.data) + byte);
 
   // Where a part of logits [kHeads, 16 positions] has a head: sums over channels, where a lane has heads 2i and 2i + 1,
   // are then stored, and by heads loaded, without bank conflicts.
@@ -404,14 +416,13 @@ Cut forward_cut(const ForwardSweep& a, int per_processor) {
   cut.blocks = kRow / 16;
   cut.warps = a.channels / kRow;
   while (cut.warps > kWarps && cut.warps % 2 == 0 && cut.blocks < kMostBlocks) cut.blocks *= 2, cut.warps /= 2;
-  if (cut.warps > kMostWarps / per_processor) return cut;
+  if (cut.warps > most_warps(cut.blocks) / per_processor) return cut;
   cut.tile = 16;
   while (cut.tile < kMostTile && cut.tile < a.positions && 2 * cut.tile * 2 * a.channels <= kFewBytes) cut.tile *= 2;
   cut.tiles = (a.positions + cut.tile - 1) / cut.tile;
-  cut.stage_bytes = cut.map_bytes = cut.tile * 2 * a.channels;
+  cut.stage_bytes = cut.tile * 2 * a.channels;
   const int parts = 2 * cut.warps * cut.tile * kHeads * 4, scores = cut.warps * kHeads * 4;
-  const int shared = (kSharedBytes + 1024) / per_processor - 1024;  // 1024 of each block's are the system's
-  const int stages = (shared - 1024 - parts - scores - 8 * kMostStages) / cut.stage_bytes;
+  const int stages = (shared_bytes(per_processor) - 1024 - parts - scores - 8 * kMostStages) / cut.stage_bytes;
   cut.stages = stages < 2 ? 0 : std::min(stages, kMostStages);
   cut.parts = cut.stages * cut.stage_bytes;
   cut.rest = cut.parts + parts;

@@ -6,9 +6,9 @@
 namespace ar_kernels {
 
 struct ForwardSweep {
-  Kind kind;  // of the map: kHalf or kBFloat16
+  Kind kind;  // of the map
   int images, channels, positions, heads, gated;
-  Map z;
+  FlatMap z;
   Values w, b;                      // [heads, C], [heads] or null
   Values score_w, score_b;          // [heads, C], [heads] or null; no gates without score_w
   float *pooled, *lse;              // [N, heads, C], [N, heads]
@@ -27,8 +27,8 @@ bool can_sweep_forward(const ForwardSweep& a);
 // positions, a sum), for a kernel that merges them.
 int forward_splits(const ForwardSweep& a, bool alike);
 
-// Launches it on the current device; cudaErrorInvalidValue where can_sweep_forward is false, or the map is not aligned
-// to 16 bytes.
+// Launches it on the current device, of a map that is aligned to 16 bytes; cudaErrorInvalidValue where
+// can_sweep_forward is false.
 cudaError_t sweep_forward(const ForwardSweep& a, cudaStream_t stream);
 
 // The same of NCHW maps with rows of any length; images are not split.

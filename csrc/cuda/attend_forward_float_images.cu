@@ -21,11 +21,9 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
 #if AR_HOPPER
   constexpr int kQuads = (kOwn + 3) / 4;  // of a lane, in a head's softmax: of four adjacent positions
   uint8_t* memory = shared_memory();
-  const int cluster = blockIdx.x >> cut.block_bits, clusters = gridDim.x >> cut.block_bits;
-  const int begin = static_cast<int>(static_cast<int64_t>(a.images) * cluster / clusters);
-  const int end = static_cast<int>(static_cast<int64_t>(a.images) * (cluster + 1) / clusters);
+  const ImageShare share(cut, a.images);
+  const int begin = share.begin, end = share.end, first_channel = share.first_channel;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, positions = a.positions, channels = a.channels;
-  const int first_channel = (blockIdx.x & (cut.blocks - 1)) * cut.channels;
   ImageSlots slots(cut, static_cast<const float*>(a.z.data) + begin * a.z.image + first_channel * positions,
                    a.z.image * 4, end - begin, memory);
   float* weights = reinterpret_cast<float*>(memory + cut.weights);     // [channels of this block, kHeads]
@@ -169,11 +167,6 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
 
 FloatImagesCut forward_cut(const ForwardSweep& a) { return float_images_cut(a.channels, a.positions, kHeads); }
 
-template <int kOwn>
-cudaError_t sweep(const ForwardSweep& a, const FloatImagesCut& cut, cudaStream_t stream) {
-  return launch_float_images<forward_float_images_kernel<kOwn>>(cut, a, stream);
-}
-
 }  // namespace
 
 bool can_sweep_forward_float_images(const ForwardSweep& a) {
@@ -185,12 +178,9 @@ bool can_sweep_forward_float_images(const ForwardSweep& a) {
 cudaError_t sweep_forward_float_images(const ForwardSweep& a, cudaStream_t stream) {
   if (!can_sweep_forward_float_images(a)) return cudaErrorInvalidValue;
   const FloatImagesCut cut = forward_cut(a);
-  switch (cut.own) {
-    case 2: return sweep<2>(a, cut, stream);
-    case 5: return sweep<5>(a, cut, stream);
-    case 7: return sweep<7>(a, cut, stream);
-    default: return sweep<8>(a, cut, stream);
-  }
+  return with_own(cut, [&](auto own) {
+    return launch_float_images<forward_float_images_kernel<decltype(own)::value>>(cut, a, stream);
+  });
 }
 
 }  // namespace ar_kernels

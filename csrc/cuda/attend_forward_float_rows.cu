@@ -26,11 +26,8 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   uint8_t* memory = shared_memory();
   Ring ring(cut, memory);
   const int64_t rows = static_cast<int64_t>(a.images) * cut.splits;
-  const int first = static_cast<int>(rows * blockIdx.x / gridDim.x);
-  const int last = static_cast<int>(rows * (blockIdx.x + 1) / gridDim.x);
-  const auto tile_of = [&](int split) {
-    return static_cast<int>(static_cast<int64_t>(cut.tiles) * split / cut.splits);
-  };
+  const int first = first_of(blockIdx.x, gridDim.x, rows), last = first_of(blockIdx.x + 1, gridDim.x, rows);
+  const auto tile_of = [&](int split) { return first_of(split, cut.splits, cut.tiles); };
 
   // Thread 0 asks for all copies.
   int next_row = first, next_tile = tile_of(first % cut.splits), next_chunk = 0;
@@ -176,9 +173,9 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
     if (a.gated > 0 && cut.splits == 1 && place.head < a.heads)
       for (int chunk = 0; chunk < cut.chunks; ++chunk)
         for (int batch = warp; batch < batches_of(chunk); batch += cut.warps)
-          prefetch(static_cast<const uint8_t*>(a.score_w.data) +
-                   (place.head * a.channels + chunk * cut.rows + kBatch * batch + place.channel) *
-                       (a.score_w.kind == Kind::kFloat ? 4 : 2));
+          prefetch_l1(static_cast<const uint8_t*>(a.score_w.data) +
+                      (place.head * a.channels + chunk * cut.rows + kBatch * batch + place.channel) *
+                          (a.score_w.kind == Kind::kFloat ? 4 : 2));
     if (threadIdx.x == 0 && cut.splits > 1 && a.mean != nullptr)
       a.part_m[part + a.heads] = 0, a.part_d[part + a.heads] = static_cast<float>(length);
     __syncthreads();
@@ -208,7 +205,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
     __syncthreads();
     float gates[kHeads];
     make_gates(a, image, score_parts, cut.warps, gates);
-    const float gate = place.head == 0 ? gates[0] : place.head == 1 ? gates[1] : place.head == 2 ? gates[2] : gates[3];
+    const float gate = gate_of(gates, place.head);
     float* features = static_cast<float*>(a.features) + static_cast<int64_t>(image) * a.gated * a.channels;
     if (place.head < a.gated)
       for (int chunk = 0; chunk < cut.chunks; ++chunk)

@@ -29,8 +29,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   const int group = warp / cut.warps, of_group = warp % cut.warps;
   GroupSlots slots(cut, memory, group);
   const int64_t rows = static_cast<int64_t>(a.images) * cut.splits;
-  const int first = static_cast<int>(rows * blockIdx.x / gridDim.x);
-  const int last = static_cast<int>(rows * (blockIdx.x + 1) / gridDim.x);
+  const int first = first_of(blockIdx.x, gridDim.x, rows), last = first_of(blockIdx.x + 1, gridDim.x, rows);
   const auto image_of = [&](int row) { return cut.splits == 1 ? row : row / cut.splits; };
   const auto begin_of = [&](int split) { return split * cut.length + min(split, cut.longer); };
 

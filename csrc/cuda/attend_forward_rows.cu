@@ -22,8 +22,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   uint8_t* memory = shared_memory();
   const int rank = static_cast<int>(cluster_rank()), cluster = blockIdx.x / cut.blocks;
   const int clusters = gridDim.x / cut.blocks;
-  const int begin = static_cast<int>(static_cast<int64_t>(a.images) * cluster / clusters);
-  const int end = static_cast<int>(static_cast<int64_t>(a.images) * (cluster + 1) / clusters);
+  const int begin = first_of(cluster, clusters, a.images), end = first_of(cluster + 1, clusters, a.images);
   const int first_channel = rank * cut.channels;
   const Slots slots(cut, memory);
   const Exchange of_sums(slots, 0), of_scores(slots, 1);

@@ -6,6 +6,8 @@
 // position of a row, so rows may begin anywhere; a warp works on 4 channels at a time.
 #pragma once
 
+#include <type_traits>
+
 #include "floats.cuh"
 
 namespace ar_kernels {
@@ -85,9 +87,20 @@ inline FloatImagesCut float_images_cut(int channels, int positions, int columns)
 // Whether these kernels read it, and it is better than by tiles of its rows (float_rows.cuh), which they want to be
 // multiples of 16 bytes. Measured on an H100 with 256 images, forward and backward: 1024 x 14 x 14 takes 109 and 253 us
 // here, 118 and 366 there, 256 x 14 x 14 31 and 66, 37 and 83; but 320 x 16 x 16 28 and 59, 27 and 48.
-inline bool is_float_images(const Map& map, int channels, int positions) {
+inline bool is_float_images(const FlatMap& map, int channels, int positions) {
   const bool is_best = positions % 4 != 0 || channels > 1024 || (positions > 160 && positions <= 224);
   return is_best && map.position == 1 && map.channel == positions && map.image > 0 && map.image % 4 == 0;
+}
+
+// does(own): the kernels' parameter.
+template <class Does>
+auto with_own(const FloatImagesCut& cut, const Does& does) {
+  switch (cut.own) {
+    case 2: return does(std::integral_constant<int, 2>());
+    case 5: return does(std::integral_constant<int, 5>());
+    case 7: return does(std::integral_constant<int, 7>());
+    default: return does(std::integral_constant<int, 8>());
+  }
 }
 
 // How many clusters are launched for so many images: as many as are there at once.
@@ -104,6 +117,18 @@ cudaError_t launch_float_images(const FloatImagesCut& cut, const Sweep& a, cudaS
 }
 
 #if AR_HOPPER
+
+// What a block has: images begin to end, as all of its cluster, and channels from first_channel on.
+struct ImageShare {
+  int cluster, begin, end, first_channel;
+
+  __device__ ImageShare(const FloatImagesCut& cut, int images) {
+    const int clusters = gridDim.x >> cut.block_bits;
+    cluster = blockIdx.x >> cut.block_bits;
+    begin = first_of(cluster, clusters, images), end = first_of(cluster + 1, clusters, images);
+    first_channel = (blockIdx.x & (cut.blocks - 1)) * cut.channels;
+  }
+};
 
 // The slots, and what is asked for into them. All of a block's threads follow it; thread 0 asks.
 //

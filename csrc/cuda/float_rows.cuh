@@ -11,8 +11,7 @@
 
 namespace ar_kernels {
 
-constexpr int kBatch = 8;             // channels
-constexpr int kReservedBytes = 1024;  // of shared memory, for each block
+constexpr int kBatch = 8;  // channels
 
 struct FloatRowsCut {
   int quads, positions, tiles;       // lanes beside each other: 4 positions each; of a tile; of an image
@@ -36,7 +35,7 @@ inline FloatRowsCut float_rows_cut_of(int quads, int blocks, int most_rows, int 
   cut.tiles = (positions + cut.positions - 1) / cut.positions;
   cut.splits = 1;
   cut.blocks = blocks;
-  const int most_warps = kGroupWarps / blocks, shared = kSharedBytes / blocks - (blocks > 1 ? kReservedBytes : 0);
+  const int most_warps = kGroupWarps / blocks;
   cut.chunks = (channels + most_rows - 1) / most_rows;
   cut.rows = (channels / kBatch + cut.chunks - 1) / cut.chunks * kBatch;
   const int batches = cut.rows / kBatch, rounds = (batches + most_warps - 1) / most_warps;
@@ -48,7 +47,7 @@ inline FloatRowsCut float_rows_cut_of(int quads, int blocks, int most_rows, int 
   const int weights = 4 * all * columns, sums = 4 * all * kHeads, means = 4 * all;
   const int masks = 4 * columns * cut.positions, parts = cut.warps * masks;
   const int others = weights + sums + means + parts + masks + 1024 + 8 * kMostSlots;
-  const int slots = (shared - others) / cut.slot_bytes;
+  const int slots = (shared_bytes(blocks) - others) / cut.slot_bytes;
   cut.slots = slots < kMostSlots ? slots : kMostSlots;
   // A slot may be filled again when the chunk after it was worked on.
   if (cut.slots <= cut.chunks) {
@@ -72,13 +71,13 @@ inline FloatRowsCut float_rows_cut_of(int quads, int blocks, int most_rows, int 
 // 1024 of 64 x 56 x 56 374 and 632 for 583 and 767; but with 32 positions 128 of 320 x 16 x 16 33 and 52 for 28 and 49.
 inline FloatRowsCut float_rows_cut(int channels, int positions, int columns, int maps) {
   FloatRowsCut best = {};
-  int least = INT32_MAX;
+  int64_t least = INT64_MAX;
   for (int quads = 16; quads >= 4; quads /= 2) {
     const FloatRowsCut cut = float_rows_cut_of(quads, 1, quads == 4 ? 256 : 128, channels, positions, columns, maps);
     if (cut.slots == 0) continue;
     // What a tile costs besides is about what 16 positions do. How many images there are must not count: sums over
     // channels would be added in another order.
-    const int time = cut.tiles * (cut.positions + 16);
+    const int64_t time = int64_t{cut.tiles} * (cut.positions + 16);
     if (time < least) least = time, best = cut;
   }
   if (best.quads < 16) return best;
@@ -90,13 +89,13 @@ inline FloatRowsCut float_rows_cut(int channels, int positions, int columns, int
 }
 
 // Whether the copy engine can bring tiles of it.
-inline bool is_float_rows(const Map& map) {
+inline bool is_float_rows(const FlatMap& map) {
   return map.position == 1 && map.channel > 0 && map.channel % 4 == 0 && map.image > 0 && map.image % 4 == 0;
 }
 
 // Nothing more than a tile's own bytes, as well as memory can bring them: what lies beside them is the next tile's, and
 // L2 may have lost it until then.
-inline bool encode(CUtensorMap* tensor, const Map& map, int images, int channels, int positions,
+inline bool encode(CUtensorMap* tensor, const FlatMap& map, int images, int channels, int positions,
                    const FloatRowsCut& cut) {
   return encode_map<float, 3>(
       tensor, map.data,

@@ -95,7 +95,7 @@ inline int splits_of(int images, int channels, int positions, int blocks, int mo
 }
 
 // Whether an image of it is one run of memory, as channels_last has it, that the copy engine can bring.
-inline bool is_dense_channels_last(const Map& map, int channels) {
+inline bool is_dense_channels_last(const FlatMap& map, int channels) {
   return map.channel == 1 && map.position == channels && map.image > 0 && map.image % 4 == 0;
 }
 

@@ -1,4 +1,4 @@
-// Softmaxes and gates: what both forward sweeps make of their sums.
+// Softmaxes and gates: what the forward sweeps make of their sums.
 #pragma once
 
 #include "attend_forward.h"

@@ -33,25 +33,23 @@ bool kind_of(ScalarType dtype, Kind* kind) {
 }
 
 // No strides where positions do not all follow each other at the same distance.
-Map map_of(int64_t dims, const int64_t* sizes, const int64_t* strides, void* data) {
+FlatMap map_of(int64_t dims, const int64_t* sizes, const int64_t* strides, void* data) {
   if (dims == 3) return {data, strides[0], strides[1], strides[2]};
   const bool one_column = sizes[3] == 1;
   if (!one_column && sizes[2] > 1 && strides[2] != sizes[3] * strides[3]) return {data, 0, 0, 0};
   return {data, strides[0], strides[1], one_column ? strides[2] : strides[3]};
 }
 
-Map map_of(const View& z) { return map_of(z.dims, z.sizes, z.strides, z.data); }
-
 template <class Sweep>
 bool set_sizes(Sweep* a, int64_t dims, const int64_t* sizes, int64_t heads) {
   const int64_t positions = dims == 3 ? sizes[2] : sizes[2] * sizes[3];
-  for (const int64_t size : {sizes[0], sizes[1], positions})
+  for (const int64_t size : {sizes[0], sizes[1], positions, sizes[0] * heads})
     if (size < kFewest || size > kMost) return false;
   a->images = static_cast<int>(sizes[0]);
   a->channels = static_cast<int>(sizes[1]);
   a->positions = static_cast<int>(positions);
   a->heads = static_cast<int>(heads);
-  return heads <= kMost;
+  return true;
 }
 
 Values values_of(const char* name, const View& view) {
@@ -62,6 +60,29 @@ Values values_of(const char* name, const View& view) {
                   " must be contiguous and float16, bfloat16 or float32, got ",
                   torch::headeronly::toString(view.dtype));
   return values;
+}
+
+// Of every channel: of the map's dtype, or float32.
+Values weights_of(const char* name, const View& view, Kind kind) {
+  const Values values = values_of(name, view);
+  STD_TORCH_CHECK(values.kind == kind || values.kind == Kind::kFloat, name, " must be float32 or of z's dtype, got ",
+                  torch::headeronly::toString(view.dtype));
+  return values;
+}
+
+// Of the map's dtype, in whole words of the copy engine.
+FlatMap map_of(const char* name, const View& view) {
+  constexpr uintptr_t kAlignment = 16;
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(view.data) % kAlignment == 0, name, " must begin at a multiple of ",
+                  kAlignment, " bytes");
+  return map_of(view.dims, view.sizes, view.strides, view.data);
+}
+
+// What is not a map but has its dtype.
+void* like_map(const char* name, const View& view, const View& z) {
+  check_dtype(name, view, "z", z);
+  STD_TORCH_CHECK(!view.has_value() || view.is_contiguous(), name, " must be contiguous");
+  return view.data;
 }
 
 float* floats(const char* name, const View& view) {
@@ -131,8 +152,8 @@ void fill_forward(const View* arguments, void* stream) {
       *reinterpret_cast<const View(*)[15]>(arguments);
   check_map("z", z);
   ForwardSweep a = {};
-  STD_TORCH_CHECK(kind_of(z.dtype, &a.kind) && set_sizes(&a, z.dims, z.sizes, w.size(0)), "z is too large, got ",
-                  shape_of(z));
+  STD_TORCH_CHECK(kind_of(z.dtype, &a.kind) && set_sizes(&a, z.dims, z.sizes, w.size(0)),
+                  "z is too large or empty, got ", shape_of(z));
   const int64_t images = a.images, channels = a.channels, heads = a.heads;
   check_shape("w", w, {heads, channels});
   check_shape("b", b, {heads});
@@ -149,16 +170,15 @@ void fill_forward(const View* arguments, void* stream) {
     check_shape("scores", scores, {images, heads});
     check_shape("gates", gates, {images, gated});
     check_shape("features", features, {images, gated * channels});
-    check_dtype("features", features, "z", z);
     a.gated = static_cast<int>(gated);
     a.scores = floats("scores", scores);
     a.gates = floats("gates", gates);
-    a.features = features.data;
+    a.features = like_map("features", features, z);
   }
-  a.z = map_of(z);
-  a.w = values_of("w", w);
+  a.z = map_of("z", z);
+  a.w = weights_of("w", w, a.kind);
   a.b = values_of("b", b);
-  a.score_w = values_of("score_w", score_w);
+  a.score_w = weights_of("score_w", score_w, a.kind);
   a.score_b = values_of("score_b", score_b);
   a.pooled = floats("pooled", pooled);
   a.lse = floats("lse", lse);
@@ -208,20 +228,20 @@ void fill_backward(const View* arguments, void* stream) {
   if (upstream.has_value()) check_like("upstream", upstream, "z", z);
   BackwardSweep a = {};
   const int64_t heads = lse.dim() == 2 ? lse.size(1) : 0;
-  STD_TORCH_CHECK(kind_of(z.dtype, &a.kind) && set_sizes(&a, z.dims, z.sizes, heads), "z is too large, got ",
+  STD_TORCH_CHECK(kind_of(z.dtype, &a.kind) && set_sizes(&a, z.dims, z.sizes, heads), "z is too large or empty, got ",
                   shape_of(z));
   const int64_t images = a.images, channels = a.channels;
   check_shape("b", b, {heads});
   check_shape("lse", lse, {images, heads});
   check_shape("unscale", unscale, {images});
+  STD_TORCH_CHECK(!unscale.has_value() || a.kind == Kind::kHalf, "unscale is for float16 maps alone");
   check_shape("grad_logits", grad_logits, {images, heads, a.positions});
   if (pairs.has_value()) {
     STD_TORCH_CHECK(delta.has_value(), "pairs must come with delta");
     a.mean = pairs.dim() == 4 && pairs.size(1) == heads + 1;
     check_shape("pairs", pairs, {images, heads + a.mean, 2, channels});
-    check_dtype("pairs", pairs, "z", z);
     check_shape("delta", delta, {images, heads});
-    a.pairs = pairs.data;
+    a.pairs = like_map("pairs", pairs, z);
   } else {
     STD_TORCH_CHECK(a.kind == Kind::kBFloat16 && w.has_value() && pooled.has_value(),
                     "pairs may be missing for bfloat16 maps alone, with w and pooled");
@@ -238,19 +258,18 @@ void fill_backward(const View* arguments, void* stream) {
     check_shape("scores", scores, {images, heads});
     check_shape("gates", gates, {images, of.gated});
     check_shape("grad_features", grad_features, {images, of.gated * channels});
-    check_dtype("grad_features", grad_features, "z", z);
     check_shape("grad_gates", grad_gates, {images, of.gated});
     check_shape("grad_scores", grad_scores, {images, heads});
     check_shape("grad_pooled", grad_pooled, {images, heads, channels});
     check_shape("grad_lse", grad_lse, {images, heads});
     check_shape("grad_mean", grad_mean, {images, channels});
     check_shape("dt", dt, {images, heads});
-    of.w = values_of("w", w);
-    if (gates.has_value()) of.score_w = values_of("score_w", score_w);
+    of.w = weights_of("w", w, a.kind);
+    if (gates.has_value()) of.score_w = weights_of("score_w", score_w, a.kind);
     of.pooled = floats("pooled", pooled);
     of.scores = floats("scores", scores);
     of.gates = floats("gates", gates);
-    of.grad_features = grad_features.data;
+    of.grad_features = like_map("grad_features", grad_features, z);
     of.grad_gates = floats("grad_gates", grad_gates);
     of.grad_scores = floats("grad_scores", grad_scores);
     of.grad_pooled = floats("grad_pooled", grad_pooled);
@@ -258,9 +277,9 @@ void fill_backward(const View* arguments, void* stream) {
     of.grad_mean = floats("grad_mean", grad_mean);
     of.dt = floats("dt", dt);
   }
-  a.z = map_of(z);
-  if (dz.has_value()) a.dz = map_of(dz);
-  if (upstream.has_value()) a.upstream = map_of(upstream);
+  a.z = map_of("z", z);
+  if (dz.has_value()) a.dz = map_of("dz", dz);
+  if (upstream.has_value()) a.upstream = map_of("upstream", upstream);
   a.b = values_of("b", b);
   a.lse = floats("lse", lse);
   a.delta = floats("delta", delta);

@@ -138,9 +138,7 @@ __device__ __forceinline__ void bulk_wait() {
 }
 
 // The line of 128 bytes that has this byte of global memory, into L2.
-__device__ __forceinline__ void prefetch_line(const void* byte) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(byte));
-}
+__device__ __forceinline__ void prefetch_l2(const void* byte) { asm volatile("prefetch.global.L2 [%0];" ::"l"(byte)); }
 
 // A box of a tensor map (a __grid_constant__ kernel parameter), innermost coordinate first. The whole box counts in
 // the barrier's bytes; what lies beyond the tensor's end arrives as zeros,
@@ -183,7 +181,7 @@ __device__ __forceinline__ void tensor_store(const CUtensorMap* map, uint32_t fr
 }
 
 // A line of global memory that ordinary loads will want, into L1.
-__device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefetch.L1 [%0];" ::"l"(from)); }
+__device__ __forceinline__ void prefetch_l1(const void* from) { asm volatile("prefetch.L1 [%0];" ::"l"(from)); }
 
 // ------------------------------------------------------------------------------------------------ barriers of warps
 
@@ -237,10 +235,6 @@ __device__ __forceinline__ void load_matrix(uint32_t (&to)[2], uint32_t row) {
                : "memory");
 }
 
-__device__ __forceinline__ void load_matrix(uint32_t (&to)[1], uint32_t row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(to[0]) : "r"(row) : "memory");
-}
-
 __device__ __forceinline__ void load_matrix_transposed(uint32_t (&to)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -253,10 +247,6 @@ __device__ __forceinline__ void load_matrix_transposed(uint32_t (&to)[2], uint32
                : "=r"(to[0]), "=r"(to[1])
                : "r"(row)
                : "memory");
-}
-
-__device__ __forceinline__ void load_matrix_transposed(uint32_t (&to)[1], uint32_t row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(to[0]) : "r"(row) : "memory");
 }
 
 // The reverse of load_matrix.
@@ -331,7 +321,6 @@ __device__ __forceinline__ float power_of_two(float power) {
 // How L2 is to treat the lines of a copy; these words are what createpolicy makes of a fraction of 1.
 constexpr uint64_t kEvictNormal = 0x1000000000000000;
 constexpr uint64_t kEvictFirst = 0x12F0000000000000;  // read once
-constexpr uint64_t kEvictLast = 0x14F0000000000000;   // read again soon
 
 // With a swizzle of 128 bytes the copy engine stores the 16-byte chunk c of row r (rows of 128 bytes, the box aligned
 // to 1024) where chunk c ^ (r % 8) would be, so that a column of chunks touches all banks. Offset in bytes of a chunk.

@@ -129,7 +129,7 @@ inline RowsCut rows_cut(int images, int channels, int positions, const RowsNeeds
 }
 
 // Whether the copy engine can bring chunks of it.
-inline bool is_rows(const Map& map, int positions) {
+inline bool is_rows(const FlatMap& map, int positions) {
   return map.position == 1 && map.channel == positions && map.image > 0 && map.image % 8 == 0;
 }
 

@@ -16,23 +16,14 @@ constexpr int kRow = 64;        // elements of 128 bytes, as wide as the copy en
 constexpr int kMostWarps = 16;  // of a multiprocessor
 constexpr int kMostStages = 6;
 
-// How an image is cut, and where what lies in shared memory.
-struct Cut {
-  int per_processor;                   // blocks that share a multiprocessor
-  int warps, blocks;                   // of a block; of 16 channels each, of a warp
-  int tile, tiles;                     // positions of a tile, tiles of an image
-  int stages, map_bytes, stage_bytes;  // a stage has a tile of every map
-  int parts, rest, barriers, bytes;    // parts: [warps, positions rounded up to 16, 8] floats
-};
-
 // Whether the copy engine can bring tiles of it.
-inline bool is_channels_last(const Map& map) {
+inline bool is_channels_last(const FlatMap& map) {
   return map.channel == 1 && map.image > 0 && map.image % 8 == 0 && map.position > 0 && map.position % 8 == 0;
 }
 
 // A box of a tensor map: so many positions of so many channels, a multiple of 64.
 template <class T>
-bool encode(CUtensorMap* tensor, const Map& map, int images, int channels, int positions, int of_box, int tile) {
+bool encode(CUtensorMap* tensor, const FlatMap& map, int images, int channels, int positions, int of_box, int tile) {
   const uint64_t step = sizeof(T), s = positions, n = images, planes = channels / kRow;
   return encode_map<T, 4>(tensor, map.data, {kRow, s, planes, n}, {map.position * step, kRow * step, map.image * step},
                           {kRow, static_cast<uint32_t>(tile), static_cast<uint32_t>(of_box / kRow), 1},

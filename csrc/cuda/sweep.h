@@ -15,7 +15,7 @@ struct Values {
 };
 
 // A map [N, C, S] and its strides in elements; null where there is none.
-struct Map {
+struct FlatMap {
   void* data;
   int64_t image, channel, position;
 };

@@ -3,6 +3,7 @@
 
 #include <atomic>
 
+#include "../shares.h"
 #include "primitives.cuh"
 #include "sweep.h"
 
@@ -10,6 +11,10 @@ namespace ar_kernels {
 
 constexpr int kHeads = 4;  // the most; with something beside each, the 8 columns of a product's narrow side
 constexpr int kSharedBytes = 227 * 1024;
+constexpr int kReservedBytes = 1024;  // of each block, the system's
+
+// Of each of so many blocks on a multiprocessor.
+constexpr int shared_bytes(int blocks) { return (kSharedBytes + kReservedBytes) / blocks - kReservedBytes; }
 
 inline int processors() {
   int device = 0, count = 1;

@@ -119,8 +119,8 @@ inline void tensor_store(const CUtensorMap* map, uint32_t from, int32_t x, int32
   emulator::tensor_store(map, from, 4, at);
 }
 
-inline void prefetch_line(const void*) {}
-inline void prefetch(const void*) {}
+inline void prefetch_l2(const void*) {}
+inline void prefetch_l1(const void*) {}
 
 // ------------------------------------------------------------------------------------------------ barriers of warps
 
