@@ -157,6 +157,8 @@ _known_capability = functools.cache(torch.cuda.get_device_capability)
 
 def _why_not(candidate: str, data: Tensor, mask_weight: Tensor | None, named: bool) -> str | None:
     """What stops `candidate` from running on data (and its attention heads, if any); None if nothing does."""
+    if candidate in ("native", "triton") and not named and torch.compiler.is_compiling() and ops.is_transformed():
+        return "torch.compile would lose derivatives of torch.func and forward mode"
     if candidate == "native":
         return native.why_not(data.device.type)
     if candidate != "triton":
@@ -240,8 +242,9 @@ def attend(
         that can run.
 
     Returns Attended. Every field is differentiable with respect to every floating input, twice in eager mode.
-    The gradient of feature_map is channels_last where the map is, else contiguous. Autocast changes nothing: the
-    computation runs in the map's dtype with sums in float32 (float64 for float64).
+    The gradient of feature_map is channels_last where the map is, else contiguous; eager's is laid out as PyTorch's
+    products leave it. Autocast changes nothing: the computation runs in the map's dtype with sums in float32 (float64
+    for float64).
 
     Raises TypeError (no tensor, not floating, dtypes that don't go together), ValueError (ranks, sizes, devices,
     unknown names), ImplementationUnavailable (a named implementation cannot run here; the message says why).
@@ -432,8 +435,7 @@ def rectify(
     ImplementationUnavailable as attend does.
     """
     hypotheses = _gated_hypotheses(hypotheses, scores, gating)
-    if mix not in _MIXES:
-        raise ValueError(f"mix must be one of {', '.join(_MIXES)}, got {mix!r}")
+    _check_mix(mix)
     name = _choose(implementation, hypotheses, None)
     with ops.autocast_off(hypotheses):
         if name in _FUSED:
@@ -455,8 +457,7 @@ def _gated_hypotheses(hypotheses: Tensor | Sequence[Tensor], scores: Tensor, gat
         )
     if scores.device != hypotheses.device:
         raise ValueError(f"scores must be on {hypotheses.device} like hypotheses, got {scores.device}")
-    if gating not in _GATINGS:
-        raise ValueError(f"gating must be 'softmax', 'sigmoid' or None, got {gating!r}")
+    _check_gating(gating)
     return hypotheses
 
 
@@ -505,6 +506,16 @@ def _check_float(name: str, value: Any) -> None:
     _check_tensor(name, value)
     if value.dtype not in _FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
+
+
+def _check_mix(mix: object) -> None:
+    if mix not in _MIXES:
+        raise ValueError(f"mix must be one of {', '.join(_MIXES)}, got {mix!r}")
+
+
+def _check_gating(gating: object) -> None:
+    if gating not in _GATINGS:
+        raise ValueError(f"gating must be 'softmax', 'sigmoid' or None, got {gating!r}")
 
 
 def _check_map(feature_map: Tensor) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import eager, ops
-from .functional import _check_float, _check_tensor, _choose, _gated_hypotheses, _named, _shape
+from .functional import _check_float, _check_tensor, _choose, _gated_hypotheses, _shape
 from .ops import _apply, autocast_off
 from .reference import accumulator_dtype, global_gates
 
@@ -197,7 +197,7 @@ def mask_penalty(masks: Tensor, weight: float = 1.0) -> Tensor:
     """weight times mask_regulariser(masks), unchecked."""
     masks = masks.to(accumulator_dtype(masks.dtype))
     with autocast_off(masks):
-        if _named(None) in (None, "triton") and _choose(None, masks, None) == "triton":
+        if _choose(None, masks, None) == "triton":
             return ops.mask_penalty(masks, weight)
         return _apply(_GramPenalty, eager.pooled_masks(masks), weight)[0]
 

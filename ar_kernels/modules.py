@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from .functional import (
     _FLOATS,
-    _GATINGS,
-    _MIXES,
     AttentionOutput,
     _check_flags,
+    _check_gating,
     _check_implementation,
+    _check_mix,
     attend,
     attention_module,
 )
@@ -34,11 +34,9 @@ def _check_positive(name: str, value: object) -> int:
     return value
 
 
-def _check_mix(mix: object, gating: object) -> None:
-    if mix not in _MIXES:
-        raise ValueError(f"mix must be one of {', '.join(_MIXES)}, got {mix!r}")
-    if gating not in _GATINGS:
-        raise ValueError(f"gating must be 'softmax', 'sigmoid' or None, got {gating!r}")
+def _check_mixing(mix: object, gating: object) -> None:
+    _check_mix(mix)
+    _check_gating(gating)
 
 
 def _check_depth(attention_depth: object, most: int) -> None:

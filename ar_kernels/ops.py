@@ -616,7 +616,13 @@ def _forward(
         outputs = run("gated_attend", tensors, [gated_heads, wants_logits, wants_mean, alike])
     else:
         outputs = run("gated_attend3x3", tensors, [gated_heads, wants_mean, alike], taps_first)
-    hypothesis = None if output_w is None else _hypothesis_of(run, multiply, outputs[5], output_w)
+    hypothesis = None
+    if output_w is not None:
+        features = outputs[5]
+        if multiply is None:
+            hypothesis = run("hypothesis", [features, output_w], [])
+        else:
+            hypothesis = multiply(features, _in_dtype(output_w, features.dtype).t())
     return _only(_asked(w, output_w, gated_heads, wants_logits, wants_mean), (*outputs, hypothesis))
 
 
@@ -629,17 +635,6 @@ def _asked(w: Tensor, output_w: Tensor | None, gated_heads: int, wants_logits: b
 def _only(asked: Sequence[bool], outputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """None in place of what was not asked for."""
     return tuple([output if is_asked else None for output, is_asked in zip(outputs, asked)])
-
-
-def _hypothesis_of(
-    run: Callable[..., Any],
-    multiply: Callable[[Tensor, Tensor], Tensor] | None,
-    features: Tensor,
-    output_w: Tensor,
-) -> Tensor:
-    if multiply is None:
-        return run("hypothesis", [features, output_w], [])
-    return multiply(features, _in_dtype(output_w, features.dtype).t())
 
 
 def _in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -722,28 +717,14 @@ def _backward(
     logits: Tensor | None,
     scores: Tensor | None,
     gates: Tensor | None,
-    grad_pooled: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_logits: Tensor | None,
-    grad_scores: Tensor | None,
-    grad_gates: Tensor | None,
-    grad_features: Tensor | None,
-    grad_mean: Tensor | None,
-    upstream: Tensor | None,
-    needs_z: bool,
-    needs_w: bool,
-    needs_score: bool,
-    channels_last: bool,
+    received: Sequence[Tensor | None],
+    options: list[Any],
     taps_first: bool,
 ) -> Any:
-    """The backward operator's outputs, of which those that were not asked for are empty; run as in _forward."""
-    received = (
-        grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean, upstream
-    )  # fmt: skip
-    options = [needs_z, needs_w, needs_score, channels_last]
+    """The backward operator's outputs, of which those that were not asked for are empty; run as in _forward. received:
+    gradients of the forward operator's outputs, then of the tapped map."""
     if w.dim() == 2:
-        tensors = [z, w, b, score_w, pooled, lse, scores, gates, *received]
-        return run("gated_attend_backward", tensors, options)
+        return run("gated_attend_backward", [z, w, b, score_w, pooled, lse, scores, gates, *received], options)
     tensors = [z, w, score_w, pooled, lse, logits, scores, gates, *received]
     return run("gated_attend3x3_backward", tensors, options, taps_first)
 
@@ -755,10 +736,10 @@ class _GatedAttendBackward(torch.autograd.Function):
         grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean, upstream,
         gated_heads, wants_mean, needs_z, needs_w, needs_score, channels_last, implementation, taps_first,
     ):  # fmt: skip
+        received = grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean, upstream
         return _backward(
             functools.partial(_dispatch, implementation), z, w, b, score_w, pooled, lse, logits, scores, gates,
-            grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean, upstream,
-            needs_z, needs_w, needs_score, channels_last, taps_first,
+            received, [needs_z, needs_w, needs_score, channels_last], taps_first,
         )  # fmt: skip
 
     @staticmethod
@@ -816,13 +797,7 @@ _define(
 )
 
 
-def _layer_backward(z: Tensor, w: Tensor, b: Any, score_w: Any, output_w: Any, *others: Any) -> Any:
-    return _whole_backward(_launch, _product_in_triton(z, output_w), z, w, b, score_w, output_w, *others)
-
-
-def _whole_backward(
-    run: Callable[..., Any],
-    multiply: Callable[[Tensor, Tensor], Tensor] | None,
+def _layer_backward(
     z: Tensor,
     w: Tensor,
     b: Tensor | None,
@@ -852,21 +827,22 @@ def _whole_backward(
     taps_first: bool,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of z, w, score_w, score_b (in lse's dtype) and output_w, None where they are not needed. At least one
-    of the outputs, the tapped map aside, has a gradient. run, multiply: as in _forward."""
+    of the outputs, the tapped map aside, has a gradient."""
     dz = dw = dscore_w = dscore_b = doutput_w = None
     needs_score = needs_score_w or needs_score_b
     needs_attention = needs_z or needs_w or needs_score
     if grad_hypothesis is not None and features is not None and output_w is not None:
+        multiply = _product_in_triton(z, output_w)
         weighted, doutput_w = _hypothesis_gradients(
-            run, multiply, grad_hypothesis, features, output_w, needs_attention, needs_output_w
+            multiply, grad_hypothesis, features, output_w, needs_attention, needs_output_w
         )
         if weighted is not None:
             grad_features = weighted if grad_features is None else grad_features + weighted
     grads = grad_pooled, grad_lse, grad_logits, grad_scores, grad_gates, grad_features, grad_mean
     if needs_attention and any(grad is not None for grad in grads):
         dz, dw, dscore_w, dscore_b = _backward(
-            run, z, w, b, score_w, pooled, lse, logits, scores, gates, *grads, upstream,
-            needs_z, needs_w, needs_score, channels_last, taps_first,
+            _launch, z, w, b, score_w, pooled, lse, logits, scores, gates,
+            (*grads, upstream), [needs_z, needs_w, needs_score, channels_last], taps_first,
         )  # fmt: skip
     return (
         dz if needs_z else None,
@@ -878,7 +854,6 @@ def _whole_backward(
 
 
 def _hypothesis_gradients(
-    run: Callable[..., Any],
     multiply: Callable[[Tensor, Tensor], Tensor] | None,
     grad: Tensor,
     features: Tensor,
@@ -886,11 +861,11 @@ def _hypothesis_gradients(
     needs_features: bool,
     needs_output_w: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of features and output_w, None where they are not needed."""
+    """Of features and output_w, None where they are not needed; multiply as in _forward."""
     if multiply is not None:
         dfeatures = multiply(grad, _in_dtype(output_w, features.dtype)) if needs_features else None
         return dfeatures, _in_dtype(multiply(grad.t(), features), output_w.dtype) if needs_output_w else None
-    found = run("hypothesis_backward", [grad, features, output_w], [needs_features, needs_output_w])
+    found = _launch("hypothesis_backward", [grad, features, output_w], [needs_features, needs_output_w])
     return found[0] if needs_features else None, found[1] if needs_output_w else None
 
 
@@ -1605,6 +1580,10 @@ def _map_samples(
     function: type[torch.autograd.Function], info: Any, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]
 ) -> tuple[Any, ...]:
     """The vmap rule of every Function: one call for each sample, results stacked."""
+    if info.batch_size == 0:  # all is as of one sample, but empty
+        one = [value if dim is None else value.sum(dim, keepdim=True) for value, dim in zip(arguments, in_dims)]
+        outputs, dims = _map_samples(function, info._replace(batch_size=1), in_dims, tuple(one))
+        return tuple(None if output is None else output[:0] for output in outputs), dims
     samples = []
     for index in range(info.batch_size):
         sample = [argument if dim is None else argument.select(dim, index) for argument, dim in zip(arguments, in_dims)]

@@ -300,6 +300,22 @@ def test_classes_of_rectify(mix, gating, implementation, device):
 
 
 @pytest.mark.parametrize("mix", ["log", "prob"])
+def test_labels_that_are_out_of_the_question(mix, implementation, device):
+    """So many one after another that a kernel's first tile of labels has no other."""
+    h = torch.randn(2, 3, 3000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    h[:, 1, :2000] = -INF
+    s = torch.randn(2, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    results = []
+    for which in ("reference", implementation):
+        values = [value.to(device).requires_grad_() for value in (h, s)]
+        y = ar_kernels.rectify(*values, mix=mix, implementation=which)
+        seen = y[y > -INF].sum() if mix == "log" else y.sum()
+        results.append([y, *torch.autograd.grad(seen, values)])
+    for exact, got in zip(*results):
+        torch.testing.assert_close(got, exact, rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
+@pytest.mark.parametrize("mix", ["log", "prob"])
 def test_an_infinite_hypothesis_is_seen(mix, implementation, device):
     """A softmax over +∞ is NaN, and is not made finite on the way."""
     h = torch.zeros(2, 3, 5, device=device)

@@ -7,7 +7,7 @@ from backbones import OwnNet
 from torch import nn
 from torch.func import functional_call, grad, jvp, stack_module_state, vjp, vmap
 
-from ar_kernels import AttendRectify, AttentionModule, GlobalGates, losses, rectify, use_implementation
+from ar_kernels import AttendRectify, AttentionModule, GlobalGates, attend, losses, rectify, use_implementation
 from ar_kernels.models import WideAttentiveResNet
 from ar_kernels.official import WideResNetAttention
 
@@ -110,6 +110,28 @@ def test_an_ensemble(case, device):
     for got, member in zip(together, models, strict=True):
         truth = member(images)
         torch.testing.assert_close(got, truth[0] if isinstance(truth, tuple) else truth, rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_of_each_sample_compile(device):
+    """Nothing is named, so eager does it, in one graph; as it would break where a name is given (test_ops)."""
+    module = AttentionModule(6, 5, heads=3).to(device)
+    parameters = {name: value.detach() for name, value in module.named_parameters()}
+    maps = torch.randn(3, 6, 4, 4, device=device)
+    each = vmap(grad(lambda p, z: functional_call(module, p, (z[None],)).hypothesis.sum()), in_dims=(None, 0))
+    torch._dynamo.reset()
+    compiled = torch.compile(each, backend="aot_eager", fullgraph=True)(parameters, maps)
+    for name, value in each(parameters, maps).items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-4)
+
+
+def test_no_samples(implementation, device):
+    """A vmap over none of them has the shapes of what one would give."""
+    maps, w = torch.randn(0, 2, 6, 4, 4, device=device), torch.randn(3, 6, device=device)
+    pooled = vmap(lambda z: attend(z, w, implementation=implementation).pooled)(maps)
+    assert pooled.shape == (0, 2, 3, 6)
+    scores = torch.randn(2, 3, device=device)
+    mixed = vmap(lambda h: rectify(h, scores, implementation=implementation))(torch.randn(0, 2, 3, 5, device=device))
+    assert mixed.shape == (0, 2, 5)
 
 
 def test_hessian_vector_products(case):

@@ -23,6 +23,7 @@ from .launch import Launch
 from .tiles import (
     accumulator,
     aligned,
+    finite,
     float32_precision,
     load_tile,
     map_strides,
@@ -330,7 +331,7 @@ def masks_kernel(
         d += tl.exp(_load_logits(logits, n, heads, s, s < positions, positions, HEADS) - first[None, :])
     log_sum = first + tl.log(tl.sum(d, axis=0))
     tl.store(lse + n * HEADS + heads, log_sum, mask=heads < HEADS)
-    log_sum = tl.where(tl.abs(log_sum) == float("inf"), float("nan"), log_sum)  # then there is no softmax
+    log_sum = finite(log_sum)
     frame = (height + 2) * (width + 2)
     for start in range(0, frame, S_TILE):
         at = start + tl.arange(0, S_TILE)
@@ -1314,21 +1315,21 @@ def attend3x3_forward(
     )  # fmt: skip
     rows, score_rows = weight_rows(w, None if plan.gates is None else score_w, z.dtype)
     parts = None if score_rows is None else lse.new_empty(plan.parts)
-    if plan.at_once is None:
+    if plan.at_once is not None:
+        plan.at_once(z, rows, b, score_rows, logits, lse, pooled, mean, parts)
+    else:
         plan.sums(lse, z, rows, b, logits, None, None, None, None, None, None)
         masks = framed_maps(z, heads)
         plan.masks(logits, lse, masks)
-    if plan.at_once is not None:
-        plan.at_once(z, rows, b, score_rows, logits, lse, pooled, mean, parts)
-    elif plan.splits == 1:
-        plan.pool(z, masks, score_rows, pooled, mean, parts)
-    else:
-        sums = pooled.new_empty(plan.splits, *pooled.shape)
-        means = None if mean is None else mean.new_empty(plan.splits, *mean.shape)
+        sums, means = pooled, mean
+        if plan.splits > 1:
+            sums = pooled.new_empty(plan.splits, *pooled.shape)
+            means = None if mean is None else mean.new_empty(plan.splits, *mean.shape)
         plan.pool(z, masks, score_rows, sums, means, parts)
-        torch.sum(sums, dim=0, out=pooled)
-        if mean is not None:
-            torch.sum(means, dim=0, out=mean)
+        if plan.splits > 1:
+            torch.sum(sums, dim=0, out=pooled)
+            if mean is not None:
+                torch.sum(means, dim=0, out=mean)
     if plan.gates is not None:
         plan.gates(pooled, score_b, parts, scores, gates, features)
 

@@ -66,7 +66,7 @@ def _gate(t, heads, GATED: tl.constexpr):  # [K_tile] → [K_tile]
 
 @triton.jit
 def _store_logits(logit, n, s, end, heads, logits, positions, HEADS: tl.constexpr):
-    targets = logits + n * HEADS * positions + heads[None, :] * positions + s[:, None]
+    targets = logits + (n * HEADS + heads)[None, :] * positions + s[:, None]
     tl.store(targets, logit, mask=(s < end)[:, None] & (heads < HEADS)[None, :])
 
 

@@ -105,8 +105,8 @@ class Launch:
         if isinstance(compiled, CompiledKernel) and self.constants.keys() >= set(constexprs):
             # A compiled kernel takes every parameter by position. Its launcher calls hooks of profilers too.
             self._tail = (*self.sizes, *[self.constants[name] for name in constexprs])
+            self._kernels[kinds] = compiled  # before another thread finds the launcher
             self._compiled[kinds] = compiled[self.grid]
-            self._kernels[kinds] = compiled
             if not any(hooks is self.kernel.pre_run_hooks for hooks in _hooked):
                 _hooked.append(self.kernel.pre_run_hooks)
         else:  # a Triton that works in another way

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .heuristics import SUMS_OVER_LANES, next_power_of_2
 from .launch import Launch
-from .tiles import accumulator
+from .tiles import accumulator, finite
 
 
 @triton.jit
@@ -28,8 +28,7 @@ def softmax_kernel(
     row = tl.program_id(0).to(tl.int64)
     source = row // HEADS * ALL + row % HEADS
     s = tl.program_id(1) * S_TILE + tl.arange(0, S_TILE)
-    log_sum = tl.load(lse + source)
-    log_sum = tl.where(tl.abs(log_sum) == float("inf"), float("nan"), log_sum)  # then there is no softmax
+    log_sum = finite(tl.load(lse + source))
     a = tl.exp(tl.load(logits + source * positions + s, mask=s < positions, other=float("-inf")) - log_sum)
     tl.store(masks + row * positions + s, a, mask=s < positions)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .heuristics import next_power_of_2
 from .launch import Launch
-from .tiles import accumulator
+from .tiles import accumulator, finite, origin
 
 
 @triton.jit
@@ -68,9 +68,10 @@ def rectify_forward_kernel(
             tile, real = _hypotheses(h, n, i, first + tl.arange(0, L_TILE), D, L, ACC)
             tile = tl.where((i < D)[:, None], tile, 0.0)  # rows beyond D stay finite
             m_new = tl.maximum(m, tl.max(tile, axis=1))
-            d = d * tl.exp(m - m_new) + tl.sum(tl.exp(tile - m_new[:, None]), axis=1)
+            start = origin(m_new)
+            d = d * tl.exp(m - start) + tl.sum(tl.exp(tile - start[:, None]), axis=1)
             m = m_new
-        shift += m + tl.log(d)
+        shift += finite(origin(m) + tl.log(d))
         tl.store(lse + n * D + i, shift, mask=i < D)
     for first in range(0, L, L_TILE):
         l = first + tl.arange(0, L_TILE)

@@ -165,6 +165,12 @@ def origin(m):
 
 
 @triton.jit
+def finite(lse):
+    """NaN where lse is infinite: then there is no softmax."""
+    return tl.where(tl.abs(lse) == float("inf"), float("nan"), lse)
+
+
+@triton.jit
 def aligned(value, VECTOR: tl.constexpr):
     """A scalar that is a multiple of VECTOR, known as such to the compiler."""
     return value // VECTOR * VECTOR

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..attend_rectify import Rectified, rectified
 from ..functional import AttentionOutput, _check_float, _shape
-from ..modules import AttentionModule, GlobalGates, _check_depth, _check_kernel_size, _check_mix, _check_positive
+from ..modules import AttentionModule, GlobalGates, _check_depth, _check_kernel_size, _check_mixing, _check_positive
 
 IMAGE_SIZE = 40
 """Height and width in pixels of the images that DigitNet takes."""
@@ -61,7 +61,7 @@ class DigitNet(nn.Module):
         _check_positive("num_classes", num_classes)
         _check_depth(attention_depth, len(_GEOMETRY))
         _check_positive("attention_width", attention_width)
-        _check_mix(mix, gating)
+        _check_mixing(mix, gating)
         _check_kernel_size(kernel_size)
         self.attention_depth, self.mix, self.gating = attention_depth, mix, gating
         self.normalise = _PixelNorm(1)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..attend_rectify import Rectified, rectified
 from ..functional import AttentionOutput, _check_float, _shape
-from ..modules import AttentionModule, GlobalGates, _check_depth, _check_kernel_size, _check_mix, _check_positive
+from ..modules import AttentionModule, GlobalGates, _check_depth, _check_kernel_size, _check_mixing, _check_positive
 
 
 class Block(nn.Module):
@@ -155,7 +155,7 @@ class WideAttentiveResNet(_WideNet):
     ) -> None:
         _check_depth(attention_depth, 3)
         _check_positive("attention_width", attention_width)
-        _check_mix(mix, gating)
+        _check_mixing(mix, gating)
         _check_kernel_size(kernel_size)
         super().__init__(depth, width, num_classes, dropout)
         self.attention_depth, self.mix, self.gating = attention_depth, mix, gating
