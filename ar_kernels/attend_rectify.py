@@ -2,20 +2,24 @@
 
 import difflib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
+from torch.utils.hooks import RemovableHandle
 
 from .functional import AttentionOutput, _check_flags, rectify
-from .modules import AttentionModule, GlobalGates, _check_kernel_size, _check_mix, _check_positive, _is_int
+from .modules import AttentionModule, GlobalGates, _check_kernel_size, _check_mixing, _check_positive, _is_int
 from .reference import global_gates as global_gates_of
 
 DRY_RUN_SIZES = (64, 224)
 """Sides of the square inputs on which a backbone is tried, in this order, when no example_input is given."""
+
+_LARGER = 64
+"""By how many positions the sides of an input grow where one run does not tell which dimension has a map's channels."""
 
 _REFUSALS = (RuntimeError, ValueError, TypeError, AssertionError, IndexError)
 """What backbones raise on an input of a size that they do not take."""
@@ -77,7 +81,8 @@ class AttendRectify(nn.Module):
     D+1 masks looks at the attended map that the backbone computes last, in the same pass as that map's own heads.
 
     backbone: any module that maps images to class scores [N, L]. It is not copied. Forward hooks are put on its
-        layers: calling the backbone itself still runs no attention, and its state_dict keys stay as they are.
+        layers, for as long as this module lives: calling the backbone itself still runs no attention, and its
+        state_dict keys stay as they are.
     layers: names of submodules, as backbone.named_modules() gives them, each returning one feature map
         [N, C, H, W] or [N, C, S], or with channels last, in one call per forward.
     num_classes: L, the width of the backbone's output. heads: K, the attention width.
@@ -89,6 +94,8 @@ class AttendRectify(nn.Module):
         of arguments. Default: zeros of 64×64, then 224×224, with the channels of the backbone's first convolution.
     channel_dim: the channels' dimension in the attended maps, 1 or -1; None finds it out.
 
+    Hooks of others on an attended layer, put there later, see its map as the backbone goes on with it: gradients there
+    are without the attention's own share (Grad-CAM: hook with prepend=True, or before this is made).
     A map that the backbone later overwrites in place (VGG: a convolution before ReLU(inplace=True)) is attended as its
     layer left it; the backbone goes on with a copy. A layer inside torch.utils.checkpoint needs use_reentrant=False;
     its map is then kept for the attention. Under torch.compile such a layer breaks the graph unless
@@ -117,7 +124,7 @@ class AttendRectify(nn.Module):
         _check_layers(backbone, layers)
         self.num_classes = _check_positive("num_classes", num_classes)
         self.heads = _check_positive("heads", heads)
-        _check_mix(mix, gating)
+        _check_mixing(mix, gating)
         _check_kernel_size(kernel_size)
         _check_flags(gated=gated)
         if channel_dim is not None and (not _is_int(channel_dim) or channel_dim not in (1, -1)):
@@ -148,13 +155,16 @@ class AttendRectify(nn.Module):
         # Hooks find the forward they belong to by this token. deepcopy, pickle and DataParallel keep token and hooks
         # together, so copies never meet each other's calls.
         self._token = object()
-        for index, name in enumerate(self.layers):
+        self._hooks = _Hooks(
             backbone.get_submodule(name).register_forward_hook(_Hook(self._token, index))
+            for index, name in enumerate(self.layers)
+        )
 
     def forward(self, *inputs: object, return_details: bool = False, **keywords: object) -> Tensor | Rectified:
         """Calls the backbone with inputs and keywords; returns the rectified output [N, L], or Rectified with all that
         led to it if return_details (its masks are differentiable too). mix says which loss goes with the output.
         """
+        _check_flags(return_details=return_details)
         call = _Call(self, return_details)
         with _running(call):
             own = self.backbone(*inputs, **keywords)
@@ -195,7 +205,7 @@ class _Call:
             )
         overwritten = wrapper._overwritten[index]
         if self.gradients and not torch.compiler.is_compiling():
-            if not overwritten:
+            if not overwritten and not returned.is_inference():
                 self.versions.append((name, returned, returned._version))
             if _saved_tensors_are_hooked():
                 # torch.utils.checkpoint runs this layer again in backward, without this call, and must then save the
@@ -235,6 +245,11 @@ class _Call:
             if deferred is not None:
                 self.attend(index, deferred, tap=False)
             if self.outputs[index] is None:
+                module = self.wrapper.backbone.get_submodule(name)
+                if not any([isinstance(hook, _Hook) for hook in module._forward_hooks.values()]):
+                    raise RuntimeError(
+                        f"layer {name!r} is another module than when AttendRectify was made: wrap it last"
+                    )
                 told = f"layer {name!r} did not run in this forward, but did when AttendRectify was made"
                 raise RuntimeError(told + _hint(self.wrapper.backbone))
         return [output for output in self.outputs if output is not None]
@@ -281,6 +296,17 @@ class _Hook:
         while call is not None and call.wrapper._token is not self.token:
             call = call.outer
         return None if call is None else call.fired(self.index, inputs, returned)
+
+
+class _Hooks:
+    """The handles of an AttendRectify's hooks, which go with it."""
+
+    def __init__(self, handles: Iterable[RemovableHandle]) -> None:
+        self.handles = tuple(handles)
+
+    def __del__(self) -> None:
+        for handle in self.handles:
+            handle.remove()
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
@@ -338,10 +364,11 @@ def _dry_run(
     channel_dim: int | None,
 ) -> tuple[list[_Map], int]:
     """Runs the backbone; returns what it found about each layer's map, and the layer that ran last."""
-    sizes = list(DRY_RUN_SIZES)
     if example_input is None:
-        inputs, returned, fired, versions = _first_run(backbone, layers, sizes)
+        inputs, returned, fired, versions = _first_run(backbone, layers)
     else:
+        if not isinstance(example_input, (Tensor, tuple)):
+            raise TypeError(f"example_input must be a tensor or a tuple, got {type(example_input).__name__}")
         inputs = example_input if isinstance(example_input, tuple) else (example_input,)
         returned, fired, versions = _observe(backbone, layers, inputs)
     for index, name in enumerate(layers):
@@ -354,12 +381,10 @@ def _dry_run(
 
     shapes: list[tuple[tuple[int, ...], ...]] = [(tuple(feature_map.shape),) for feature_map in returned[:-1]]
     image = next((value.shape for value in inputs if isinstance(value, Tensor) and value.dim() > 2), ())
-    if channel_dim is None and example_input is None:
-        undecided = [_channels_last(known, image) is None for known in shapes]
-        if any(undecided) and sizes:
-            with suppress(*_REFUSALS):  # a backbone of one input size: then the shapes of one run must do
-                again = _observe(backbone, layers, (_square(backbone, sizes[0]),))[0]
-                shapes = [known + (tuple(map_.shape),) for known, map_ in zip(shapes, again[:-1], strict=True)]
+    if channel_dim is None and any([_channels_last(known, image) is None for known in shapes]):
+        with suppress(*_REFUSALS):  # a backbone of one input size: then the shapes of one run must do
+            again = _observe(backbone, layers, tuple([_larger(value) for value in inputs]))[0]
+            shapes = [known + (tuple(map_.shape),) for known, map_ in zip(shapes, again[:-1], strict=True)]
     maps: list[_Map] = []
     for name, feature_map, known in zip(layers, returned[:-1], shapes, strict=True):
         channels_last = _channels_last(known, image) if channel_dim is None else channel_dim == -1
@@ -369,7 +394,7 @@ def _dry_run(
                 f"{list(known[0])} (input {list(image)})"
             )
         channels = feature_map.shape[-1 if channels_last else 1]
-        overwritten = feature_map._version != versions[len(maps)]
+        overwritten = _version(feature_map) != versions[len(maps)]
         dtype = _weight_dtype(backbone, feature_map.dtype)
         maps.append(_Map(channels, channels_last, overwritten, feature_map.device, dtype))
     return maps, fired[-1]
@@ -381,11 +406,10 @@ def _weight_dtype(backbone: nn.Module, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if has_float32 and dtype.itemsize == 2 else dtype
 
 
-def _first_run(backbone: nn.Module, layers: tuple[str, ...], sizes: list[int]) -> tuple[Any, ...]:
-    """The first of `sizes` (taken from the list as they are tried) that the backbone accepts, and what it returned."""
+def _first_run(backbone: nn.Module, layers: tuple[str, ...]) -> tuple[Any, ...]:
+    """Images of the first size that the backbone accepts, and what _observe found with them."""
     failures: list[str] = []
-    while sizes:
-        size = sizes.pop(0)
+    for size in DRY_RUN_SIZES:
         inputs = (_square(backbone, size),)
         try:
             return inputs, *_observe(backbone, layers, inputs)
@@ -405,6 +429,13 @@ def _square(backbone: nn.Module, size: int) -> Tensor:
     )
 
 
+def _larger(value: object) -> object:
+    """Of an image [N, C, H, W] or [N, C, S], zeros for a larger one; anything else as it is."""
+    if not isinstance(value, Tensor) or value.dim() < 3:
+        return value
+    return value.new_zeros((*value.shape[:2], *[size + _LARGER for size in value.shape[2:]]))
+
+
 def _observe(
     backbone: nn.Module, layers: tuple[str, ...], inputs: tuple[Any, ...]
 ) -> tuple[list[Any], list[int], list[int]]:
@@ -417,7 +448,7 @@ def _observe(
         def hook(module: nn.Module, arguments: tuple[Any, ...], output: object) -> None:
             fired.append(index)
             returned[index] = output
-            versions[index] = output._version if isinstance(output, Tensor) else -1
+            versions[index] = _version(output)
 
         return backbone.get_submodule(layers[index]).register_forward_hook(hook)
 
@@ -443,6 +474,11 @@ def _observe(
         for module, flag in training.items():
             module.training = flag
     return returned, fired, versions
+
+
+def _version(output: object) -> int:
+    """How often it was written in place; -1 where that is not counted."""
+    return output._version if isinstance(output, Tensor) and not output.is_inference() else -1
 
 
 def _hint(backbone: nn.Module) -> str:
@@ -488,8 +524,8 @@ def _check_own_output(output: object, inputs: tuple[Any, ...], num_classes: int)
 def _channels_last(shapes: tuple[tuple[int, ...], ...], image: tuple[int, ...]) -> bool | None:
     """Whether a layer's maps (their shapes in one or two runs) have channels last; None where that cannot be told.
 
-    Channels are the dimension that does not change with the size of the input. With one run only: positions are the two
-    dimensions that have the proportions of the input.
+    Channels are the dimension that does not change with the size of the input. Where that does not tell, they are the
+    first if the others have the proportions of the input and the first two have not.
     """
     first = shapes[0]
     if len(shapes) == 2:
@@ -505,4 +541,4 @@ def _channels_last(shapes: tuple[tuple[int, ...], ...], image: tuple[int, ...]) 
     rounding = 0 if height == width else max(height, width)
     first_is_channels = abs(first[2] * width - first[3] * height) <= rounding
     last_is_channels = abs(first[1] * width - first[2] * height) <= rounding
-    return None if first_is_channels == last_is_channels else last_is_channels
+    return False if first_is_channels and not last_is_channels else None

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import modules
-from .functional import _check_float, _shape, attend, attention_module, head_hypotheses, rectify
+from .functional import _check_flags, _check_float, _shape, attend, attention_module, head_hypotheses, rectify
 from .losses import mask_penalty
 from .models.wrn import WideResNet, _WideNet
 from .modules import _check_depth, _check_positive
@@ -85,7 +85,8 @@ class AttentionModule(nn.Module):
         self.in_ch = _check_positive("in_ch", in_ch)
         self.nlabels = _check_positive("nlabels", nlabels)
         self.nheads = _check_positive("nheads", nheads)
-        self.reg_w, self.self_attention = _check_reg_w(reg_w), bool(self_attention)
+        _check_flags(self_attention=self_attention)
+        self.reg_w, self.self_attention = _check_reg_w(reg_w), self_attention
         self.att_head = _Heads(in_ch, nheads)
         self.att_head.register_buffer("diag", 1 - torch.eye(nheads).unsqueeze(0))
         self.out_head = _Heads(in_ch, nheads * nlabels)

@@ -209,27 +209,61 @@ def test_input_sizes(device):
     assert model.attention[0].in_channels == 8
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # an error at the given size is the user's
         AttendRectify(OneSize(40).to(device), ["conv"], LABELS, example_input=example[:, :, :20])
+    with pytest.raises(TypeError, match="^example_input must be a tensor or a tuple, got list"):
+        AttendRectify(OneSize(40).to(device), ["conv"], LABELS, example_input=[example])
     linear = nn.Sequential(nn.Flatten(), nn.Linear(12, LABELS))
     with pytest.raises(ValueError, match="^example_input must be given: the backbone has no Conv2d or Conv1d"):
         AttendRectify(linear, ["1"], LABELS)
 
 
 class Lasts(nn.Module):
-    """A map with as many channels as rows and columns, channels last or first."""
+    """A map of half the input's rows and columns, channels last or first; of one size of input alone, if that is
+    given."""
 
-    def __init__(self, channels: int, last: bool) -> None:
+    def __init__(self, channels: int, last: bool, size: int | None = None) -> None:
         super().__init__()
+        self.size = size
         self.conv, self.map, self.last = nn.Conv2d(3, channels, 2, stride=2), nn.Identity(), last
         self.head = nn.Linear(channels, LABELS)
 
     def forward(self, x):
+        if self.size not in (None, x.shape[-1]):
+            raise ValueError(f"{x.shape[-1]} is no {self.size}")
         x = self.conv(x)
         x = self.map(x.movedim(1, -1) if self.last else x)
         return self.head(x.mean(dim=(1, 2) if self.last else (2, 3)))
 
 
+def test_hooks_go_with_the_wrapper(device):
+    """With the last of it and its shallow copies; a deep copy has hooks of its own, on its own backbone."""
+    backbone = Lasts(7, last=False).to(device)
+    model, x = AttendRectify(backbone, ["map"], LABELS), images(device, dtype=torch.float32)
+    shallow, deep, expected = copy.copy(model), copy.deepcopy(model), model(x)
+    del model
+    gc.collect()
+    assert torch.equal(shallow(x), expected) and torch.equal(deep(x), expected)
+    del shallow
+    gc.collect()
+    assert not backbone.map._forward_hooks and torch.equal(deep(x), expected)
+    backbone = deep.backbone
+    del deep
+    gc.collect()
+    assert not backbone.map._forward_hooks
+
+
+def test_a_replaced_layer(device):
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 30 * 30, LABELS)).to(device)
+    x = images(device, dtype=torch.float32)
+    model = AttendRectify(backbone, ["1"], LABELS, example_input=x)
+    backbone[1] = nn.GELU()
+    with pytest.raises(RuntimeError, match="^layer '1' is another module than when AttendRectify was made"):
+        model(x)
+    with pytest.raises(TypeError, match="^return_details must be True or False, got 1"):
+        model(x, return_details=1)
+
+
 def test_channel_dimension(device):
-    """By the proportions of the input; where those leave it open by a second size; else the user says it."""
+    """First by the proportions of the input; where those leave it open by a second size; else the user says it."""
     square = images(device, 64, dtype=torch.float32)
     for last in (False, True):
         net = Lasts(7, last).to(device)
@@ -237,12 +271,28 @@ def test_channel_dimension(device):
             model = AttendRectify(net, ["map"], LABELS, example_input=example)
             assert (model.attention[0].in_channels, model._channels_last) == (7, (last,))
         net = Lasts(32, last).to(device)  # 32 channels at 32×32
-        assert AttendRectify(net, ["map"], LABELS)._channels_last == (last,)
+        for example in (None, square):
+            assert AttendRectify(net, ["map"], LABELS, example_input=example)._channels_last == (last,)
+        net = Lasts(32, last, size=64).to(device)
         with pytest.raises(ValueError, match=r"^channel_dim must be given: .* layer 'map' .* \[2, 32, 32, 32\]"):
             AttendRectify(net, ["map"], LABELS, example_input=square)
         model = AttendRectify(net, ["map"], LABELS, example_input=square, channel_dim=-1 if last else 1)
         assert model._channels_last == (last,)
         assert model(square, return_details=True).masks[0].shape == (2, 4, 32, 32)
+
+
+def test_channel_dimension_of_maps_that_have_not_the_proportions_of_the_input(device):
+    """A map's rows are pooled to the proportions that make its channels look like rows; or its size is fixed."""
+    wide = torch.zeros(2, 1, 64, 128, device=device)
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, LABELS))
+    pooled = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.MaxPool2d((2, 1)), head).to(device)
+    model = AttendRectify(pooled, ["1"], LABELS, example_input=wide)  # [2, 16, 32, 128]
+    assert (model.attention[0].in_channels, model._channels_last) == (16, (False,))
+    head = nn.Sequential(nn.Flatten(), nn.Linear(4 * 4 * 7, LABELS))
+    fixed = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d((4, 7)), head).to(device)
+    with pytest.raises(ValueError, match=r"^channel_dim must be given: .* layer '1' .* \[2, 4, 4, 7\]"):
+        AttendRectify(fixed, ["1"], LABELS)
+    assert AttendRectify(fixed, ["1"], LABELS, channel_dim=1).attention[0].in_channels == 4
 
 
 def test_maps_of_rank_3(device):
@@ -263,12 +313,8 @@ def test_maps_of_rank_3(device):
     model = AttendRectify(tokens, ["blocks.2"], LABELS)
     assert model._channels_last == (True,)
     assert model(images(device, 64, dtype=torch.float32), return_details=True).masks[0].shape == (2, 4, 17)
-    fixed = timm.create_model("test_vit", num_classes=LABELS, img_size=32).to(device)
-    example = images(device, dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"^channel_dim must be given: .*'blocks.2'"):
-        AttendRectify(fixed, ["blocks.2"], LABELS, example_input=example)
-    model = AttendRectify(fixed, ["blocks.2"], LABELS, example_input=example, channel_dim=-1)
-    assert model.attention[0].in_channels == 64
+    model = AttendRectify(tokens, ["blocks.2"], LABELS, example_input=images(device, dtype=torch.float32))
+    assert (model.attention[0].in_channels, model._channels_last) == (64, (True,))
 
 
 class Odd(nn.Module):

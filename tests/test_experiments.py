@@ -452,6 +452,15 @@ def test_an_implementation_that_cannot_run_is_refused_before_files_are_touched(t
 
 
 @pytest.mark.parametrize(
+    "options", [("--regulariser", "nan"), ("--regulariser", "-1"), ("--weight-decay", "inf"), ("--layer-loss", "-0.5")]
+)
+def test_weights_of_the_loss_are_numbers_from_0_on(options, capsys):
+    with pytest.raises(SystemExit):
+        command_line.main(["train", *options])
+    assert f"argument {options[0]}: must be a number from 0 on, got '{options[1]}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("command", "texts"),
     [
         ("demo", ["--data", "--resume", "--seed", "scikit-learn", "default: 400"]),

@@ -117,9 +117,9 @@ def _train(commands: argparse._SubParsersAction) -> None:
     add("--gating", choices=("softmax", "sigmoid", "none"), default="softmax", help="of the global gates")
     add("--head-gates", action=_ON_OFF, default=True, help="gates over the heads of a layer")
     add("--kernel-size", type=int, choices=(1, 3), default=1, help="of the attention heads; the official code has 3")
-    add("--regulariser", type=float, default=0.001, metavar="W", help="weight of the masks' regulariser")
+    add("--regulariser", type=_weight, default=0.001, metavar="W", help="weight of the masks' regulariser")
     add(
-        "--layer-loss", type=float, default=0.0, metavar="W",
+        "--layer-loss", type=_weight, default=0.0, metavar="W",
         help="weight of a cross-entropy of each attended layer alone, so that it can answer alone (early-exit)",
     )  # fmt: skip
     add("--dropout", type=float, default=0.0, help="of wrn and warn, between the convolutions of a block")
@@ -144,7 +144,7 @@ def _train(commands: argparse._SubParsersAction) -> None:
     add("--batch-size", type=int, default=128, help="images per step, of all processes together")
     add("--test-batch-size", type=int, default=256, help="images per step of a test")
     add("--learning-rate", type=float, default=0.1, help="of the first epochs")
-    add("--weight-decay", type=float, default=5e-4, help="on all weights")
+    add("--weight-decay", type=_weight, default=5e-4, help="on all weights")
     add("--seed", type=int, default=0, help="of the first weights, the order of images and their augmentation")
     add("--test-every", type=int, default=1, metavar="EPOCHS", help="how often the accuracy is measured")
     add("--log-every", type=int, default=10, metavar="STEPS", help="how often the loss is written down")
@@ -157,6 +157,14 @@ def _train(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     add("--capture", action="store_true", help="take whole steps as one CUDA graph, for hosts that do not keep up")
     _add_device(add)
+
+
+def _weight(text: str) -> float:
+    """Of a term of the loss."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number from 0 on, got {text!r}")
+    return value
 
 
 def _ablate(commands: argparse._SubParsersAction) -> None:
@@ -203,7 +211,7 @@ def _add_ablation(add: Callable) -> None:
     add("--epochs", type=int, default=40, help="as many images as there are training digits, so often; the paper: 200")
     add("--batch-size", type=int, default=100, help="images per step")
     add("--learning-rate", type=float, default=0.1, help="of the first epochs")
-    add("--regulariser", type=float, default=0.001, metavar="W", help="weight of the masks' regulariser")
+    add("--regulariser", type=_weight, default=0.001, metavar="W", help="weight of the masks' regulariser")
     add("--mix", choices=("logit", "prob", "log"), default="logit", help="how hypotheses are mixed; sets the loss too")
     add("--bf16", action=_ON_OFF, default=None, help="bfloat16 autocast, on a GPU alone; unset: on")
     add("--capture", action=_ON_OFF, default=None, help="take whole steps as a CUDA graph; unset: on a GPU")

@@ -30,9 +30,7 @@ SUMMARIES: dict[str, tuple[str, Callable[[dict], list], Callable[[dict], str]]] 
 
 
 def run(options: argparse.Namespace) -> None:
-    """Writes the page that __main__ parsed. Raises FileNotFoundError where a folder or all runs are
-    missing, ValueError for a damaged checkpoint.
-    """
+    """Writes the page that __main__ parsed. Raises FileNotFoundError where a folder or all runs are missing."""
     parts = []
     for folder in map(Path, options.folders):
         if not folder.is_dir():
@@ -60,25 +58,30 @@ def _summaries(folder: Path) -> list[str]:
 
 
 def _runs(folder: Path) -> list[str]:
-    """Runs that belong to no ablation, each with its last and best accuracy."""
-    rows, curves = [], {}
+    """Runs that belong to no ablation, each with its last and best accuracy; what could not be read is named."""
+    rows, curves, damaged = [], {}, []
     for path in sorted(folder.rglob("checkpoint.pt")):
         if (path.parent.parent.parent / "figure4.json").is_file() or (path.parent / "result.json").is_file():
             continue
         lines = [line for line in read_metrics(path.parent) if "test_accuracy" in line]
         if lines:
-            identity = read_checkpoint(path)["identity"]
+            try:
+                identity = read_checkpoint(path)["identity"]
+            except ValueError:
+                damaged.append(str(path))
+                continue
             rows.append(_row(path.parent, identity, [line["test_accuracy"] for line in lines]))
             if len(lines) > 1:
                 curves[str(path.parent)] = (
                     np.array([line.get("epoch", line["step"]) for line in lines]),
                     np.array([[100 * line["test_accuracy"] for line in lines]]),
                 )
+    left_out = [f"<p class='note'>left out: {escaped(path)} is damaged or no checkpoint</p>" for path in damaged]
     if not rows:
-        return []
+        return left_out
     header = ["run", "net", "data", "weights", "last, %", "best, %", "paper's best, %", "images/s"]
     note = "best: chosen by looking at the test set, as the paper does; last: after the last epoch."
-    parts = ["<h2>Training</h2>", table(header, rows), f"<p class='note'>{note}</p>"]
+    parts = ["<h2>Training</h2>", table(header, rows), f"<p class='note'>{note}</p>", *left_out]
     if curves:
         parts.append(picture(curves_png(curves, "epoch", "test accuracy, %"), "test accuracy by epoch"))
     return parts
