@@ -41,7 +41,7 @@ def test_splits_keep_programs_busy(images, tiles, programs, splits):
     "images, channels, positions, itemsize, channels_last, splits",
     [
         (1, 256, 3136, 2, True, 13),
-        (1, 256, 3136, 2, False, 25),
+        (1, 256, 3136, 2, False, 13),  # 25 tiles of 128 positions
         (8, 512, 784, 2, True, 7),  # 25 tiles
         (8, 512, 784, 2, False, 7),  # 13
         (32, 96, 3136, 2, True, 7),

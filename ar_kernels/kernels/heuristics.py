@@ -194,9 +194,8 @@ def sweep_config(
         splits = -(-tiles // (TILES_OF_PROGRAM * (2 if wide else 1)))  # as many positions: a wide tile has half of them
     elif 4 * images <= chip.processors or (2 * images <= chip.processors and channels * positions * itemsize >= 2**19):
         # A merge follows: worth its launch where most of the chip would idle, with two tiles a program at least, four
-        # in channels_last where an image has many (measured in bfloat16 with 25 and 49), one where they are largest.
+        # in channels_last where an image has many (measured in bfloat16 with 25 and 49).
         fewest = 4 if half and channels_last and not wide and tiles >= 25 else 2
-        fewest = 1 if held and position_tile == 128 and padded > 192 else fewest
         splits = max(1, min(-(-tiles // fewest), -(-2 * chip.processors // max(images, 1))))
     else:
         splits = 1
