@@ -407,7 +407,7 @@ def _weight_dtype(backbone: nn.Module, dtype: torch.dtype) -> torch.dtype:
 
 
 def _first_run(backbone: nn.Module, layers: tuple[str, ...]) -> tuple[Any, ...]:
-    """Images of the first size that the backbone accepts, and what _observe found with them."""
+    """inputs of the first size that the backbone accepts, and of them what _observe returns."""
     failures: list[str] = []
     for size in DRY_RUN_SIZES:
         inputs = (_square(backbone, size),)

@@ -352,15 +352,10 @@ def attention_module(
             if global_mask_weight is not None and global_gate_weight is not None:
                 scores = reference.global_scores(feature_map, global_mask_weight, global_gate_weight)
         else:
-            weight, bias, score_weight, score_bias = mask_weight, mask_bias, gate_weight, gate_bias
+            weights = (mask_weight, mask_bias, gate_weight, gate_bias)
             if global_mask_weight is not None and global_gate_weight is not None:
-                extra = global_mask_weight.shape[0]
-                weight = torch.cat([mask_weight, global_mask_weight.to(mask_weight.dtype)])
-                local = torch.zeros_like(mask_weight) if gate_weight is None else gate_weight
-                score_weight = torch.cat([local, global_gate_weight.to(local.dtype)])
-                bias = None if mask_bias is None else F.pad(mask_bias, (0, extra))
-                score_bias = None if gate_bias is None else F.pad(gate_bias, (0, extra))
-            arguments = (feature_map, weight, bias, score_weight, score_bias)
+                weights = _with_global_heads(*weights, global_mask_weight, global_gate_weight)
+            arguments = (feature_map, *weights)
             if name in _FUSED:
                 taps_first = name == "triton" and ops.is_taps_first(output_weight)
                 fused = ops.gated_attend(
@@ -388,6 +383,25 @@ def attention_module(
         if attention is not None:
             attention = attention.reshape(attention.shape[:2] + feature_map.shape[2:])
         return AttentionOutput(hypothesis, gates, attention, average, scores, tapped if tap else None)
+
+
+def _with_global_heads(
+    mask_weight: Tensor,
+    mask_bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    global_mask_weight: Tensor,
+    global_gate_weight: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The first four, with those of the global heads behind."""
+    gate = torch.zeros_like(mask_weight) if gate_weight is None else gate_weight
+    extra = (0, global_mask_weight.shape[0])
+    return (
+        torch.cat([mask_weight, global_mask_weight.to(mask_weight.dtype)]),
+        None if mask_bias is None else F.pad(mask_bias, extra),
+        torch.cat([gate, global_gate_weight.to(gate.dtype)]),
+        None if gate_bias is None else F.pad(gate_bias, extra),
+    )
 
 
 def head_hypotheses(pooled: Tensor, output_weight: Tensor) -> Tensor:

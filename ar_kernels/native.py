@@ -100,14 +100,20 @@ def has_layer() -> bool:
     return _load() is None and has_kernels("cpu", "layer")
 
 
+@functools.cache
+def _functions() -> ctypes.CDLL:
+    """Of the library, which must be loaded."""
+    return ctypes.CDLL(str(PATH))
+
+
 def address(name: str) -> int:
     """Of a function of the library, which must be loaded, that csrc/node calls."""
-    return ctypes.cast(getattr(ctypes.CDLL(str(PATH)), name), ctypes.c_void_p).value or 0
+    return ctypes.cast(getattr(_functions(), name), ctypes.c_void_p).value or 0
 
 
 def sources() -> str:
     """A number of what the library, which must be loaded, was built of; "" of an older one."""
-    function = getattr(ctypes.CDLL(str(PATH)), "ar_kernels_sources", None)
+    function = getattr(_functions(), "ar_kernels_sources", None)
     if function is None:
         return ""
     function.restype = ctypes.c_char_p
@@ -116,6 +122,6 @@ def sources() -> str:
 
 def target() -> str:
     """The instructions that the CPU kernels use here: avx512, avx2 or portable; the library must be loaded."""
-    name = ctypes.CDLL(str(PATH)).ar_kernels_target
+    name = _functions().ar_kernels_target
     name.restype = ctypes.c_char_p
     return name().decode()

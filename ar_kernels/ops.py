@@ -41,15 +41,15 @@ def _define(
     implementation: Callable[..., Any] | None,
     fake: Callable[..., Any],
     extra: str = "",
-    native: bool = True,
+    in_native: bool = True,
 ) -> None:
-    """One operator, in both namespaces unless one has none; implementation: the Triton one, or None. extra: what that
-    takes more than the native one.
+    """One operator, in the namespaces that have it. implementation: the Triton one, or None; in_native: whether the
+    library has one. extra: what the Triton one takes more.
 
     Its kernels read any strides, so Inductor need not copy inputs into the layout it traced.
     """
     name = schema.split("(")[0]
-    stand_in = functools.partial(_load_native, name) if native else None
+    stand_in = functools.partial(_load_native, name) if in_native else None
     planned = None
     if implementation is not None:
         _launchers[name] = implementation
@@ -574,11 +574,11 @@ def _hypothesis_backward_fake(grad, features, output_w, needs_features, needs_ou
     return dfeatures, output_w.new_empty(output_w.shape) if needs_output_w else output_w.new_empty(0)
 
 
-_define("hypothesis(Tensor features, Tensor output_w) -> Tensor", _hypothesis, _hypothesis_fake, native=False)
+_define("hypothesis(Tensor features, Tensor output_w) -> Tensor", _hypothesis, _hypothesis_fake, in_native=False)
 _define(
     "hypothesis_backward(Tensor grad, Tensor features, Tensor output_w, bool needs_features, bool needs_output_w) "
     "-> (Tensor, Tensor)",
-    _hypothesis_backward, _hypothesis_backward_fake, native=False,
+    _hypothesis_backward, _hypothesis_backward_fake, in_native=False,
 )  # fmt: skip
 
 
@@ -657,7 +657,7 @@ class _GatedAttend(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        z, w, b, score_w, score_b, output_w, ctx.gated_heads, _, ctx.wants_mean, _, *ctx.how = inputs
+        z, w, b, score_w, score_b, output_w, ctx.gated_heads, _, ctx.wants_mean, _, *ctx.by = inputs
         pooled, lse, logits, scores, gates, features, *_ = output
         logits = logits if w.dim() == 4 else None
         ctx.channels_last = _is_channels_last(z)  # here: strides read in backward make Dynamo copy every gradient
@@ -687,7 +687,7 @@ class _GatedAttend(torch.autograd.Function):
         if needs_z or needs_w or needs_score:
             dz, dw, dscore_w, dscore_b = _apply(
                 _GatedAttendBackward, z, w, b, score_w, score_b, pooled, lse, logits, scores, gates, *grads, upstream,
-                ctx.gated_heads, ctx.wants_mean, needs_z, needs_w, needs_score, ctx.channels_last, *ctx.how,
+                ctx.gated_heads, ctx.wants_mean, needs_z, needs_w, needs_score, ctx.channels_last, *ctx.by,
             )  # fmt: skip
         if needs_b:  # the bias cancels in the masks: only lse and the logits know it
             db = _mask_bias_gradient(lse, b, grad_lse, grad_logits)
@@ -783,7 +783,7 @@ def _layer(z: Tensor, w: Tensor, b: Any, score_w: Any, score_b: Any, output_w: A
 
 def _layer_fake(z, w, b, score_w, score_b, output_w, gated_heads, wants_logits, wants_mean, alike, taps_first):
     asked = _asked(w, output_w, gated_heads, wants_logits, wants_mean)
-    hypothesis = None if output_w is None else z.new_empty(z.shape[0], output_w.shape[0])
+    hypothesis = None if output_w is None else _hypothesis_fake(z, output_w)
     made = _only(asked, (*_allocate(z, w, gated_heads, asked[2], wants_mean), hypothesis))
     return tuple(z.new_empty(0) if output is None else output for output in made)
 
@@ -872,14 +872,11 @@ def _hypothesis_gradients(
 def _layer_backward_fake(z, w, b, score_w, output_w, pooled, lse, *arguments):
     *_, grad_hypothesis, _ = arguments[:13]
     needs_z, needs_w, needs_score_w, needs_score_b, needs_output_w, channels_last, _ = arguments[13:]
-    needs_output_w = needs_output_w and grad_hypothesis is not None
-    return (
-        z.new_empty_strided(z.shape, _gradient_strides(z, channels_last)) if needs_z else z.new_empty(0),
-        w.new_empty(w.shape) if needs_w else z.new_empty(0),
-        score_w.new_empty(w.shape) if needs_score_w else z.new_empty(0),
-        lse.new_empty(w.shape[0]) if needs_score_b else z.new_empty(0),
-        output_w.new_empty(output_w.shape) if needs_output_w else z.new_empty(0),
-    )
+    needs_score = needs_score_w or needs_score_b
+    gradients = _allocate_gradients(z, w, score_w, lse, needs_z, needs_w, needs_score, channels_last)
+    doutput_w = None if output_w is None else output_w.new_empty(output_w.shape)
+    needs = needs_z, needs_w, needs_score_w, needs_score_b, needs_output_w and grad_hypothesis is not None
+    return tuple(z.new_empty(0) if gradient is None else gradient for gradient in _only(needs, (*gradients, doutput_w)))
 
 
 _define(
@@ -893,9 +890,15 @@ _define(
 )
 
 
-def _made(
-    inputs: Sequence[Any], how: tuple[Any, ...], recorded: tuple[int, ...] | None = None
-) -> tuple[Tensor | None, ...]:
+_How = tuple[int, bool, bool, bool, str, bool]
+"""gated_heads, wants_logits, wants_mean, whether the map is tapped, implementation, taps_first: a call but for its
+tensors, as csrc/node takes it too. A NamedTuple would cost every call its making.
+
+What of the operator's outputs is *asked* for follows of it and the tensors; *wanted* are the indices of those of
+_GatedAttend's outputs, the operator's and the tapped map, that the caller will use."""
+
+
+def _made(inputs: Sequence[Any], how: _How, recorded: tuple[int, ...] | None = None) -> tuple[Tensor | None, ...]:
     """What layer makes, None for what was not asked for. recorded: the outputs of an eager call that is recorded; what
     its backward will launch is then compiled beside the forward's own kernels."""
     implementation, expecting = how[4], _NOTHING
@@ -906,16 +909,16 @@ def _made(
     return _only(_asked_by(inputs, how), made)
 
 
-def _layer_options(how: tuple[Any, ...]) -> list[Any]:
+def _layer_options(how: _How) -> list[Any]:
     gated_heads, wants_logits, wants_mean, _, _, taps_first = how
     return [gated_heads, wants_logits, wants_mean, are_deterministic_algorithms_enabled(), taps_first]
 
 
-def _asked_by(inputs: Sequence[Any], how: tuple[Any, ...]) -> list[bool]:
+def _asked_by(inputs: Sequence[Any], how: _How) -> list[bool]:
     return _asked(inputs[1], inputs[5], *how[:3])
 
 
-def _rehearse_backward(inputs: Sequence[Any], how: tuple[Any, ...], recorded: tuple[int, ...]) -> None:
+def _rehearse_backward(inputs: Sequence[Any], how: _How, recorded: tuple[int, ...]) -> None:
     """What the backward of such a call launches, on stand-ins.
 
     Which outputs will have gradients is not known yet. A guess: all that were asked for but lse, and gates without a
@@ -951,7 +954,7 @@ def _outputs(z: Tensor, made: tuple[Tensor | None, ...], wanted: tuple[int, ...]
 
 def _gradients(
     saved: Sequence[Any],
-    how: tuple[Any, ...],
+    how: _How,
     wanted: tuple[int, ...],
     needs: Sequence[bool],
     channels_last: bool,
@@ -1035,7 +1038,7 @@ def fits(*tensors: Any) -> bool:
 
 
 @functools.lru_cache(4096)
-def _call(module: Any, how: tuple[Any, ...], wanted: tuple[int, ...]) -> Any:
+def _call(module: Any, how: _How, wanted: tuple[int, ...]) -> Any:
     """What csrc/node is told of a call but its tensors."""
     if how[4] == "triton":
         replay = native.address("ar_kernels_replay")
@@ -1045,7 +1048,7 @@ def _call(module: Any, how: tuple[Any, ...], wanted: tuple[int, ...]) -> Any:
     return module.make_call(forward, None, backward, None, how, wanted)
 
 
-def _by_node(inputs: Sequence[Any], how: tuple[Any, ...], wanted: tuple[int, ...]) -> Any:
+def _by_node(inputs: Sequence[Any], how: _How, wanted: tuple[int, ...]) -> Any:
     """The outputs that are wanted, by the node in C++; None where there is none or it is not for such a call."""
     implementation, data = how[4], inputs[:1]  # it looks at the other tensors itself
     if implementation == "triton":
@@ -1058,7 +1061,7 @@ def _by_node(inputs: Sequence[Any], how: tuple[Any, ...], wanted: tuple[int, ...
 
 def _differentiated(
     inputs: tuple[Any, ...],
-    how: tuple[Any, ...],
+    how: _How,
     wanted: tuple[int, ...],
     needs: Sequence[bool],
     grads: Sequence[Tensor | None],
@@ -1110,7 +1113,7 @@ def gated_attend(
     return GatedAttended(*(outputs if through else (*outputs[:-1], z)))
 
 
-def _wanted_outputs(inputs: Sequence[Any], how: tuple[Any, ...], wanted: tuple[int, ...]) -> Any:
+def _wanted_outputs(inputs: Sequence[Any], how: _How, wanted: tuple[int, ...]) -> Any:
     """Those of _GatedAttend's outputs, recorded where something records."""
     if torch.compiler.is_compiling():
         apply = _WantedGatedAttend.apply
@@ -1387,11 +1390,11 @@ def _attention_masks_backward_fake(grad, masks, every):
 
 _define(
     "attention_masks(Tensor logits, Tensor lse, SymInt heads) -> Tensor",
-    _attention_masks, _attention_masks_fake, native=False,
+    _attention_masks, _attention_masks_fake, in_native=False,
 )  # fmt: skip
 _define(
     "attention_masks_backward(Tensor grad, Tensor masks, SymInt every) -> (Tensor, Tensor)",
-    _attention_masks_backward, _attention_masks_backward_fake, native=False,
+    _attention_masks_backward, _attention_masks_backward_fake, in_native=False,
 )  # fmt: skip
 
 
@@ -1471,10 +1474,10 @@ def _mask_overlap_backward_fake(factor, masks, gram):
     return masks.new_empty(masks.shape)
 
 
-_define("mask_overlap(Tensor masks) -> (Tensor, Tensor)", _mask_overlap, _mask_overlap_fake, native=False)
+_define("mask_overlap(Tensor masks) -> (Tensor, Tensor)", _mask_overlap, _mask_overlap_fake, in_native=False)
 _define(
     "mask_overlap_backward(Tensor factor, Tensor masks, Tensor gram) -> Tensor",
-    _mask_overlap_backward, _mask_overlap_backward_fake, native=False,
+    _mask_overlap_backward, _mask_overlap_backward_fake, in_native=False,
 )  # fmt: skip
 
 

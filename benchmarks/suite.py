@@ -244,12 +244,15 @@ def error(contender: Contender, problem: Problem, inference: bool = True) -> flo
         result, dz, *gradients = found
         return [result.detach()[picked], dz[picked], *gradients]
 
-    yardstick = picked_of(_with_gradients(contender.yardstick, [z, *contender.parameters], masked))
     result = contender.function(z, *contender.parameters)
     dz, *gradients = torch.autograd.grad(result, (z, *contender.parameters), masked.to(result.dtype))
     if any(bool(dz[image].any()) for image in range(1, z.shape[0] - 1, max(1, z.shape[0] // 8))):
         return float("inf")  # an image got a gradient that belongs to another
-    pairs = list(zip(picked_of([result, dz, *gradients]), yardstick, truth))
+    found = [result, dz, *gradients]
+    is_its_own = contender.yardstick is contender.function
+    moved = found if is_its_own else _with_gradients(contender.yardstick, [z, *contender.parameters], masked)
+    yardstick = picked_of(moved)
+    pairs = list(zip(picked_of(found), yardstick, truth))
     if inference:
         pairs.append((contender.forward(z)[picked], yardstick[0], truth[0]))
     worst = 0.0

@@ -62,7 +62,7 @@ HAND_MADE = [
     ("gates over all heads", FORWARD, "e = tl.where(heads < GATED, tl.exp", "e = tl.where(heads <= GATED, tl.exp"),
     ("the score bias left out", FORWARD, "    if score_b is not None:\n        t +=", "    if False:\n        t +="),
     ("pooled rows swapped with channels", FORWARD, "    offsets = heads[None, :] * C + channels[:, None]\n    real = (channels < C)[:, None] & (heads < HEADS)[None, :]\n    tl.store(pooled", "    offsets = heads[None, :] + channels[:, None] * HEADS\n    real = (channels < C)[:, None] & (heads < HEADS)[None, :]\n    tl.store(pooled"),
-    ("logits of the wrong image", FORWARD, "targets = logits + n * HEADS * positions +", "targets = logits + n * positions +"),
+    ("logits of the wrong image", FORWARD, "targets = logits + (n * HEADS + heads)[None, :] * positions", "targets = logits + (n + heads)[None, :] * positions"),
     # tiles
     ("a wrong row stride", "ar_kernels/kernels/tiles.py", "rows += positions // width * VECTOR * stride_h", "rows += positions // width * VECTOR * stride_w"),
     ("int32 offsets inside an image", "ar_kernels/kernels/tiles.py", "last >= 2**31)", "last >= 2**62)"),
@@ -93,6 +93,8 @@ HAND_MADE = [
     # rectify
     ("sigmoid gates without their slope", f"{KERNELS}rectify.py", "ds = (1.0 - sigma) * ds", "ds = 1.0 * ds"),
     ("the log mix without its softmax", f"{KERNELS}rectify.py", "slope = gates[:, None] * (dy[None, :] - tl.exp(tile - shift[:, None]) * dy_sum)", "slope = gates[:, None] * dy[None, :] + 0.0 * tile"),
+    ("a softmax counted from an infinite maximum", f"{KERNELS}rectify.py", "start = origin(m_new)", "start = m_new"),
+    ("an infinite log-sum-exp of a hypothesis kept", f"{KERNELS}rectify.py", "finite(origin(m) + tl.log(d))", "origin(m) + tl.log(d)"),
     ("global gates not centred", f"{KERNELS}rectify.py", "ds = dgates - gates * tl.sum(dgates, axis=0)", "ds = dgates"),
     ("hypotheses' gradients in another order", f"{KERNELS}rectify.py", "rows = i[:, None] * tl.num_programs(0).to(tl.int64) + n", "rows = n * D + i[:, None]"),
     # products with W_O
@@ -119,7 +121,7 @@ HAND_MADE = [
     ("a frozen tap that is not", f"{PACKAGE}ops.py", "through = tap and z.requires_grad", "through = tap"),
     # validation, modules, models
     ("masks of global heads returned", f"{PACKAGE}functional.py", "eager.attention_masks(logits[:, :heads], lse[:, :heads])", "eager.attention_masks(logits[:, -heads:], lse[:, -heads:])"),
-    ("global heads swapped with local ones", f"{PACKAGE}functional.py", "weight = torch.cat([mask_weight, global_mask_weight.to(mask_weight.dtype)])", "weight = torch.cat([global_mask_weight.to(mask_weight.dtype), mask_weight])"),
+    ("global heads swapped with local ones", f"{PACKAGE}functional.py", "torch.cat([mask_weight, global_mask_weight.to(mask_weight.dtype)])", "torch.cat([global_mask_weight.to(mask_weight.dtype), mask_weight])"),
     ("a silent fallback", f"{PACKAGE}functional.py", "    raise ImplementationUnavailable(f\"implementation {name!r}", "    if name == 'triton':\n        return 'eager'\n    raise ImplementationUnavailable(f\"implementation {name!r}"),
     ("a choice that outlives its block", f"{PACKAGE}functional.py", "        _choice.name = previous\n", "        pass\n"),
     ("float32 maps in forward mode", f"{PACKAGE}functional.py", "    return not ops.is_transformed()\n", "    return True\n"),
@@ -127,6 +129,9 @@ HAND_MADE = [
     ("float64 weights beside float32 maps", f"{PACKAGE}functional.py", "dtype.itemsize == 2 and value.dtype == torch.float32)", "value.dtype in _FLOATS)"),
     ("the module's gate bias unused", f"{PACKAGE}modules.py", "            gate_bias=self.gate_bias,\n", ""),
     ("a layer's gate for another", f"{PACKAGE}attend_rectify.py", "global_gates=wrapper.global_gates if index == wrapper._last else None", "global_gates=wrapper.global_gates if index == 0 else None"),
+    ("channels last by proportions", f"{PACKAGE}attend_rectify.py", "return False if first_is_channels and not last_is_channels else None", "return None if first_is_channels == last_is_channels else last_is_channels"),
+    ("no second run of an example", f"{PACKAGE}attend_rectify.py", "*[size + _LARGER for size in value.shape[2:]]", "*value.shape[2:]"),
+    ("hooks that outlive their wrapper", f"{PACKAGE}attend_rectify.py", "        for handle in self.handles:\n            handle.remove()\n", "        pass\n"),
     ("a dry run that draws", f"{PACKAGE}attend_rectify.py", "            stack.enter_context(torch.random.fork_rng(gpus))\n", ""),
     ("hooks that stay after the dry run", f"{PACKAGE}attend_rectify.py", "        for handle in handles:\n            handle.remove()\n", ""),
     ("a checkpoint's sums unread", f"{PACKAGE}official.py", "                damaged = archive.testzip()\n", "                damaged = None\n"),
@@ -187,7 +192,7 @@ TESTS = {
     BACKWARD: OF_1X1,
     SPATIAL: OF_3X3,
     f"{KERNELS}tiles.py": [["tests/test_heuristics.py"], *OF_1X1[:2], *OF_3X3[:1], ["tests/test_ops.py", "-k", "beyond"], *OF_1X1[2:], *OF_3X3[1:]],
-    f"{KERNELS}rectify.py": [["tests/test_ops.py", "-k", "rectify and triton"], ["tests/test_extremes.py", "-k", "rectify"]],
+    f"{KERNELS}rectify.py": [["tests/test_ops.py", "-k", "rectify and triton"], ["tests/test_extremes.py", "-k", "rectify or labels or hypothesis"]],
     f"{KERNELS}products.py": [["tests/test_products.py"]],
     f"{KERNELS}float_products.py": [["tests/test_attend.py", "-k", "products"]],
     f"{PACKAGE}ops.py": OF_OPS,

@@ -281,7 +281,9 @@ def test_masks_of_one_position(implementation, device):
     of_da = torch.finfo(torch.float32).eps * torch.einsum("nkc,nc->nk", grad.abs(), largest)
     assert (dw.abs() <= torch.einsum("nk,nc->kc", of_da, largest)).all()
     exact = torch.einsum("nkhw,nkc->nchw", attended.masks.detach(), grad)
-    assert ((dz - exact).abs() <= 1e-6 * exact.abs() + torch.einsum("nk,kc->nc", of_da, w.abs())[:, :, None, None]).all()
+    assert (
+        (dz - exact).abs() <= 1e-6 * exact.abs() + torch.einsum("nk,kc->nc", of_da, w.abs())[:, :, None, None]
+    ).all()
 
 
 # ---------------------------------------------------------------------------------------------- rectify

@@ -1082,7 +1082,7 @@ class _Sums(NamedTuple):
     whole: bool  # a tile has the whole image
 
     def __call__(self, lse: Tensor, *tensors: Tensor | None) -> None:
-        """lse: a tensor of the scratch's dtype and device, which is gone afterwards."""
+        """lse: of the dtype and device that the scratch has; it is gone when this returns."""
         self.launch(*tensors, *(() if self.scratch is None else (lse.new_empty(self.scratch),)))
 
 
