@@ -245,8 +245,8 @@ class _Call:
             if deferred is not None:
                 self.attend(index, deferred, tap=False)
             if self.outputs[index] is None:
-                module = self.wrapper.backbone.get_submodule(name)
-                if not any([isinstance(hook, _Hook) for hook in module._forward_hooks.values()]):
+                hooks = self.wrapper.backbone.get_submodule(name)._forward_hooks.values()
+                if not any([isinstance(hook, _Hook) and hook.token is self.wrapper._token for hook in hooks]):
                     raise RuntimeError(
                         f"layer {name!r} is another module than when AttendRectify was made: wrap it last"
                     )
