@@ -383,8 +383,9 @@ def _dry_run(
     image = next((value.shape for value in inputs if isinstance(value, Tensor) and value.dim() > 2), ())
     if channel_dim is None and any([_channels_last(known, image) is None for known in shapes]):
         with suppress(*_REFUSALS):  # a backbone of one input size: then the shapes of one run must do
-            again = _observe(backbone, layers, tuple([_larger(value) for value in inputs]))[0]
-            shapes = [known + (tuple(map_.shape),) for known, map_ in zip(shapes, again[:-1], strict=True)]
+            *again, _ = _observe(backbone, layers, tuple([_larger(value) for value in inputs]))[0]
+            if all([isinstance(feature_map, Tensor) for feature_map in again]):  # each layer ran
+                shapes = [known + (tuple(feature_map.shape),) for known, feature_map in zip(shapes, again, strict=True)]
     maps: list[_Map] = []
     for name, feature_map, known in zip(layers, returned[:-1], shapes, strict=True):
         channels_last = _channels_last(known, image) if channel_dim is None else channel_dim == -1
