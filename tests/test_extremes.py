@@ -268,8 +268,8 @@ def test_nothing_is_contiguous(taps, implementation, device):
 
 
 def test_masks_of_one_position(implementation, device):
-    """Logits so far apart that a mask is 1 at one position and the weights have no gradient: what is left of it is of
-    the roundings of dA and δ, which one-pass kernels make of different sums (docs/numerics.md)."""
+    """Logits so far apart that a mask is 1 at one position and the weights have no gradient: what is left of it, by
+    kernels on a GPU alone, is of the roundings of dA and δ, which they make of different sums (docs/numerics.md)."""
     generator = torch.Generator().manual_seed(0)
     z = (1000 * torch.randn(4, 32, 7, 7, generator=generator)).to(device).requires_grad_()
     w = torch.randn(4, 32, generator=generator).to(device).requires_grad_()
@@ -279,7 +279,7 @@ def test_masks_of_one_position(implementation, device):
     dz, dw = torch.autograd.grad(attended.pooled, (z, w), grad)
     largest = z.abs().amax((2, 3)).detach()
     of_da = torch.finfo(torch.float32).eps * torch.einsum("nkc,nc->nk", grad.abs(), largest)
-    assert (dw.abs() <= torch.einsum("nk,nc->kc", of_da, largest)).all()
+    assert (dw.abs() <= (1 if implementation == "triton" else 1e-6) * torch.einsum("nk,nc->kc", of_da, largest)).all()
     exact = torch.einsum("nkhw,nkc->nchw", attended.masks.detach(), grad)
     assert (
         (dz - exact).abs() <= 1e-6 * exact.abs() + torch.einsum("nk,kc->nc", of_da, w.abs())[:, :, None, None]

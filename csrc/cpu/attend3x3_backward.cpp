@@ -1,6 +1,7 @@
 // Backward of 3x3 heads: two sweeps over the feature map, the second from cache where an image fits there, and one
-// write of its gradient. dt, dP and delta are those of 1x1 heads, then
-//   dA[k][s] = sum over taps of (dP[k][tap] Z)[s + tap],  dl = A (dA - delta) + direct,  A = exp(l - lse)
+// write of its gradient. dt and dP are those of 1x1 heads, then
+//   dA[k][s] = sum over taps of (dP[k][tap] Z)[s + tap],  A = exp(l - lse)
+//   dl = A (dA - sum over s of A dA + dlse) + direct
 //   dZ[s] = sum over k, taps of A[k][s - tap] dP[k][tap] + dl[k][s - tap] W_H[k][tap], + upstream
 //   dW_H[k][tap] = sum over s of dl[k][s - tap] Z[s]
 
@@ -13,7 +14,7 @@ namespace {
 
 // dl and A of image n in their frames, from dA.
 template <class A>
-void mask_gradients(const BackwardArguments& a, int64_t n, const Rows<A>& rows) {
+void mask_gradients(const BackwardArguments& a, int64_t n) {
   const Layer& layer = a.layer;
   const int64_t heads = layer.heads, size = frame_size(layer);
   A* frames = (A*)a.masks + n * 2 * heads * size;
@@ -25,11 +26,15 @@ void mask_gradients(const BackwardArguments& a, int64_t n, const Rows<A>& rows) 
     A *dl_frame = frames + k * size, *a_frame = frames + (heads + k) * size;
     clear_frame(layer, dl_frame);
     clear_frame(layer, a_frame);
+    Vector<A> total = {};
     for_each_framed<A>(layer, [&](int64_t from, int64_t to, int count) {
-      const Vector<A> attends = exponential<A>(some(logits + from, count) - lse);
-      Vector<A> dl = attends * (some(da + from, count) - rows.center[k]);
+      put(a_frame + to, exponential<A>(some(logits + from, count) - lse), count);
+      total += some(a_frame + to, count) * some(da + from, count);
+    });
+    const A center = sum<A>(total) - lse_gradient<A>(a, n, k);
+    for_each_framed<A>(layer, [&](int64_t from, int64_t to, int count) {
+      Vector<A> dl = some(a_frame + to, count) * (some(da + from, count) - center);
       if (direct != nullptr) dl += some(direct + from, count);
-      put(a_frame + to, attends, count);
       put(dl_frame + to, dl, count);
     });
   }
@@ -67,7 +72,7 @@ void backward(const BackwardArguments& a, Stage stage, int64_t first, int64_t la
       const int64_t n = stage == Stage::kMasks ? item : item / layer.splits;
       image_gradient<T, A>(a, n, stage == Stage::kMasks, rows);
       if (stage == Stage::kMasks)
-        mask_gradients(a, n, rows);
+        mask_gradients<A>(a, n);
       else
         make_mask_sums(n, lines_of(layer, item % layer.splits));
     }
@@ -80,7 +85,7 @@ void backward(const BackwardArguments& a, Stage stage, int64_t first, int64_t la
     if (!sweeps) return;
     if (all) {
       make_mask_sums(n, lines);
-      mask_gradients(a, n, rows);
+      mask_gradients<A>(a, n);
     }
     const A* frames = (const A*)a.masks + n * 2 * layer.heads * frame_size(layer);
     const int64_t end = lines.last * layer.width;

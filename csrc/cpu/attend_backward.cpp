@@ -3,9 +3,10 @@
 // From the gradients of x = g P, g, t and P, image by image:
 //   dg_k = dx_k . P_k,  du = g (dg - sum_j g_j dg_j),  dt = du (1 - tanh^2 t),  dP_k = g_k dx_k + dt_k W_G[k]
 // then tile by tile, with a = exp(l - lse):
-//   dA = dP Z,  dl = a (dA - delta) + direct,  delta_k = dP_k . P_k - dlse_k
-//   dZ = sum_k a_k dP_k + sum_k dl_k W_H[k] + upstream,  dW_H = dl Z^T
-// A spatial mean is one more row: a = 1/S, dP its gradient, no dl. Bytes: |Z| read once, |dZ| written once.
+//   dA = dP Z,  dl = a (dA - dP . P + dlse) + direct
+//   dZ = sum_k a_k dP_k + sum_k dl_k W_H[k] + upstream,  dW_H = dl Z^T - rest P,  rest = sum_s a (dA - dP . P)
+// rest is 0 but for roundings, which are not small where dA is large and all positions but one have no mask. A spatial
+// mean is one more row: a = 1/S, dP its gradient, no dl. Bytes: |Z| read once, |dZ| written once.
 
 #include "image.h"
 
@@ -13,18 +14,24 @@ namespace ar_kernels::AR_TARGET {
 
 namespace {
 
-// l and dA to dl and a, in place; lanes beyond `count`, up to a whole vector, become 0.
+// l and dA to dl and a, in place; lanes beyond `count`, up to a whole vector, become 0. Returns the tile's part of
+// rest.
 template <class A>
-void mask_gradient(A* l, A* da, int64_t count, A shift, A center, const A* direct) {
+A mask_gradient(A* l, A* da, int64_t count, A shift, A center, A of_lse, const A* direct) {
+  Vector<A> rest = {};
   for (int64_t i = 0; i < count; i += kLanes<A>) {
+    const int left = (int)smaller(count - i, kLanes<A>);
     const Vector<A> attends = exponential<A>(load(l + i) - shift);
-    Vector<A> dl = attends * (load(da + i) - center);
-    const int64_t left = count - i;
-    if (direct != nullptr) dl += left >= kLanes<A> ? load(direct + i) : load(direct + i, (int)left);
+    store(l + i, attends * (load(da + i) - center));
+    const Vector<A> centered = some(l + i, left);
+    rest += centered;
+    Vector<A> dl = centered + attends * of_lse;
+    if (direct != nullptr) dl += some(direct + i, left);
     store(l + i, dl);
     store(da + i, attends);
   }
   for (int64_t i = count; i < padded<A>(count); ++i) l[i] = da[i] = 0;
+  return sum<A>(rest);
 }
 
 template <class T>
@@ -33,6 +40,7 @@ void sweep(const BackwardArguments& a, int64_t n, int64_t begin, int64_t end, co
   using A = Accumulator<T>;
   const Layer& layer = a.layer;
   const int64_t heads = layer.heads, s_step = position_step<A>(layer);
+  for (int64_t k = 0; k < heads; ++k) rows.rest[k] = 0;
   for (int64_t start = begin; start < end; start += layer.tile) {
     const int64_t count = smaller(layer.tile, end - start);
     const Tile<const T> z = read_tile<T>(layer, a.z, n, start, count, gradient.z);
@@ -41,10 +49,16 @@ void sweep(const BackwardArguments& a, int64_t n, int64_t begin, int64_t end, co
       const A bias = a.b == nullptr ? A(0) : ((const A*)a.b)[k];
       const A shift = ((const A*)a.lse)[n * heads + k] - bias;
       const int64_t direct = (n * heads + k) * layer.positions() + start;
-      mask_gradient(rows.masks + k * s_step, rows.masks + (heads + k) * s_step, count, shift, rows.center[k],
-                    a.grad_logits == nullptr ? nullptr : (const A*)a.grad_logits + direct);
+      rows.rest[k] += mask_gradient(rows.masks + k * s_step, rows.masks + (heads + k) * s_step, count, shift,
+                                    rows.center[k], lse_gradient<A>(a, n, k),
+                                    a.grad_logits == nullptr ? nullptr : (const A*)a.grad_logits + direct);
     }
     tile_gradient<T, A>(a, n, start, z, count, rows, gradient, dw);
+  }
+  if (dw == nullptr) return;
+  for (int64_t k = 0; k < heads; ++k) {
+    const A* pooled = (const A*)a.pooled + (n * heads + k) * layer.channels;
+    add_scaled(dw + k * channel_step<A>(layer), -rows.rest[k], pooled, layer.channels);
   }
 }
 

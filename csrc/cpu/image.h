@@ -124,7 +124,8 @@ template <class A>
 struct Rows {
   A* weights;
   A* masks;
-  A* center;  // [K] delta
+  A* center;  // [K] dP . P
+  A* rest;    // [K] sum of a (dA - dP . P)
   A* dt;      // [K]
   A* dg;      // [K]
 
@@ -133,8 +134,9 @@ struct Rows {
     A* weights = scratch.take<A>(rows * channel_step<A>(layer));
     A* masks = scratch.take<A>(rows * position_step<A>(layer));
     A* center = scratch.take<A>(layer.heads);
+    A* rest = scratch.take<A>(layer.heads);
     A* dt = scratch.take<A>(layer.heads);
-    return {weights, masks, center, dt, scratch.take<A>(layer.heads)};
+    return {weights, masks, center, rest, dt, scratch.take<A>(layer.heads)};
   }
 
   // What is the same for every image.
@@ -171,14 +173,14 @@ void gate_gradient(const BackwardArguments& a, int64_t n, const Rows<A>& rows) {
   }
 }
 
-// dP, the mean's gradient and delta of one image.
+// dP, the mean's gradient and dP . P of one image.
 template <class T, class A>
 void pooled_gradient(const BackwardArguments& a, int64_t n, const Rows<A>& rows) {
   const int64_t heads = a.layer.heads, gated = a.layer.gated, channels = a.layer.channels, taps = a.layer.taps;
   const int64_t c_step = channel_step<A>(a.layer);
   memset(rows.weights + a.layer.rows() * c_step, 0, (a.layer.rows() + 1) * c_step * sizeof(A));
   for (int64_t k = 0; k < heads; ++k) {
-    rows.center[k] = a.grad_lse == nullptr ? A(0) : -((const A*)a.grad_lse)[n * heads + k];
+    rows.center[k] = 0;
     for (int64_t row = k * taps; row < (k + 1) * taps; ++row) {
       A* dp = rows.weights + (heads * taps + row) * c_step;
       const int64_t place = (n * heads * taps + row) * channels;
@@ -194,6 +196,11 @@ void pooled_gradient(const BackwardArguments& a, int64_t n, const Rows<A>& rows)
   }
   if (a.grad_mean != nullptr)
     add_scaled(rows.weights + 2 * a.layer.rows() * c_step, A(1), (const A*)a.grad_mean + n * channels, channels);
+}
+
+template <class A>
+A lse_gradient(const BackwardArguments& a, int64_t n, int64_t k) {
+  return a.grad_lse == nullptr ? A(0) : ((const A*)a.grad_lse)[n * a.layer.heads + k];
 }
 
 // What pooled_gradient needs first; dt is the user's too, of one of an image's items.
