@@ -581,10 +581,10 @@ def attend_backward(
     if plan.pooled is not None:
         calls.append((plan.pooled, (score_w, pooled, scores, gates, *received, w, pairs, delta, dt, unscale)))
     if plan.native is not None:
-        of_scores = score_w if plan.pooled is not None else hopper.score_weights(score_w, gates, w)
-        of_pooled = (w, of_scores, *map(hopper.aligned, (pooled, scores, gates, *received[:-1])), dt)
-        if plan.pooled is not None:
-            of_pooled = (None,) * len(of_pooled)
+        of_pooled: tuple[Tensor | None, ...] = (None,) * 12
+        if plan.pooled is None:
+            of_scores = hopper.score_weights(score_w, gates, w)
+            of_pooled = (w, of_scores, *map(hopper.aligned, (pooled, scores, gates, *received[:-1])), dt)
         calls.append((plan.native, (z, b, lse, pairs, delta, unscale, grad_logits, upstream, dz, shares, *of_pooled)))
     if plan.sweep is not None:
         if plan.sweep.kernel is held_kernel:

@@ -40,7 +40,11 @@ void sweep(const BackwardArguments& a, int64_t n, int64_t begin, int64_t end, co
   using A = Accumulator<T>;
   const Layer& layer = a.layer;
   const int64_t heads = layer.heads, s_step = position_step<A>(layer);
-  for (int64_t k = 0; k < heads; ++k) rows.rest[k] = 0;
+  const auto pooled_of = [&](int64_t k) { return (const A*)a.pooled + (n * heads + k) * layer.channels; };
+  for (int64_t k = 0; k < heads; ++k) {
+    rows.center[k] = dot(pooled_of(k), rows.weights + (heads + k) * channel_step<A>(layer), layer.channels);
+    rows.rest[k] = 0;
+  }
   for (int64_t start = begin; start < end; start += layer.tile) {
     const int64_t count = smaller(layer.tile, end - start);
     const Tile<const T> z = read_tile<T>(layer, a.z, n, start, count, gradient.z);
@@ -56,10 +60,8 @@ void sweep(const BackwardArguments& a, int64_t n, int64_t begin, int64_t end, co
     tile_gradient<T, A>(a, n, start, z, count, rows, gradient, dw);
   }
   if (dw == nullptr) return;
-  for (int64_t k = 0; k < heads; ++k) {
-    const A* pooled = (const A*)a.pooled + (n * heads + k) * layer.channels;
-    add_scaled(dw + k * channel_step<A>(layer), -rows.rest[k], pooled, layer.channels);
-  }
+  for (int64_t k = 0; k < heads; ++k)
+    add_scaled(dw + k * channel_step<A>(layer), -rows.rest[k], pooled_of(k), layer.channels);
 }
 
 // Groups [first, last); with `used`, only what they need of memory.

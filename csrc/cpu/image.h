@@ -173,14 +173,13 @@ void gate_gradient(const BackwardArguments& a, int64_t n, const Rows<A>& rows) {
   }
 }
 
-// dP, the mean's gradient and dP . P of one image.
+// dP and the mean's gradient of one image.
 template <class T, class A>
 void pooled_gradient(const BackwardArguments& a, int64_t n, const Rows<A>& rows) {
   const int64_t heads = a.layer.heads, gated = a.layer.gated, channels = a.layer.channels, taps = a.layer.taps;
   const int64_t c_step = channel_step<A>(a.layer);
   memset(rows.weights + a.layer.rows() * c_step, 0, (a.layer.rows() + 1) * c_step * sizeof(A));
   for (int64_t k = 0; k < heads; ++k) {
-    rows.center[k] = 0;
     for (int64_t row = k * taps; row < (k + 1) * taps; ++row) {
       A* dp = rows.weights + (heads * taps + row) * c_step;
       const int64_t place = (n * heads * taps + row) * channels;
@@ -191,7 +190,6 @@ void pooled_gradient(const BackwardArguments& a, int64_t n, const Rows<A>& rows)
         const A gate = ((const A*)a.gates)[n * gated + k];
         add_scaled(dp, gate, (const T*)a.grad_features + (n * gated * taps + row) * channels, channels);
       }
-      rows.center[k] += dot((const A*)a.pooled + place, dp, channels);
     }
   }
   if (a.grad_mean != nullptr)
