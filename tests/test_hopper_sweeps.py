@@ -17,7 +17,7 @@ WRAPPER = """
     #include "attend_backward.h"
     #include "attend_forward.h"
     using namespace ar_kernels;
-    constexpr int64_t kRows = 1;
+    constexpr int64_t kRows = 1, kSpread = 2;
     static Kind kind_of(int64_t kind) { return static_cast<Kind>(kind); }
     AR_EXPORT int backward(int64_t kind, int64_t images, int64_t channels, int64_t positions, int64_t heads,
                            void* z, void* upstream, void* dz, int64_t rows, const void* pairs, int64_t mean,
@@ -75,6 +75,8 @@ WRAPPER = """
       ForwardSweep a = {};
       a.kind = kind_of(kind), a.images = images, a.channels = channels, a.positions = positions, a.heads = heads;
       a.gated = gated;
+      const bool spread = rows >= kSpread;
+      rows %= kSpread;
       a.z = rows ? FlatMap{z, channels * positions, positions, 1} : FlatMap{z, channels * positions, 1, channels};
       a.w = {w, kind_of(w_kind)}, a.b = {b, Kind::kFloat};
       a.score_w = {score_w, Kind::kFloat}, a.score_b = {score_b, Kind::kFloat};
@@ -96,17 +98,18 @@ WRAPPER = """
         *splits = rows == kRows ? 1 : can_sweep_forward(a) ? forward_splits(a, false) : 0;
         return 0;
       }
+      if (spread) return sweep_forward_spread(a, nullptr);
       return rows == kRows ? sweep_forward_rows(a, nullptr) : sweep_forward(a, nullptr);
     }
 """
-# What a map's layout is called there: channels_last, or NCHW.
-LAST, ROWS = range(2)
+# What a map's layout is called there: channels_last, or NCHW; forward, spread over clusters, the same.
+LAST, ROWS, SPREAD_LAST, SPREAD_ROWS = range(4)
 
 SOURCES = [
     f"csrc/cuda/attend_{direction}{kind}.cu"
     for direction in ("backward", "forward")
     for kind in ("", "_rows", "_floats", "_float_rows", "_float_images")
-]
+] + ["csrc/cuda/attend_forward_spread.cu"]
 KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
@@ -117,7 +120,7 @@ def kernels():
 
 def layout(z, rows):
     """[N, C, S] as the kernels read it."""
-    return z.contiguous() if rows else z.transpose(1, 2).contiguous()
+    return z.contiguous() if rows in (ROWS, SPREAD_ROWS) else z.transpose(1, 2).contiguous()
 
 
 def shares(kernels, sizes, maps, rows, processors=2):
@@ -374,8 +377,18 @@ def test_float_backward(kernels, rows, images, channels, positions, heads, mean,
         (ROWS, 5, 1152, 49, 2, 2, True, False),  # several pairs, and images that follow each other
         (LAST, 19, 64, 40, 3, 2, True, True),  # images that follow each other in a block
         (LAST, 5, 512, 49, 4, 4, True, True),
+        *((rows, *sizes) for rows in (SPREAD_LAST, SPREAD_ROWS) for sizes in [
+            (1, 64, 600, 4, 4, False, True),  # over two blocks
+            (1, 128, 1608, 3, 3, True, False),  # over fifteen
+            (2, 96, 520, 3, 2, True, True),  # no whole planes of channels; the last block has fewer positions
+            (3, 256, 208, 4, 0, True, False),  # over four
+            (3, 40, 64, 2, 2, False, False),  # over one
+            (17, 384, 104, 4, 4, False, True),
+            (20, 264, 1416, 1, 1, True, False),  # more tiles than stages
+            (1, 512, 784, 4, 3, True, True),  # over thirteen
+        ]),
     ],
-)
+)  # fmt: skip
 def test_forward(kernels, dtype, rows, images, channels, positions, heads, gated, mean, logits):
     torch.manual_seed(0)
     z = torch.randn(images, channels, positions).to(dtype)
@@ -391,7 +404,7 @@ def test_forward(kernels, dtype, rows, images, channels, positions, heads, gated
     kernels.forward(
         KINDS[dtype], images, channels, positions, heads, gated, layout(z, rows), rows, w, KINDS[w.dtype],
         b, score_w if gated else None, score_b, pooled, lse, all_logits, average, scores, gates, features,
-        None, 0, None, None, None, processors=2,
+        None, 0, None, None, None, processors=40 if rows in (SPREAD_LAST, SPREAD_ROWS) else 2,
     )  # fmt: skip
 
     z, w = z.double(), w.to(dtype).double()
@@ -486,6 +499,25 @@ def test_weights_of_another_half_precision_are_refused(kernels, rows):
     call(w.bfloat16())
     with pytest.raises(RuntimeError, match="forward returned"):
         call(w.half())
+
+
+@emulated
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("rows", [SPREAD_LAST, SPREAD_ROWS])
+def test_what_is_not_finite_of_a_spread_image(kernels, rows, value):
+    """In one of the blocks that share it."""
+    torch.manual_seed(0)
+    images, channels, positions, heads = 2, 256, 104, 4
+    z, w = torch.randn(images, channels, positions).bfloat16(), torch.randn(heads, channels).bfloat16() / 16
+    z[1, 100, 70] = value
+    pooled, lse = torch.full((images, heads, channels), torch.nan), torch.full((images, heads), torch.nan)
+    kernels.forward(
+        1, images, channels, positions, heads, 0, layout(z, rows), rows, w, 1, *[None] * 3, pooled, lse, *[None] * 5,
+        None, 0, None, None, None, processors=8,
+    )  # fmt: skip
+    expected = torch.einsum("nks,ncs->nkc", torch.einsum("kc,ncs->nks", w.float(), z.float()).softmax(2), z.float())
+    assert torch.equal(pooled.isnan(), expected.isnan())
+    assert pooled[0].isfinite().all() and lse[0].isfinite().all() and not pooled[1].isfinite().all()
 
 
 @emulated
@@ -797,6 +829,7 @@ OF_ANY_DTYPE = [
     ("channels_last", 2, 64, 3, 5, 1, False),
     ("channels_last", 3, 1152, 5, 7, 4, True),
     ("channels_last", 2, 256, 40, 30, 4, True),
+    ("channels_last", 2, 768, 20, 15, 4, True),  # split
     ("contiguous", 5, 1024, 14, 14, 4, False),
     ("contiguous", 300, 2048, 7, 7, 4, False),
     ("contiguous", 140, 384, 6, 6, 3, False),
@@ -828,6 +861,67 @@ def test_within_the_error_budget_on_a_gpu(native_sweeps, layout, n, c, h, w, k, 
         draws.append((*results, layer.run("reference", exact=True, **layouts)))
     assert {name for name, found in native_sweeps if found} == {"forward_sweep", "backward_sweep"}
     assert_within_budget(draws, dtype)
+
+
+@pytest.fixture
+def forward_sweeps(monkeypatch):
+    """What the library was asked for forward, and gave, where it is the faster one."""
+    from ar_kernels.kernels import attend_forward, hopper
+
+    found = []
+
+    def sweep(*arguments, plain=hopper.forward_sweep):
+        found.append(plain(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(hopper, "forward_sweep", sweep)
+    attend_forward._plan.cache_clear()
+    yield found
+    attend_forward._plan.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"n": 1, "c": 256, "h": 56, "w": 56, "k": 4},
+        {"n": 5, "c": 96, "h": 28, "w": 28, "k": 3, "globals": 2},
+        {"n": 66, "c": 512, "h": 8, "w": 8, "k": 4, "mean": False},
+        {"n": 2, "c": 136, "h": 12, "w": 20, "k": 1},
+        {"n": 3, "c": 384, "h": 16, "w": 13, "k": 2, "gated": False, "bias": False},
+        {"n": 1, "c": 40, "h": 200, "w": 200, "k": 4},
+        {"n": 16, "c": 256, "h": 28, "w": 28, "k": 4},
+    ],
+    ids=str,
+)
+def test_few_images_are_spread_on_a_gpu(forward_sweeps, sizes, layout, dtype, device):
+    draws = []
+    for seed in range(3):
+        layer = Layer(**sizes, dtype=dtype, device=device, seed=seed)
+        results = [layer.run(name, layout=LAYOUTS[layout]) for name in ("triton", "eager")]
+        draws.append((*results, layer.run("reference", exact=True, layout=LAYOUTS[layout])))
+    assert forward_sweeps and all(operator is not None and splits == 1 for operator, splits in forward_sweeps)
+    assert_within_budget(draws, dtype)
+    again = layer.run("triton", layout=LAYOUTS[layout])
+    assert all(torch.equal(again[name], value) for name, value in results[0].items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_a_larger_batch_finds_its_kernels_compiled_on_a_gpu(forward_sweeps, layout, monkeypatch, device):
+    sizes = {"c": 104, "h": 24, "w": 24, "k": 3, "dtype": torch.bfloat16, "device": device}
+    Layer(n=2, **sizes).run("triton", layout=LAYOUTS[layout])
+    assert forward_sweeps[-1][0] is not None
+
+    def build(launch, *arguments):
+        raise AssertionError(f"{launch.kernel} is compiled for another batch size")
+
+    monkeypatch.setattr("ar_kernels.kernels.launch.Launch.build", build)
+    for images in (70, 300, 1):
+        Layer(n=images, **sizes).run("triton", layout=LAYOUTS[layout])
+    assert [found[0] is None for found in forward_sweeps[-3:]] == [True, True, False]
 
 
 @pytest.mark.gpu

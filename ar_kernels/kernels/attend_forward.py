@@ -472,6 +472,7 @@ class _Plan(NamedTuple):
     merge: Launch | None  # None: no batch of such maps needs one; after `native`, this one does not
     rows: int  # (image, split), where the sweep writes parts that are to be merged; else 0
     gets_parts: bool  # or the kernel is compiled without
+    larger: Launch | None = None  # the sweep of larger batches of such maps, where `native` takes few images alone
 
 
 @functools.lru_cache(maxsize=1024)
@@ -492,9 +493,10 @@ def _plan(
     positions = math.prod(sizes[2:])
     rows = heads + mean
     z = map_strides(sizes, strides, dtype.itemsize)
-    operator, parts = None, 0
+    operator, parts, spread = None, 0, False
     if native:
         operator, parts = hopper.forward_sweep(z, sizes, strides, heads, dtype.itemsize, alike, chip(device))
+        spread = hopper.spreads_few(z, sizes, heads, dtype.itemsize, alike, chip(device))
     config = sweep_config(
         images, channels, positions, rows, dtype.itemsize, z.vector, z.unit == "c", chip(device), alike=alike,
         group=1 if mean else row_group(z, channels, positions, dtype.itemsize),  # grouped_kernel makes no mean
@@ -512,7 +514,7 @@ def _plan(
         kernel, own = wide_kernel if config.wide else held_kernel, {"PARTS": config.parts}
     elif config.group > 1:
         kernel, own = grouped_kernel, {"GROUP": config.group}
-    if operator is not None:
+    if operator is not None and not spread:
         merges = parts > 1
         merge = _merge(images, parts, constants) if merges else None
         return _Plan(None, operator, merge, images * parts if merges else 0, False)
@@ -528,8 +530,12 @@ def _plan(
         num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg,
     )  # fmt: skip
     whole = not config.held and config.position_tile >= positions
-    merge = _merge(images, config.splits, constants) if config.position_tile < positions else None
+    if operator is not None:
+        return _Plan(None, operator, None, 0, not whole, sweep)
     merges = config.splits > 1 or not (config.held or whole)
+    # Where few images are spread, no smaller batch of such maps is split.
+    once = config.position_tile >= positions or (spread and not merges)
+    merge = None if once else _merge(images, config.splits, constants)
     return _Plan(sweep, None, merge, images * config.splits if merges else 0, not whole)
 
 
@@ -563,20 +569,23 @@ def attend_forward(
         0 if gates is None else gates.shape[1], mean is not None, float32_precision(z.dtype), alike,
         hopper.can_read(z, w, score_w), float_products.are_faster(z, heads, alike),
     )  # fmt: skip
-    if plan.native is not None:
-        score_w = hopper.score_weights(score_w, gates, w)
     # Not to compile anew for a batch that needs no merge, a held sweep always gets pointers; these it does not follow.
     parts = (lse, lse, lse) if plan.gets_parts else (None, None, None)
     by_products = plan.sweep is None and plan.native is None
     if plan.rows:
         rows = heads + (mean is not None and not by_products)
         parts = tuple(lse.new_empty(plan.rows, rows, *more) for more in ((), (), (channels,)))
-    calls: list[Call]
+    outputs = (pooled, lse, logits, mean, scores, gates, features)
+    calls: list[Call] = [(plan.sweep, (z, w, b, score_w, score_b, *outputs, *parts))]
+    besides: list[Call] = []  # another batch of such maps is not to wait for a compiler
+    if plan.larger is not None:
+        besides.append((plan.larger, calls[0][1]))
+    if plan.native is not None:
+        score_w = hopper.score_weights(score_w, gates, w)
+        own_parts = parts if plan.rows else (None, None, None)
+        calls = [(plan.native, (z, w, b, score_w, score_b, *outputs, *own_parts))]
     if by_products:
         calls, mean = float_products.forward_calls(z, w, b, logits, mean, *parts), None
-    else:
-        tensors = (z, w, b, score_w, score_b, pooled, lse, logits, mean, scores, gates, features, *parts)
-        calls = [(plan.sweep or plan.native, tensors)]
-    merge = (plan.merge, (score_w, score_b, pooled, lse, mean, scores, gates, features, *parts))
-    # The merge too: a smaller batch of such maps is not to wait for a compiler.
-    run(calls + [merge] if plan.rows else calls, [] if plan.merge is None else [merge])
+    if plan.merge is not None:
+        besides.append((plan.merge, (score_w, score_b, pooled, lse, mean, scores, gates, features, *parts)))
+    run(calls + besides if plan.rows else calls, besides)

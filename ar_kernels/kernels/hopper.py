@@ -11,6 +11,7 @@ whole 4s; NCHW of up to 2,048 channels in whole 32s and up to 256 positions. The
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,10 @@ _library = torch.library.Library(native.NAMESPACE, "IMPL")
 
 _ALIGNMENT = 16
 """Of addresses that the copy engine takes, in bytes."""
+
+MOST_SPREAD_CHANNELS, FEWEST_SPREAD_BYTES = 512, 48 * 1024
+"""Of the half-precision images that are spread over clusters of blocks forward, where there are few of them: as many
+channels as that kernel takes (csrc/cuda/attend_forward_spread.cu), and as many bytes as at least two blocks share."""
 
 FEWEST_CHANNELS = 768
 """Of half-precision channels_last maps that go here, in both directions: a forward sweep here with a backward sweep of
@@ -64,6 +69,15 @@ def _is_faster(z: MapStrides, channels: int, itemsize: int, chip: heuristics.Chi
     return z.vector < 8 if z.unit == "s" else channels >= FEWEST_CHANNELS
 
 
+def spreads_few(
+    z: MapStrides, sizes: Sequence[int], heads: int, itemsize: int, alike: bool, chip: heuristics.Chip
+) -> bool:
+    """Whether a forward sweep here takes such maps where their images are too few for all of the GPU: Triton would
+    split them and merge, or leave most of it idle."""
+    large = math.prod(sizes[1:]) * itemsize >= FEWEST_SPREAD_BYTES and sizes[1] <= MOST_SPREAD_CHANNELS
+    return chip.capability == 9 and itemsize == 2 and z.vector == 8 and heads <= 4 and large and not alike
+
+
 def forward_sweep(
     z: MapStrides,
     sizes: Sequence[int],
@@ -75,7 +89,8 @@ def forward_sweep(
 ) -> tuple[Any, int]:
     """The operator for such maps and into how many splits it cuts an image, whose parts are then to be merged; or None
     and 0: the Triton kernel is faster, or there is none. alike: as in heuristics.sweep_config."""
-    if not _is_faster(z, sizes[1], itemsize, chip):
+    few = 2 * sizes[0] <= chip.processors and spreads_few(z, sizes, heads, itemsize, alike, chip)
+    if not (few or _is_faster(z, sizes[1], itemsize, chip)):
         return None, 0
     splits = _operators().sweep_forward_splits(sizes, strides, heads, itemsize, alike)
     return (_operators().sweep_forward_.default, splits) if splits else (None, 0)

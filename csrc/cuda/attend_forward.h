@@ -31,6 +31,10 @@ int forward_splits(const ForwardSweep& a, bool alike);
 // can_sweep_forward is false.
 cudaError_t sweep_forward(const ForwardSweep& a, cudaStream_t stream);
 
+// The same of few images of either layout, each spread over a cluster; nothing is left to merge.
+bool can_sweep_forward_spread(const ForwardSweep& a);
+cudaError_t sweep_forward_spread(const ForwardSweep& a, cudaStream_t stream);
+
 // The same of NCHW maps with rows of any length; images are not split.
 bool can_sweep_forward_rows(const ForwardSweep& a);
 cudaError_t sweep_forward_rows(const ForwardSweep& a, cudaStream_t stream);

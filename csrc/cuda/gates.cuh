@@ -23,7 +23,7 @@ __device__ __forceinline__ float warp_sum(float value) {
 }
 
 __device__ __forceinline__ float gate_tanh(float t) {
-  const float e = __expf(-2.f * fabsf(t)), y = (1.f - e) / (1.f + e);
+  const float e = __expf(-2.f * fabsf(t)), y = __fdividef(1.f - e, 1.f + e);
   return t < 0 ? -y : y;
 }
 

@@ -104,6 +104,7 @@ struct Forward {
 };
 
 constexpr Forward kForward[] = {
+    {can_sweep_forward_spread, sweep_forward_spread, nullptr},
     {can_sweep_forward, sweep_forward, forward_splits},
     {can_sweep_forward_rows, sweep_forward_rows, nullptr},
     {can_sweep_forward_floats, sweep_forward_floats, forward_floats_splits},

@@ -38,6 +38,7 @@ cudaError_t prepare() {
   if (error == cudaSuccess && (major != 9 || attributes.ptxVersion < 90)) error = cudaErrorInvalidDeviceFunction;
   if (error == cudaSuccess)
     error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   // Or two blocks of half of it might not be put on one multiprocessor.
   if (error == cudaSuccess)
     error =
@@ -77,15 +78,17 @@ cudaError_t launch_clusters(int blocks, int programs, int threads, int bytes, cu
   return cudaLaunchKernelEx(&config, kKernel, arguments...);
 }
 
-// How many clusters of so many blocks, each with all the shared memory there is, run at once on the current device: all
-// blocks of one are on neighbouring multiprocessors, so some may be left over. Asked once.
+// How many clusters of so many blocks run at once on the current device, each block with as much shared memory as is
+// there for so many of them on a multiprocessor: all blocks of one are on neighbouring multiprocessors, so some may be
+// left over. Asked once.
 template <auto kKernel>
-int active_clusters(int blocks, int threads) {
-  constexpr int kMostSizes = 17;  // of clusters, and 0
-  static std::atomic<int> known[64][kMostSizes];
+int active_clusters(int blocks, int threads, int per_processor = 1) {
+  constexpr int kMostSizes = 17, kMostPerProcessor = 2;  // of clusters, and 0
+  static std::atomic<int> known[64][kMostPerProcessor][kMostSizes];
   int device = 0;
-  if (blocks == 1 || blocks >= kMostSizes || cudaGetDevice(&device) != cudaSuccess) return processors() / blocks;
-  std::atomic<int>& found = known[device % 64][blocks];
+  if (blocks == 1 || blocks >= kMostSizes || cudaGetDevice(&device) != cudaSuccess)
+    return processors() * per_processor / blocks;
+  std::atomic<int>& found = known[device % 64][per_processor - 1][blocks];
   if (found > 0) return found;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -93,13 +96,13 @@ int active_clusters(int blocks, int threads) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = kSharedBytes;
+  config.dynamicSmemBytes = shared_bytes(per_processor);
   config.attrs = &attribute;
   config.numAttrs = 1;
   int clusters = 0;
   if (prepare<kKernel>() != cudaSuccess || cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config) != cudaSuccess ||
       clusters < 1)
-    return processors() / blocks;
+    return 0;
   return found = clusters;
 }
 

@@ -330,7 +330,7 @@ inline uint32_t cluster_of(const cudaLaunchConfig_t& config) {
 template <class... Parameters>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*)(Parameters...), const cudaLaunchConfig_t* config) {
   const uint32_t size = emulator::cluster_of(*config);
-  if (size < 1 || size > 8) return cudaErrorInvalidValue;
+  if (size < 1 || size > 16) return cudaErrorInvalidValue;
   *clusters = emulator::multiprocessors() / static_cast<int>(size);
   return cudaSuccess;
 }

@@ -1321,7 +1321,7 @@ bool launch(const Launch& launch) {
   const char* fault = nullptr;
   if (threads < 1 || threads > 1024) fault = "a block has 1 to 1024 threads";
   if (blocks == 0) fault = "there are no blocks";
-  if (launch.cluster < 1 || launch.cluster > 8) fault = "a cluster has 1 to 8 blocks, along x";
+  if (launch.cluster < 1 || launch.cluster > 16) fault = "a cluster has 1 to 16 blocks, along x";
   if (fault == nullptr && launch.grid[0] % launch.cluster != 0) fault = "the grid is no multiple of the cluster";
   if (launch.shared_bytes > room) fault = "more shared memory than cudaFuncSetAttribute allowed";
   if (fault != nullptr) {
