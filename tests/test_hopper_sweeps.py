@@ -99,7 +99,8 @@ WRAPPER = """
         return 0;
       }
       if (spread) return sweep_forward_spread(a, nullptr);
-      return rows == kRows ? sweep_forward_rows(a, nullptr) : sweep_forward(a, nullptr);
+      return rows == kRows ? sweep_forward_rows(a, nullptr)
+             : can_sweep_forward(a) ? sweep_forward(a, nullptr) : sweep_forward_spread(a, nullptr);
     }
 """
 # What a map's layout is called there: channels_last, or NCHW; forward, spread over clusters, the same.
@@ -357,10 +358,11 @@ def test_float_backward(kernels, rows, images, channels, positions, heads, mean,
 @pytest.mark.parametrize(
     ("rows", "images", "channels", "positions", "heads", "gated", "mean", "logits"),
     [
-        (LAST, 3, 64, 9, 4, 4, False, True),
-        (LAST, 2, 128, 49, 4, 0, True, False),
+        (LAST, 3, 576, 9, 4, 4, False, True),
+        (LAST, 2, 832, 49, 4, 0, True, False),
         (LAST, 2, 640, 70, 3, 2, True, True),
         (LAST, 1, 1280, 33, 1, 1, False, False),
+        (LAST, 1, 2048, 20, 2, 2, True, True),
         (ROWS, 3, 128, 49, 4, 4, False, True),
         (ROWS, 2, 256, 36, 4, 0, True, False),
         (ROWS, 2, 256, 196, 3, 2, True, True),
@@ -375,8 +377,8 @@ def test_float_backward(kernels, rows, images, channels, positions, heads, mean,
         (ROWS, 2, 256, 62, 4, 4, True, False),  # some rows touch a tile less than others
         (ROWS, 2, 128, 43, 3, 3, True, True),
         (ROWS, 5, 1152, 49, 2, 2, True, False),  # several pairs, and images that follow each other
-        (LAST, 19, 64, 40, 3, 2, True, True),  # images that follow each other in a block
-        (LAST, 5, 512, 49, 4, 4, True, True),
+        (LAST, 7, 576, 40, 3, 2, True, True),  # images that follow each other in a block
+        (LAST, 3, 768, 49, 4, 4, True, True),
         *((rows, *sizes) for rows in (SPREAD_LAST, SPREAD_ROWS) for sizes in [
             (1, 64, 600, 4, 4, False, True),  # over two blocks
             (1, 128, 1608, 3, 3, True, False),  # over fifteen
@@ -437,9 +439,9 @@ def merged(part_m, part_d, part_p):
 @pytest.mark.parametrize("mean", [False, True])
 def test_few_images_are_split(kernels, mean):
     torch.manual_seed(0)
-    images, channels, positions, heads = 2, 128, 600, 3
+    images, channels, positions, heads = 2, 576, 200, 3
     z = torch.randn(images, channels, positions).bfloat16()
-    w, b = torch.randn(heads, channels).bfloat16() / 4, torch.randn(heads)
+    w, b = torch.randn(heads, channels).bfloat16() / 8, torch.randn(heads)
     splits, logits = torch.zeros(1, dtype=torch.int64), torch.full((images, heads, positions), torch.nan)
 
     def call(*splits_and_parts):
@@ -487,12 +489,12 @@ def test_into_how_many_splits_float_images_are_cut(kernels, rows, images, channe
 @pytest.mark.parametrize("rows", [LAST, ROWS])
 def test_weights_of_another_half_precision_are_refused(kernels, rows):
     """They would be read as the map's."""
-    z, w = torch.zeros(2, 128, 49).bfloat16(), torch.zeros(4, 128)
-    pooled, lse = torch.zeros(2, 4, 128), torch.zeros(2, 4)
+    z, w = torch.zeros(2, 640, 49).bfloat16(), torch.zeros(4, 640)
+    pooled, lse = torch.zeros(2, 4, 640), torch.zeros(2, 4)
 
     def call(w):
         kernels.forward(
-            KINDS[z.dtype], 2, 128, 49, 4, 0, layout(z, rows), rows, w, KINDS[w.dtype], *[None] * 3, pooled, lse,
+            KINDS[z.dtype], 2, 640, 49, 4, 0, layout(z, rows), rows, w, KINDS[w.dtype], *[None] * 3, pooled, lse,
             *[None] * 5, None, 0, None, None, None, processors=2,
         )  # fmt: skip
 
@@ -526,10 +528,10 @@ def test_what_is_not_finite_of_a_spread_image(kernels, rows, value):
 def test_what_is_not_finite_stays_in_its_image(kernels, rows, value):
     """P as PyTorch makes it, NaN where it has NaN; of dZ and dW_H, that other images have nothing of it."""
     torch.manual_seed(0)
-    images, channels, positions, heads = 3, 256, 49, 4
+    images, channels, positions, heads = 3, 640, 49, 4
     z = torch.randn(images, channels, positions).bfloat16()
     z[1, 100, 48] = value
-    w = torch.randn(heads, channels).bfloat16() / 16
+    w = torch.randn(heads, channels).bfloat16() / 25
     pooled, lse = torch.full((images, heads, channels), torch.nan), torch.full((images, heads), torch.nan)
     kernels.forward(
         1, images, channels, positions, heads, 0, layout(z, rows), rows, w, 1, *[None] * 3, pooled, lse, *[None] * 5,

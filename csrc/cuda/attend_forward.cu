@@ -18,16 +18,16 @@ namespace ar_kernels {
 
 namespace {
 
-constexpr int kMostTile = 64;         // positions
+constexpr int kTile = 16;             // positions
 constexpr int kMostBlocks = 16;       // of 16 channels, of a warp
 constexpr int kWarps = 8;             // of a block, if so many suffice: each knows the softmax for itself
-constexpr int kFewBytes = 32 * 1024;  // of a tile, if that has 16 positions or more
+constexpr int kFewestChannels = 576;  // of fewer a tile is too short (attend_forward_spread.cu)
 
 // How an image is cut, and where what lies in shared memory.
 struct Cut {
   int per_processor;                 // blocks that share a multiprocessor
   int warps, blocks;                 // of a block; of 16 channels each, of a warp
-  int tile, tiles;                   // positions of a tile, tiles of an image
+  int tiles;                         // of an image
   int stages, stage_bytes;           // a stage has a tile
   int parts, rest, barriers, bytes;  // parts: [2, warps, tile, kHeads] floats
 };
@@ -44,19 +44,17 @@ struct Share {
 // A block's warps have the same channels all the time; of a tile each makes its part of the logits, and after the
 // tile's one __syncthreads adds up all parts for itself, knows the softmax for itself, and adds to its channels of P.
 //
-// kBlocks: of 16 channels, of a warp. kTiles: of 16 positions, of a tile. What a tile has beyond its image are zeros.
-template <class T, int kBlocks, int kTiles>
+// kBlocks: of 16 channels, of a warp. What a tile has beyond its image are zeros.
+template <class T, int kBlocks>
 __global__ void __launch_bounds__(32 * most_warps(kBlocks), 1)
     forward_kernel(const __grid_constant__ CUtensorMap z_map, const __grid_constant__ ForwardSweep a,
                    const __grid_constant__ Cut cut, const __grid_constant__ Share share) {
 #if AR_HOPPER
-  constexpr int kTile = 16 * kTiles;
-  constexpr int kPart = 16 * kHeads;  // logits of 16 positions
-  constexpr int kMean = kHeads;       // the column of the mean
-  constexpr float kSlack = 8;         // e^8 is a weight that float16 still has
+  constexpr int kPart = kTile * kHeads;  // logits of a tile
+  constexpr int kMean = kHeads;          // the column of the mean
+  constexpr float kSlack = 8;            // e^8 is a weight that float16 still has
   constexpr float kLog2OfE = 1.44269504089f;
-  constexpr int kChains = kTiles < 4 ? 4 / kTiles : 1;  // of products that don't wait for each other, of 16 positions
-  constexpr int kOwn = (kTiles + 1) / 2;                // lanes have logits of every other 16 positions
+  constexpr int kChains = 4;  // of products that don't wait for each other
   uint8_t* memory = shared_memory();
   memory += -shared_address(memory) & 1023;
   const uint32_t base = kept(shared_address(memory));
@@ -93,8 +91,7 @@ __global__ void __launch_bounds__(32 * most_warps(kBlocks), 1)
   // are channels; columns are heads, then the mean.
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
   const int warps = kept(blockDim.x / 32), first_channel = 16 * kBlocks * warp;
-  constexpr int kPartFloats = kTiles * kPart;
-  float* parts = reinterpret_cast<float*>(memory + cut.parts);       // [2, warps, kTiles, kPart]
+  float* parts = reinterpret_cast<float*>(memory + cut.parts);       // [2, warps, kPart]
   float* score_parts = reinterpret_cast<float*>(memory + cut.rest);  // [warps, kHeads]
 
   // Where a lane's row of 16 by 16 elements is in a tile, which is read over channels and over positions. Matrices 1
@@ -102,13 +99,11 @@ __global__ void __launch_bounds__(32 * most_warps(kBlocks), 1)
   const auto row_of = [&](bool over_channels) {
     const int of_rows = lane / 8 % 2, of_sum = lane / 16;
     return swizzled(8 * (over_channels ? of_rows : of_sum) + lane % 8, over_channels ? of_sum : of_rows) +
-           512 * kBlocks * kTiles * warp;
+           512 * kBlocks * warp;
   };
   const uint32_t over_channels = kept(row_of(true)), over_positions = kept(row_of(false));
-  // The row of block b and tile t, where `at` is the first one's.
-  const auto address = [&](uint32_t at, int b, int t) {
-    return (at ^ b % 4 * 32) + b / 4 * kTile * 128 + t * 16 * 128;
-  };
+  // The row of block b, where `at` is the first one's.
+  const auto address = [](uint32_t at, int b) { return (at ^ b % 4 * 32) + b / 4 * kTile * 128; };
 
   uint32_t masks[kBlocks][2];  // W_H
 #pragma unroll
@@ -139,42 +134,34 @@ __global__ void __launch_bounds__(32 * most_warps(kBlocks), 1)
   // are then stored, and by heads loaded, without bank conflicts.
   const auto place_of = [](int head) { return 16 * (head % 2 == 0 ? head / 2 : 3 - head / 2); };
   // This warp's part of a tile's logits.
-  const int of_part = kept(kPartFloats * warp + 2 * row + place_of(2 * column));
+  const int of_part = kept(kPart * warp + 2 * row + place_of(2 * column));
   const int to_next = place_of(2 * column + 1) - place_of(2 * column);  // head
   const auto make_part = [&](uint32_t z, int buffer) {
-    float sums[kTiles][kChains][4];
+    float sums[kChains][4];
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t)
+    for (int i = 0; i < 4 * kChains; ++i) sums[i / 4][i % 4] = 0;
 #pragma unroll
-      for (int i = 0; i < 4 * kChains; ++i) sums[t][i / 4][i % 4] = 0;
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b)
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-        uint32_t fragment[4];
-        load_matrix(fragment, address(z + over_channels, b, t));
-        mma<T>(sums[t][b % kChains], fragment, masks[b][0], masks[b][1]);
-      }
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-      for (int i = 0; i < 4 * (kChains - 1); ++i) sums[t][0][i % 4] += sums[t][1 + i / 4][i % 4];
-      if (column >= kHeads / 2) continue;
-      // Positions p and p + 8 are adjacent.
-      float* to = parts + buffer + of_part + kPart * t;
-      *reinterpret_cast<float2*>(to) = make_float2(sums[t][0][0], sums[t][0][2]);
-      *reinterpret_cast<float2*>(to + to_next) = make_float2(sums[t][0][1], sums[t][0][3]);
+    for (int b = 0; b < kBlocks; ++b) {
+      uint32_t fragment[4];
+      load_matrix(fragment, address(z + over_channels, b));
+      mma<T>(sums[b % kChains], fragment, masks[b][0], masks[b][1]);
     }
+#pragma unroll
+    for (int i = 0; i < 4 * (kChains - 1); ++i) sums[0][i % 4] += sums[1 + i / 4][i % 4];
+    if (column >= kHeads / 2) return;
+    // Positions p and p + 8 are adjacent.
+    float* to = parts + buffer + of_part;
+    *reinterpret_cast<float2*>(to) = make_float2(sums[0][0], sums[0][2]);
+    *reinterpret_cast<float2*>(to + to_next) = make_float2(sums[0][1], sums[0][3]);
   };
 
-  // In the softmax a lane has one head, as the factor of the sum over positions wants it: of 16 positions 2 * column,
-  // + 8, + 1 and + 9, and where there are more than 16, rows from kHeads on have every second 16.
-  const int own_tile = kTiles > 1 ? row / kHeads : 0;
-  const auto position_of = [&](int j, int i) { return 16 * (2 * j + own_tile) + 2 * column + i / 2 + i % 2 * 8; };
-  constexpr int kSharers = kTiles > 1 ? 1 : 2;  // lanes of the same logits
-  constexpr int kAtOnce = 4;                    // loads of each
-  const int first_part = kSharers > 1 ? row / kHeads : 0;
-  const int of_head = kept(kPart * own_tile + kPartFloats * first_part + place_of(head) + 4 * column);
+  // In the softmax a lane has one head, as the factor of the sum over positions wants it: positions 2 * column, + 8, +
+  // 1 and + 9. Lanes of rows from kHeads on have the same logits once more, so each adds up every second part.
+  const auto position_of = [&](int i) { return 2 * column + i / 2 + i % 2 * 8; };
+  constexpr int kSharers = 2;  // lanes of the same logits
+  constexpr int kAtOnce = 4;   // loads of each
+  const int first_part = row / kHeads;
+  const int of_head = kept(kPart * first_part + place_of(head) + 4 * column);
   const uint32_t ones = row == kHeads ? packed<T>(1.f, 1.f) : 0;  // the mean's weights
 
   __syncthreads();
@@ -200,54 +187,45 @@ __global__ void __launch_bounds__(32 * most_warps(kBlocks), 1)
     do {  // no split is empty
       const int position = of_image * kTile, count = a.positions - position;
 
-      // Logits, of all channels. Of 16 positions two lanes have the same, so that each adds up every second part.
-      float l[kOwn][4];
+      // Logits, of all channels.
+      float l[4];
 #pragma unroll
-      for (int i = 0; i < 4 * kOwn; ++i) l[i / 4][i % 4] = first_part == 0 ? bias : 0.f;
+      for (int i = 0; i < 4; ++i) l[i] = first_part == 0 ? bias : 0.f;
       const float* from = parts + buffer + of_head;
 #pragma unroll 1
       for (int part = first_part; part < warps + first_part; part += kAtOnce * kSharers) {
-        float4 loaded[kAtOnce][kOwn];  // none waits for another
+        float4 loaded[kAtOnce];  // none waits for another
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          loaded[i] = make_float4(0, 0, 0, 0);
+          if (part + kSharers * i < warps) loaded[i] = *reinterpret_cast<const float4*>(from + kPart * kSharers * i);
+        }
+        from += kPart * kSharers * kAtOnce;
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i)
-#pragma unroll
-          for (int j = 0; j < kOwn; ++j) {
-            loaded[i][j] = make_float4(0, 0, 0, 0);
-            if (part + kSharers * i < warps)
-              loaded[i][j] = *reinterpret_cast<const float4*>(from + kPartFloats * kSharers * i + 2 * kPart * j);
-          }
-        from += kPartFloats * kSharers * kAtOnce;
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i)
-#pragma unroll
-          for (int j = 0; j < kOwn; ++j) {
-            l[j][0] += loaded[i][j].x, l[j][1] += loaded[i][j].y;
-            l[j][2] += loaded[i][j].z, l[j][3] += loaded[i][j].w;
-          }
+          l[0] += loaded[i].x, l[1] += loaded[i].y, l[2] += loaded[i].z, l[3] += loaded[i].w;
       }
-      if constexpr (kSharers == 2)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) l[0][i] += __shfl_xor_sync(kAll, l[0][i], 16);
-      if (a.logits != nullptr && warp == writer && head < a.heads && own_tile == row / kHeads) {
+      for (int i = 0; i < 4; ++i) l[i] += __shfl_xor_sync(kAll, l[i], 16);
+      if (a.logits != nullptr && warp == writer && head < a.heads && first_part == 0) {
         float* to = a.logits + (static_cast<int64_t>(image) * a.heads + head) * a.positions + position;
 #pragma unroll
-        for (int i = 0; i < 4 * kOwn; ++i)
-          if (position_of(i / 4, i % 4) < count) to[position_of(i / 4, i % 4)] = l[i / 4][i % 4];
+        for (int i = 0; i < 4; ++i)
+          if (position_of(i) < count) to[position_of(i)] = l[i];
       }
       if (++writer == warps) writer = 0;
       if (count < kTile)
 #pragma unroll
-        for (int i = 0; i < 4 * kOwn; ++i)
-          if (position_of(i / 4, i % 4) >= count) l[i / 4][i % 4] = -INFINITY;
+        for (int i = 0; i < 4; ++i)
+          if (position_of(i) >= count) l[i] = -INFINITY;
 
       // The softmax. What exponents are counted from follows the maximum where that has grown by more than kSlack.
-      float most = l[0][0];
+      float most = l[0];
 #pragma unroll
-      for (int i = 1; i < 4 * kOwn; ++i) most = maximum(most, l[i / 4][i % 4]);
+      for (int i = 1; i < 4; ++i) most = maximum(most, l[i]);
       if (__any_sync(kAll, !(most <= m + kSlack))) {  // NaN too
         most = maximum(most, __shfl_xor_sync(kAll, most, 1));
         most = maximum(most, __shfl_xor_sync(kAll, most, 2));
-        if (kTiles > 1) most = maximum(most, __shfl_xor_sync(kAll, most, 16));
         most = maximum(m, most);
         const float shrink = power_of_two((m - origin(most)) * kLog2OfE);
         m = most;
@@ -262,35 +240,24 @@ __global__ void __launch_bounds__(32 * most_warps(kBlocks), 1)
       }
       const float start = origin(m);
 #pragma unroll
-      for (int i = 0; i < 4 * kOwn; ++i) {
-        l[i / 4][i % 4] = power_of_two((l[i / 4][i % 4] - start) * kLog2OfE);
-        d += l[i / 4][i % 4];
+      for (int i = 0; i < 4; ++i) {
+        l[i] = power_of_two((l[i] - start) * kLog2OfE);
+        d += l[i];
       }
-      uint32_t weights[kTiles][2];  // [16 positions, 8 columns]
+      uint32_t weights[2];  // [16 positions, 8 columns]
 #pragma unroll
-      for (int j = 0; j < kOwn; ++j)
+      for (int half = 0; half < 2; ++half) weights[half] = row < kHeads ? packed<T>(l[half], l[2 + half]) : ones;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const uint32_t own = packed<T>(l[j][half], l[j][2 + half]);
-          weights[2 * j][half] = row < kHeads ? own : ones;
-          if constexpr (kTiles > 1) {
-            const uint32_t other = __shfl_xor_sync(kAll, own, 16);
-            weights[2 * j + 1][half] = row < kHeads ? other : ones;
-          }
-        }
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t)
-#pragma unroll
-        for (int b = 0; b < kBlocks; ++b) {
-          uint32_t fragment[4];
-          load_matrix_transposed(fragment, address(base + stage * cut.stage_bytes + over_positions, b, t));
-          mma<T>(sums[b], fragment, weights[t][0], weights[t][1]);
-        }
+      for (int b = 0; b < kBlocks; ++b) {
+        uint32_t fragment[4];
+        load_matrix_transposed(fragment, address(base + stage * cut.stage_bytes + over_positions, b));
+        mma<T>(sums[b], fragment, weights[0], weights[1]);
+      }
 
       // The tile after, perhaps of the next image, so that one barrier is enough.
       const int used = stage;
       if (++stage == cut.stages) stage = 0, parity ^= 1;
-      buffer = warps * kPartFloats - buffer;
+      buffer = warps * kPart - buffer;
       if (--tiles > 0) {
         barrier_wait(full(stage), parity);
         make_part(base + stage * cut.stage_bytes, buffer);
@@ -302,7 +269,6 @@ __global__ void __launch_bounds__(32 * most_warps(kBlocks), 1)
     // The image's end: P, scores, gates, features.
     d += __shfl_xor_sync(kAll, d, 1);
     d += __shfl_xor_sync(kAll, d, 2);
-    if (kTiles > 1) d += __shfl_xor_sync(kAll, d, 16);
     const bool whole = splits == 1, is_mean = 2 * column == kMean;
     const int64_t part = static_cast<int64_t>(split) * (a.heads + (a.mean != nullptr));
     if (warp == 0 && column == 0 && row < a.heads) {
@@ -411,17 +377,15 @@ __global__ void __launch_bounds__(32 * most_warps(kBlocks), 1)
 // With so many blocks on a multiprocessor. No stages: it does not fit.
 Cut forward_cut(const ForwardSweep& a, int per_processor) {
   Cut cut = {};
-  if (a.channels < kRow || a.channels % kRow != 0 || a.positions < 1) return cut;
+  if (a.channels < kFewestChannels || a.channels % kRow != 0 || a.positions < 1) return cut;
   cut.per_processor = per_processor;
   cut.blocks = kRow / 16;
   cut.warps = a.channels / kRow;
   while (cut.warps > kWarps && cut.warps % 2 == 0 && cut.blocks < kMostBlocks) cut.blocks *= 2, cut.warps /= 2;
   if (cut.warps > most_warps(cut.blocks) / per_processor) return cut;
-  cut.tile = 16;
-  while (cut.tile < kMostTile && cut.tile < a.positions && 2 * cut.tile * 2 * a.channels <= kFewBytes) cut.tile *= 2;
-  cut.tiles = (a.positions + cut.tile - 1) / cut.tile;
-  cut.stage_bytes = cut.tile * 2 * a.channels;
-  const int parts = 2 * cut.warps * cut.tile * kHeads * 4, scores = cut.warps * kHeads * 4;
+  cut.tiles = (a.positions + kTile - 1) / kTile;
+  cut.stage_bytes = kTile * 2 * a.channels;
+  const int parts = 2 * cut.warps * kTile * kHeads * 4, scores = cut.warps * kHeads * 4;
   const int stages = (shared_bytes(per_processor) - 1024 - parts - scores - 8 * kMostStages) / cut.stage_bytes;
   cut.stages = stages < 2 ? 0 : std::min(stages, kMostStages);
   cut.parts = cut.stages * cut.stage_bytes;
@@ -442,24 +406,21 @@ Cut forward_cut(const ForwardSweep& a) {
 
 int tiles_of_split(const Cut& cut, int splits) { return (cut.tiles + splits - 1) / splits; }
 
-template <class T, int kBlocks, int kTiles>
+template <class T, int kBlocks>
 cudaError_t sweep(const ForwardSweep& a, const Cut& cut, cudaStream_t stream) {
   CUtensorMap z;
-  if (!encode<T>(&z, a.z, a.images, a.channels, a.positions, a.channels, cut.tile)) return cudaErrorInvalidValue;
+  if (!encode<T>(&z, a.z, a.images, a.channels, a.positions, a.channels, kTile)) return cudaErrorInvalidValue;
   const int splits = std::max(a.splits, 1), in_all = a.images * splits;
   const int blocks = std::min(in_all, cut.per_processor * processors());
   const Share share = {tiles_of_split(cut, splits), in_all / blocks, in_all % blocks};
-  return launch<forward_kernel<T, kBlocks, kTiles>>(blocks, 32 * cut.warps, cut.bytes, stream, z, a, cut, share);
+  return launch<forward_kernel<T, kBlocks>>(blocks, 32 * cut.warps, cut.bytes, stream, z, a, cut, share);
 }
 
 template <class T>
 cudaError_t sweep(const ForwardSweep& a, cudaStream_t stream) {
   const Cut cut = forward_cut(a);
-  // More than 4 blocks of channels a warp come with more than 512 channels, so with 16 positions a tile.
-  if (cut.blocks == 16) return sweep<T, 16, 1>(a, cut, stream);
-  if (cut.blocks == 8) return sweep<T, 8, 1>(a, cut, stream);
-  if (cut.tile == 16) return sweep<T, 4, 1>(a, cut, stream);
-  return cut.tile == 32 ? sweep<T, 4, 2>(a, cut, stream) : sweep<T, 4, 4>(a, cut, stream);
+  if (cut.blocks == 16) return sweep<T, 16>(a, cut, stream);
+  return cut.blocks == 8 ? sweep<T, 8>(a, cut, stream) : sweep<T, 4>(a, cut, stream);
 }
 
 }  // namespace

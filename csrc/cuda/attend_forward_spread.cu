@@ -35,7 +35,7 @@ struct SpreadCut {
   int stages;             // a stage has a tile
   int w;                  // [channels / 16, kHeads, 4] pairs of words: W_H
   int masks;              // [warps, 32] pairs of words: a tile's masks
-  int maxima;             // [2, warps, kHeads] floats: of a tile's logits, in turns
+  int maxima;             // [warps, kHeads] floats: of a tile's logits
   int totals;             // [warps, kHeads] pairs of floats: d, W_G P
   int given;              // [blocks, 1 or with the mean's 2, own channels] float4s: P of all heads
   int given_stats;        // [blocks, kHeads] float4s: m, d, W_G P
@@ -100,13 +100,13 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 1)
       if constexpr (kLast) {
 #pragma unroll 1
         for (int box = 0; box < cut.boxes; ++box, to += kTile * kRowBytes)
-          tensor_load(to, &z_map, kRow * box, position, 0, image, full(stage), kEvictFirst);
+          tensor_load(to, &z_map, kRow * box, position, 0, image, full(stage), kEvictNormal);
       } else {
 #pragma unroll 1
         for (int p = position; p < position + kTile; p += kRow)
 #pragma unroll 1
           for (int channel = 0; channel < kStep * kBlocks; channel += kBoxRows, to += kBoxRows * kRowBytes)
-            tensor_load(to, &z_map, p, channel, image, 0, full(stage), kEvictFirst);
+            tensor_load(to, &z_map, p, channel, image, 0, full(stage), kEvictNormal);
       }
       if (++stage == cut.stages) stage = 0, parity ^= 1;
     }
@@ -232,12 +232,11 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 1)
     for (int lanes = 4; lanes < 32; lanes *= 2)
 #pragma unroll
       for (int i = 0; i < 2; ++i) most[i] = maximum(most[i], __shfl_xor_sync(kAll, most[i], lanes));
-    float2* of_tile = maxima + tile % 2 * kWarps * kHeads / 2;
-    if (row == 0 && column < kHeads / 2) of_tile[kHeads / 2 * warp + column] = make_float2(most[0], most[1]);
-    all_sync();
+    if (row == 0 && column < kHeads / 2) maxima[kHeads / 2 * warp + column] = make_float2(most[0], most[1]);
+    all_sync();  // masks of the tile before have been used, too
 #pragma unroll
     for (int i = 0; i < kWarps; ++i) {
-      const float2 other = of_tile[kHeads / 2 * i + column % (kHeads / 2)];
+      const float2 other = maxima[kHeads / 2 * i + column % (kHeads / 2)];
       most[0] = maximum(most[0], other.x), most[1] = maximum(most[1], other.y);
     }
     if (__any_sync(kAll, !(most[0] <= m[0] + kSlack && most[1] <= m[1] + kSlack))) {  // in all warps alike; NaN too
@@ -434,7 +433,7 @@ SpreadCut spread_cut(const ForwardSweep& a, int blocks) {
     take(&cut.masks, kWarps * 32 * 8);
     take(&cut.shares, kWarps * kMostClusterBlocks * kHeads * 4);
     take(&cut.totals, kWarps * 2 * kHeads * 4);
-    take(&cut.maxima, 2 * kWarps * kHeads * 4);
+    take(&cut.maxima, kWarps * kHeads * 4);
     take(&cut.barriers, 8 * (2 * kMostStages + 1));
     cut.bytes = bytes + 1024;  // tiles begin at a multiple of it
     if (cut.bytes <= shared_bytes(per_processor(kBlocks))) break;
