@@ -157,21 +157,21 @@ inline void cluster_wait(Site site = Site::here()) {
 
 template <int kMatrices>
 void load_matrix(uint32_t (&to)[kMatrices], uint32_t row, Site site = Site::here()) {
-  static_assert(kMatrices == 1 || kMatrices == 2 || kMatrices == 4);
+  static_assert(kMatrices == 2 || kMatrices == 4);
   emulator::enter("load_matrix", site);
   emulator::load_matrices(to, kMatrices, row, false);
 }
 
 template <int kMatrices>
 void load_matrix_transposed(uint32_t (&to)[kMatrices], uint32_t row, Site site = Site::here()) {
-  static_assert(kMatrices == 1 || kMatrices == 2 || kMatrices == 4);
+  static_assert(kMatrices == 2 || kMatrices == 4);
   emulator::enter("load_matrix_transposed", site);
   emulator::load_matrices(to, kMatrices, row, true);
 }
 
 template <int kMatrices>
 void store_matrix(uint32_t row, const uint32_t (&from)[kMatrices], Site site = Site::here()) {
-  static_assert(kMatrices == 1 || kMatrices == 2 || kMatrices == 4);
+  static_assert(kMatrices == 2 || kMatrices == 4);
   emulator::enter("store_matrix", site);
   emulator::store_matrices(row, from, kMatrices);
 }

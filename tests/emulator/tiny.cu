@@ -77,11 +77,11 @@ __global__ void transpose_kernel(const uint16_t* from, uint16_t* to, int how) {
     load_matrix(f, as_it_is);
     for (uint32_t& matrix : f) matrix = transposed(matrix);
     store_matrix(swapped, f);
-  } else {  // one matrix after another
-    for (int i = 0; i < 4; ++i) {
-      uint32_t one[1];
-      load_matrix_transposed(one, shared_address(memory + (i % 2 * 8 + lane % 8) * 16 + i / 2 * 8));
-      f[i] = one[0];
+  } else {  // two matrices after another
+    for (int i = 0; i < 4; i += 2) {
+      uint32_t two[2];
+      load_matrix_transposed(two, shared_address(memory + (lane / 8 % 2 * 8 + lane % 8) * 16 + i / 2 * 8));
+      f[i] = two[0], f[i + 1] = two[1];
     }
     store_matrix(swapped, f);
   }
