@@ -134,6 +134,14 @@ def test_named_barriers(either, seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
+def test_whether_any_thread_says_so(either, seed):
+    numbers, result = torch.full((96,), 9, dtype=torch.int32), torch.full((6, 96), 9, dtype=torch.int32)
+    numbers[[0, 40, 95]] = torch.tensor([1, 4, 1], dtype=torch.int32)
+    either.any(numbers, result, 96, 6, seed=seed)
+    assert torch.equal(result, torch.tensor([0, 1, 0, 0, 1, 0], dtype=torch.int32)[:, None].expand(6, 96))
+
+
+@pytest.mark.parametrize("seed", range(4))
 def test_threads_that_have_left_are_not_waited_for(either, seed):
     result = torch.zeros(3, dtype=torch.int32)
     either.early(result, 3, 16, seed=seed)

@@ -34,7 +34,7 @@ struct SpreadCut {
   int boxes;              // channels_last: planes of a tile come one by one, else 1
   int stages;             // a stage has a tile
   int w;                  // [channels / 16, kHeads, 4] pairs of words: W_H
-  int masks;              // [warps, 32] pairs of words: a tile's masks
+  int masks;              // [2, warps, 32] pairs of words: a tile's masks, in turns
   int maxima;             // [warps, kHeads] floats: of a tile's logits
   int totals;             // [warps, kHeads] pairs of floats: d, W_G P
   int given;              // [blocks, 1 or with the mean's 2, own channels] float4s: P of all heads
@@ -183,8 +183,8 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 1)
     return kLast ? at + group * kStep * kRowBytes : (at ^ group % 4 * 32) + group / 4 * kStep * kBlocks * kRowBytes;
   };
   float2* maxima = reinterpret_cast<float2*>(memory + cut.maxima);
-  const uint2* masks = reinterpret_cast<const uint2*>(memory + cut.masks);
-  T* own_masks = reinterpret_cast<T*>(memory + cut.masks) + 128 * warp + 32 * column + row / 2 * 4 + row % 2;
+  const uint2* all_masks = reinterpret_cast<const uint2*>(memory + cut.masks);
+  const int own_place = 128 * warp + 32 * column + row / 2 * 4 + row % 2;
   float m[2] = {-INFINITY, -INFINITY}, d[2] = {};  // of this lane's heads, 2 * column and + 1; d: of its positions
   float pooled[kOwn][4];                           // P [16 channels, 8 columns]
 #pragma unroll
@@ -227,19 +227,39 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 1)
       most[i % 2] = maximum(most[i % 2], l[0][i]);
     }
 
-    // The softmax. What exponents are counted from follows the maximum where that has grown by more than kSlack.
+    // Masks, as of the maximum up to the tile before; where one has grown by more than kSlack, and at first, once more
+    // as of this tile's.
+    const uint2* masks = all_masks + tile % 2 * 32 * kWarps;
+    T* own_masks = reinterpret_cast<T*>(memory + cut.masks) + tile % 2 * 128 * kWarps + own_place;
+    float sums[2];
+    const auto make_masks = [&] {
+      sums[0] = sums[1] = 0;
 #pragma unroll
-    for (int lanes = 4; lanes < 32; lanes *= 2)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) most[i] = maximum(most[i], __shfl_xor_sync(kAll, most[i], lanes));
-    if (row == 0 && column < kHeads / 2) maxima[kHeads / 2 * warp + column] = make_float2(most[0], most[1]);
-    all_sync();  // masks of the tile before have been used, too
-#pragma unroll
-    for (int i = 0; i < kWarps; ++i) {
-      const float2 other = maxima[kHeads / 2 * i + column % (kHeads / 2)];
-      most[0] = maximum(most[0], other.x), most[1] = maximum(most[1], other.y);
+      for (int i = 0; i < 4; ++i) {
+        float mask = power_of_two((l[0][i] - origin(m[i % 2])) * kLog2OfE);
+        sums[i % 2] += mask;
+        if (column >= kHeads / 2) mask = 2 * column + i % 2 == kMean && position + i / 2 * 8 < count ? 1 : 0;
+        own_masks[16 * (i % 2) + 2 * (i / 2)] = rounded<T>(mask);
+      }
+    };
+    bool has_grown = tile == 0;
+    if (tile > 0) {
+      make_masks();
+      const bool is_less = most[0] <= m[0] + kSlack && most[1] <= m[1] + kSlack;  // not where there is a NaN
+      has_grown = named_any(1, kThreads, !is_less && column < kHeads / 2);
     }
-    if (__any_sync(kAll, !(most[0] <= m[0] + kSlack && most[1] <= m[1] + kSlack))) {  // in all warps alike; NaN too
+    if (has_grown) {
+#pragma unroll
+      for (int lanes = 4; lanes < 32; lanes *= 2)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) most[i] = maximum(most[i], __shfl_xor_sync(kAll, most[i], lanes));
+      if (row == 0 && column < kHeads / 2) maxima[kHeads / 2 * warp + column] = make_float2(most[0], most[1]);
+      all_sync();
+#pragma unroll
+      for (int i = 0; i < kWarps; ++i) {
+        const float2 other = maxima[kHeads / 2 * i + column % (kHeads / 2)];
+        most[0] = maximum(most[0], other.x), most[1] = maximum(most[1], other.y);
+      }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         most[i] = maximum(m[i], most[i]);
@@ -250,16 +270,12 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 1)
         for (int j = 0; j < kOwn; ++j)
           if (column < kHeads / 2) pooled[j][i] *= shrink, pooled[j][2 + i] *= shrink;
       }
+      make_masks();
+      all_sync();
     }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float mask = power_of_two((l[0][i] - origin(m[i % 2])) * kLog2OfE);
-      d[i % 2] += mask;
-      if (column >= kHeads / 2) mask = 2 * column + i % 2 == kMean && position + i / 2 * 8 < count ? 1 : 0;
-      own_masks[16 * (i % 2) + 2 * (i / 2)] = rounded<T>(mask);
-    }
-    all_sync();
+    d[0] += sums[0], d[1] += sums[1];
 
+    float others[4] = {};  // of the only block's every second product, which then does not wait for the one before
     constexpr int kGroups = kOwn < 2 ? kWarps : kOwn < 4 ? 4 : 1;
 #pragma unroll 1
     for (int first = 0; first < kWarps; first += kGroups) {
@@ -280,8 +296,12 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 1)
       }
 #pragma unroll
       for (int i = 0; i < kGroups * kOwn; ++i)
-        mma<T>(pooled[i % kOwn], fragments[i / kOwn][i % kOwn], of_positions[i / kOwn].x, of_positions[i / kOwn].y);
+        mma<T>(kOwn == 1 && i % 2 == 1 ? others : pooled[i % kOwn], fragments[i / kOwn][i % kOwn],
+               of_positions[i / kOwn].x, of_positions[i / kOwn].y);
     }
+    if constexpr (kOwn == 1)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) pooled[0][i] += others[i];
     __syncwarp();
     if (lane == 0) barrier_arrive(used(stage));
     if (++stage == cut.stages) stage = 0, parity ^= 1;
@@ -430,7 +450,7 @@ SpreadCut spread_cut(const ForwardSweep& a, int blocks) {
     take(&cut.given, cut.blocks * 2 * cut.own_channels * 16);
     take(&cut.given_stats, cut.blocks * kHeads * 16);
     take(&cut.w, kBlocks * kHeads * 4 * 8);
-    take(&cut.masks, kWarps * 32 * 8);
+    take(&cut.masks, 2 * kWarps * 32 * 8);
     take(&cut.shares, kWarps * kMostClusterBlocks * kHeads * 4);
     take(&cut.totals, kWarps * 2 * kHeads * 4);
     take(&cut.maxima, kWarps * kHeads * 4);

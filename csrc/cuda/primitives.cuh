@@ -190,6 +190,18 @@ __device__ __forceinline__ void named_sync(int name, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
 
+// The same; whether one of them says so.
+__device__ __forceinline__ bool named_any(int name, int threads, bool predicate) {
+  uint32_t any;
+  asm volatile(
+      "{\n .reg .pred own, all;\n setp.ne.u32 own, %3, 0;\n bar.red.or.pred all, %1, %2, own;\n"
+      " selp.u32 %0, 1, 0, all;\n}"
+      : "=r"(any)
+      : "r"(name), "r"(threads), "r"(static_cast<uint32_t>(predicate))
+      : "memory");
+  return any != 0;
+}
+
 // ------------------------------------------------------------------------------------------------ clusters
 
 __device__ __forceinline__ uint32_t cluster_rank() {

@@ -60,7 +60,7 @@ struct Fiber {
   jmp_buf jump;
   ucontext_t start;
   uint8_t* stack;
-  bool started, left, met;
+  bool started, left, met, any;
   Block* block;
   Warp* warp;
   int lane;
@@ -106,6 +106,7 @@ struct Barrier {
 
 struct Named {
   int threads = 0, came = 0;
+  bool any = false;
   std::vector<uint32_t> lanes;  // that came, by warp
   std::vector<Fiber*> waiters;
 };
@@ -549,7 +550,7 @@ bool complete_named(Block& block, int name) {
       if (barrier.lanes[i] != 0 && barrier.lanes[i] != block.warps[i]->all)
         fail("named barrier %d: of warp %zu came only the lanes %#x", name, i, barrier.lanes[i]);
   m.idle_polls = 0;
-  for (Fiber* waiter : barrier.waiters) meet(*waiter);
+  for (Fiber* waiter : barrier.waiters) waiter->any = barrier.any, meet(*waiter);
   barrier = {};
   return true;
 }
@@ -995,7 +996,7 @@ void block_sync() {
   sleep_until_met();
 }
 
-void named_sync(int name, int threads) {
+bool named_sync(int name, int threads, bool predicate) {
   Fiber& fiber = *m.current;
   Block& block = *fiber.block;
   if (name < 1 || name > 15) fail("named barriers are 1 to 15, got %d", name);
@@ -1013,9 +1014,11 @@ void named_sync(int name, int threads) {
   if ((lanes & bit_of(fiber)) != 0) fail("named barrier %d: this thread comes twice before all have come", name);
   lanes |= bit_of(fiber);
   ++barrier.came;
+  barrier.any |= predicate;
   barrier.waiters.push_back(&fiber);
   complete_named(block, name);
   sleep_until_met();
+  return fiber.any;
 }
 
 uint32_t cluster_rank() { return m.current->block->rank; }

@@ -58,7 +58,7 @@ void bulk_commit();
 void bulk_wait(int pending, bool read);
 
 void block_sync();
-void named_sync(int name, int threads);
+bool named_sync(int name, int threads, bool predicate);
 
 uint32_t cluster_rank();
 uint32_t cluster_address(uint32_t address, uint32_t rank);

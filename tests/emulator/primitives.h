@@ -126,7 +126,12 @@ inline void prefetch_l1(const void*) {}
 
 inline void named_sync(int name, int threads, Site site = Site::here()) {
   emulator::enter("named_sync", site);
-  emulator::named_sync(name, threads);
+  emulator::named_sync(name, threads, false);
+}
+
+inline bool named_any(int name, int threads, bool predicate, Site site = Site::here()) {
+  emulator::enter("named_any", site);
+  return emulator::named_sync(name, threads, predicate);
 }
 
 // ------------------------------------------------------------------------------------------------ clusters

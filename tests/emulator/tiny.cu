@@ -253,6 +253,13 @@ __global__ void turns_kernel(int* to, int turns) {
   }
 }
 
+// Whether any thread's number is this turn's, to all of them.
+__global__ void any_kernel(const int* from, int* to, int turns) {
+  const int threads = blockDim.x;
+  for (int turn = 0; turn < turns; ++turn)
+    to[turn * threads + threadIdx.x] = named_any(1, threads, from[threadIdx.x] == turn);
+}
+
 // The sum over the block's threads, most of which leave early.
 __global__ void early_kernel(int* to) {
   int* sum = reinterpret_cast<int*>(shared_memory());
@@ -363,6 +370,10 @@ AR_EXPORT int bulk(const float* x, float* y, float* again, int64_t bytes, int64_
 
 AR_EXPORT int turns(int* to, int64_t threads, int64_t count) {
   return launch(turns_kernel, 1, static_cast<int>(threads), 16, 1, to, static_cast<int>(count));
+}
+
+AR_EXPORT int any(const int* from, int* to, int64_t threads, int64_t count) {
+  return launch(any_kernel, 1, static_cast<int>(threads), 16, 1, from, to, static_cast<int>(count));
 }
 
 AR_EXPORT int early(int* to, int64_t blocks, int64_t bytes) {
