@@ -141,12 +141,12 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 1)
     load_weights(static_cast<const T*>(a.w.data));
 
   // A lane's place in what a warp has of a matrix: row `row`, columns 2 * column and + 1 (primitives.cuh). Of logits
-  // rows are positions, of P channels; columns are heads, then the mean.
-  const int row = lane / 4, column = lane % 4;
+  // rows are positions and columns heads, twice; of P rows are channels and columns heads, then the mean.
+  const int row = lane / 4, column = lane % 4, head = 2 * column % kHeads;
+  const bool is_again = column >= kHeads / 2;  // what another lane has of the logits
   float biases[2];
 #pragma unroll
-  for (int i = 0; i < 2; ++i)
-    biases[i] = 2 * column + i < a.heads && a.b.data != nullptr ? value_of(a.b, 2 * column + i) : 0.f;
+  for (int i = 0; i < 2; ++i) biases[i] = head + i < a.heads && a.b.data != nullptr ? value_of(a.b, head + i) : 0.f;
   const int of_gate = lane / 8;  // a lane's head while scores and gates are made
   const float score_bias = of_gate < a.heads && a.score_b.data != nullptr ? value_of(a.score_b, of_gate) : 0.f;
   float score_weights[kOwn][4];  // of P as this lane has it
@@ -183,9 +183,11 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 1)
     return kLast ? at + group * kStep * kRowBytes : (at ^ group % 4 * 32) + group / 4 * kStep * kBlocks * kRowBytes;
   };
   float2* maxima = reinterpret_cast<float2*>(memory + cut.maxima);
-  const uint2* all_masks = reinterpret_cast<const uint2*>(memory + cut.masks);
-  const int own_place = 128 * warp + 32 * column + row / 2 * 4 + row % 2;
-  float m[2] = {-INFINITY, -INFINITY}, d[2] = {};  // of this lane's heads, 2 * column and + 1; d: of its positions
+  const auto* own_weights = reinterpret_cast<const uint2*>(memory + kept(cut.w + (row % kHeads * 4 + column) * 8));
+  const int own_position = kept(kStep * warp + row);  // of a tile; and the eighth after it
+  const int own_masks = kept(cut.masks + (128 * warp + 32 * column + row / 2 * 4 + row % 2) * 2);
+  const int lane_masks = kept(cut.masks + 8 * lane);
+  float m[2] = {-INFINITY, -INFINITY}, d[2] = {};  // of this lane's heads; d: of its positions
   float pooled[kOwn][4];                           // P [16 channels, 8 columns]
 #pragma unroll
   for (int i = 0; i < 4 * kOwn; ++i) pooled[i / 4][i % 4] = 0;
@@ -206,7 +208,7 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 1)
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
         const uint32_t from = of_block(of_block(of_logits + z, first), i);
-        w[i] = row < kHeads ? weights[((first + i) * kHeads + row) * 4 + column] : make_uint2(0, 0);
+        w[i] = own_weights[(first + i) * kHeads * 4];
         if constexpr (kLast)
           load_matrix(fragments[i], from);
         else
@@ -215,22 +217,26 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 1)
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) mma<T>(l[i % kChains], fragments[i], w[i].x, w[i].y);
     }
-    const int position = tile * kTile + kStep * warp + row;  // this lane's are this one and the eighth after it
-    float most[2] = {-INFINITY, -INFINITY};
+    const int left = count - tile * kTile - own_position;  // positions, this lane's first one included
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int head = 2 * column + i % 2, at = position + i / 2 * 8;
-      l[0][i] = l[0][i] + l[1][i] + (l[2][i] + l[3][i]) + biases[i % 2];
-      if (a.logits != nullptr && head < a.heads && at < count)
-        a.logits[(static_cast<int64_t>(image) * a.heads + head) * a.positions + begin + at] = l[0][i];
-      if (at >= count) l[0][i] = -INFINITY;
-      most[i % 2] = maximum(most[i % 2], l[0][i]);
+    for (int i = 0; i < 4; ++i) l[0][i] = l[0][i] + l[1][i] + (l[2][i] + l[3][i]) + biases[i % 2];
+    if (a.logits != nullptr && !is_again) {
+      float* to = a.logits + (static_cast<int64_t>(image) * a.heads + head) * a.positions + (begin + count - left);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (head + i % 2 < a.heads && i / 2 * 8 < left) to[i % 2 * a.positions + i / 2 * 8] = l[0][i];
+    }
+    float most[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (left <= 0) l[0][i] = -INFINITY;
+      if (left <= 8) l[0][2 + i] = -INFINITY;
+      most[i] = maximum(l[0][i], l[0][2 + i]);
     }
 
     // Masks, as of the maximum up to the tile before; where one has grown by more than kSlack, and at first, once more
     // as of this tile's.
-    const uint2* masks = all_masks + tile % 2 * 32 * kWarps;
-    T* own_masks = reinterpret_cast<T*>(memory + cut.masks) + tile % 2 * 128 * kWarps + own_place;
+    const int turn = tile % 2 * 256 * kWarps;  // of masks: bytes
     float sums[2];
     const auto make_masks = [&] {
       sums[0] = sums[1] = 0;
@@ -238,26 +244,26 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 1)
       for (int i = 0; i < 4; ++i) {
         float mask = power_of_two((l[0][i] - origin(m[i % 2])) * kLog2OfE);
         sums[i % 2] += mask;
-        if (column >= kHeads / 2) mask = 2 * column + i % 2 == kMean && position + i / 2 * 8 < count ? 1 : 0;
-        own_masks[16 * (i % 2) + 2 * (i / 2)] = rounded<T>(mask);
+        if (is_again) mask = 2 * column + i % 2 == kMean && i / 2 * 8 < left ? 1 : 0;
+        reinterpret_cast<T*>(memory + own_masks + turn)[16 * (i % 2) + 2 * (i / 2)] = rounded<T>(mask);
       }
     };
     bool has_grown = tile == 0;
     if (tile > 0) {
       make_masks();
       const bool is_less = most[0] <= m[0] + kSlack && most[1] <= m[1] + kSlack;  // not where there is a NaN
-      has_grown = named_any(1, kThreads, !is_less && column < kHeads / 2);
+      has_grown = named_any(1, kThreads, !is_less);
     }
     if (has_grown) {
 #pragma unroll
       for (int lanes = 4; lanes < 32; lanes *= 2)
 #pragma unroll
         for (int i = 0; i < 2; ++i) most[i] = maximum(most[i], __shfl_xor_sync(kAll, most[i], lanes));
-      if (row == 0 && column < kHeads / 2) maxima[kHeads / 2 * warp + column] = make_float2(most[0], most[1]);
+      if (row == 0 && !is_again) maxima[kHeads / 2 * warp + column] = make_float2(most[0], most[1]);
       all_sync();
 #pragma unroll
       for (int i = 0; i < kWarps; ++i) {
-        const float2 other = maxima[kHeads / 2 * i + column % (kHeads / 2)];
+        const float2 other = maxima[kHeads / 2 * i + head / 2];
         most[0] = maximum(most[0], other.x), most[1] = maximum(most[1], other.y);
       }
 #pragma unroll
@@ -268,7 +274,7 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 1)
         d[i] *= shrink;
 #pragma unroll
         for (int j = 0; j < kOwn; ++j)
-          if (column < kHeads / 2) pooled[j][i] *= shrink, pooled[j][2 + i] *= shrink;
+          if (!is_again) pooled[j][i] *= shrink, pooled[j][2 + i] *= shrink;
       }
       make_masks();
       all_sync();
@@ -284,7 +290,7 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 1)
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) {
         const uint32_t at = of_group(of_group(of_pool + z, first), j);
-        of_positions[j] = masks[32 * (first + j) + lane];
+        of_positions[j] = *reinterpret_cast<const uint2*>(memory + lane_masks + turn + 256 * (first + j));
 #pragma unroll
         for (int i = 0; i < kOwn; ++i) {
           const uint32_t from = at + i * (kLast ? kWarps / 4 * kTile : kWarps * kStep) * kRowBytes;
