@@ -429,10 +429,6 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 1)
 #endif  // AR_HOPPER
 }
 
-// How many blocks are meant to be on a multiprocessor: of few channels a tile is short, and of two one works while the
-// other's warps wait for each other.
-constexpr int per_processor(int channel_blocks) { return channel_blocks > 8 ? 1 : 2; }
-
 // An image in so many blocks, or fewer where none of its positions would be left for some.
 template <int kBlocks, int kWarps>
 SpreadCut spread_cut(const ForwardSweep& a, int blocks) {
@@ -462,7 +458,7 @@ SpreadCut spread_cut(const ForwardSweep& a, int blocks) {
     take(&cut.maxima, kWarps * kHeads * 4);
     take(&cut.barriers, 8 * (2 * kMostStages + 1));
     cut.bytes = bytes + 1024;  // tiles begin at a multiple of it
-    if (cut.bytes <= shared_bytes(per_processor(kBlocks))) break;
+    if (cut.bytes <= kSharedBytes) break;
   }
   return cut;
 }
@@ -470,13 +466,13 @@ SpreadCut spread_cut(const ForwardSweep& a, int blocks) {
 template <class T, int kBlocks, int kWarps, bool kLast>
 cudaError_t sweep(const ForwardSweep& a, cudaStream_t stream) {
   constexpr auto kKernel = forward_spread_kernel<T, kBlocks, kWarps, kLast>;
-  // In as many blocks as are there at once. Of more than 8 that are not all on multiprocessors of their own, one
-  // cluster would wait for others.
-  constexpr int kThreads = 32 * (kWarps + 1), kPerProcessor = per_processor(kBlocks);
+  // In as many blocks as there are multiprocessors for. Where not all clusters find room at once, small blocks may
+  // share one; but of more than 8 a cluster would wait for others all the same.
+  constexpr int kThreads = 32 * (kWarps + 1);
   const int64_t bytes = int64_t{2} * a.channels * a.positions;
   SpreadCut cut = spread_cut<kBlocks, kWarps>(a, 1);
   for (int blocks = kMostClusterBlocks; blocks > 1; blocks /= 2) {
-    if (blocks * a.images > kPerProcessor * processors() || blocks * kLeastBytes > bytes) continue;
+    if (blocks * a.images > processors() || blocks * kLeastBytes > bytes) continue;
     const SpreadCut more = spread_cut<kBlocks, kWarps>(a, blocks);
     const int sharing = blocks <= 8 && more.bytes <= shared_bytes(2) ? 2 : 1;
     if (active_clusters<kKernel>(more.blocks, kThreads, sharing) < a.images) continue;
