@@ -5,6 +5,9 @@ Triton leaves behind. Where all channels of a few positions fit no multiprocesso
 map twice; where rows of NCHW begin at no multiple of 16 bytes, it loads them element by element. Here tiles come into
 shared memory by byte count, whatever the length of rows, and registers hold sums alone.
 
+Forward they take few images of up to 512 channels in whole 8s as well, in both layouts: each is spread over a cluster,
+where Triton would split it and merge.
+
 And float32 maps with up to 4 heads, by plain multiply-adds, whatever PyTorch's matmul precision allows: dense
 channels_last of up to 2,560 channels in whole 4s; NCHW of up to 1,024 channels in whole 8s whose positions come in
 whole 4s; NCHW of up to 2,048 channels in whole 32s and up to 256 positions. These do without dZ too.
