@@ -46,6 +46,7 @@ class Mutant(NamedTuple):
 
 
 KERNELS, PACKAGE, CPU = "ar_kernels/kernels/", "ar_kernels/", "csrc/cpu/"
+SPREAD = "csrc/cuda/attend_forward_spread.cu"
 FORWARD, BACKWARD, SPATIAL = (f"{KERNELS}{name}.py" for name in ("attend_forward", "attend_backward", "attend3x3"))
 
 HAND_MADE = [
@@ -143,6 +144,15 @@ HAND_MADE = [
     ("native: a dropped rescale", f"{CPU}attend_forward.cpp", "if (start > begin && shrink != 1) scale(", "if (false) scale("),
     ("native: the tail of a tile counts", f"{CPU}attend_forward.cpp", "l[lane] = -A(INFINITY);", "l[lane] = 0;"),
     ("native: exponentials end before infinity", f"{CPU}simd.h", "x > kHighest ? all<A>(A(INFINITY)) : x == x ? scaled : x", "x == x ? scaled : x"),
+    ("spread: a dropped rescale", SPREAD, "if (!is_again) pooled[j][i] *= shrink, pooled[j][2 + i] *= shrink;", ";"),
+    ("spread: a denominator not rescaled", SPREAD, "d[i] *= shrink;", ";"),
+    ("spread: the first maximum for good", SPREAD, "has_grown = named_any(1, kThreads, !is_less);", "has_grown = named_any(1, kThreads, false);"),
+    ("spread: positions past the end count", SPREAD, "if (left <= 8) l[0][2 + i] = -INFINITY;", ""),
+    ("spread: a mean of what another block has", SPREAD, "2 * column + i % 2 == kMean && i / 2 * 8 < left ? 1 : 0", "2 * column + i % 2 == kMean ? 1 : 0"),
+    ("spread: blocks' sums as they are", SPREAD, "shares[lane % 8 * kHeads + of_gate] = low * scale;", "shares[lane % 8 * kHeads + of_gate] = scale;"),
+    ("spread: a stage filled while it is read", SPREAD, "      barrier_wait(used(stage), parity);\n", ""),
+    ("spread: others' barriers not awaited", SPREAD, "  cluster_wait();        // their barriers are there\n", ""),
+    ("spread: the last block's share taken for a whole one", SPREAD, "const int there = min(cut.own_channels, a.channels - first);", "const int there = cut.own_channels;"),
     ("native: splits merged unscaled", f"{CPU}attend_forward.cpp", "theirs = exponential(part.m[k] - origin(largest));", "theirs = 1;"),
 ]  # fmt: skip
 
@@ -188,6 +198,7 @@ OF_OPS = [
     ["tests/test_func.py", "tests/test_compile.py", "tests/test_export.py", "tests/test_attend.py"],
 ]
 TESTS = {
+    SPREAD: [["tests/test_hopper_sweeps.py", "-k", "test_forward or finite or grow"]],
     FORWARD: OF_1X1,
     BACKWARD: OF_1X1,
     SPATIAL: OF_3X3,
@@ -305,7 +316,7 @@ def outcome(mutant: Mutant, folder: Path) -> dict:
     environment |= {"AR_KERNELS_BUILD": "1", "AR_KERNELS_CUDA_ARCHS": ""}
     start = time.perf_counter()
     result = {"id": mutant.id, "file": mutant.file, "outcome": "survived", "by": None}
-    native = mutant.file.startswith("csrc")
+    native = mutant.file.startswith(CPU)
     groups = OF_NATIVE if native else TESTS[mutant.file]
     built = folder / "ar_kernels" / "_native.so"
     try:

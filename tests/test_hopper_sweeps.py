@@ -427,6 +427,30 @@ def test_forward(kernels, dtype, rows, images, channels, positions, heads, gated
         torch.testing.assert_close(features.double(), g[:, :, None] * pooled[:, :gated].double(), rtol=eps, atol=eps)
 
 
+@emulated
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "channels"), [(LAST, 576), (ROWS, 128), (SPREAD_LAST, 64), (SPREAD_ROWS, 384)])
+def test_logits_that_grow_from_tile_to_tile(kernels, dtype, rows, channels):
+    """Up to 150 for one head and -150 for another, so that nothing is counted from the first maximum for long."""
+    torch.manual_seed(0)
+    images, positions, heads = 1, 200 if rows == ROWS else 712, 3
+    z = torch.randn(images, channels, positions)
+    z[:, 0] = torch.linspace(0, 15, positions)
+    w = torch.randn(heads, channels) / channels**0.5
+    w[:, 0] = torch.tensor([10.0, -10.0, 0.0])
+    z, w = z.to(dtype), w.to(dtype)
+    pooled, lse = torch.full((images, heads, channels), torch.nan), torch.full((images, heads), torch.nan)
+    kernels.forward(
+        KINDS[dtype], images, channels, positions, heads, 0, layout(z, rows), rows, w, KINDS[dtype],
+        *[None] * 3, pooled, lse, *[None] * 5, None, 0, None, None, None, processors=1,
+    )  # fmt: skip
+    logits = torch.einsum("kc,ncs->nks", w.double(), z.double())
+    torch.testing.assert_close(lse.double(), logits.logsumexp(2), rtol=1e-5, atol=1e-5)
+    expected = torch.einsum("nks,ncs->nkc", logits.softmax(2), z.double())
+    size = torch.einsum("nks,ncs->nkc", logits.softmax(2), z.double().abs())
+    assert ((pooled - expected).abs() <= torch.finfo(dtype).eps * (expected.abs() + size)).all()
+
+
 def merged(part_m, part_d, part_p):
     """m, d, P of [N, splits, ...], as merge_kernel of attend_forward.py makes them, in float64."""
     m, d, p = part_m.double(), part_d.double(), part_p.double()
