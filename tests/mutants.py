@@ -150,6 +150,7 @@ HAND_MADE = [
     ("spread: positions past the end count", SPREAD, "if (left <= 8) l[0][2 + i] = -INFINITY;", ""),
     ("spread: a mean of what another block has", SPREAD, "2 * column + i % 2 == kMean && i / 2 * 8 < left ? 1 : 0", "2 * column + i % 2 == kMean ? 1 : 0"),
     ("spread: blocks' sums as they are", SPREAD, "shares[lane % 8 * kHeads + of_gate] = low * scale;", "shares[lane % 8 * kHeads + of_gate] = scale;"),
+    ("spread: infinite elements of another block", SPREAD, "if (first + i / kOwn < groups)", "if (true)"),
     ("spread: a stage filled while it is read", SPREAD, "      barrier_wait(used(stage), parity);\n", ""),
     ("spread: others' barriers not awaited", SPREAD, "  cluster_wait();        // their barriers are there\n", ""),
     ("spread: the last block's share taken for a whole one", SPREAD, "const int there = min(cut.own_channels, a.channels - first);", "const int there = cut.own_channels;"),

@@ -100,7 +100,7 @@ WRAPPER = """
       }
       if (spread) return sweep_forward_spread(a, nullptr);
       return rows == kRows ? sweep_forward_rows(a, nullptr)
-             : can_sweep_forward(a) ? sweep_forward(a, nullptr) : sweep_forward_spread(a, nullptr);
+             : channels > 512 ? sweep_forward(a, nullptr) : sweep_forward_spread(a, nullptr);
     }
 """
 # What a map's layout is called there: channels_last, or NCHW; forward, spread over clusters, the same.
@@ -528,22 +528,90 @@ def test_weights_of_another_half_precision_are_refused(kernels, rows):
 
 
 @emulated
+@pytest.mark.parametrize("at", [70, 64, 103])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("rows", [SPREAD_LAST, SPREAD_ROWS])
-def test_what_is_not_finite_of_a_spread_image(kernels, rows, value):
-    """In one of the blocks that share it."""
+def test_what_is_not_finite_of_a_spread_image(kernels, rows, value, at):
+    """In one of the two blocks that share it, whose tiles both have position 64."""
     torch.manual_seed(0)
     images, channels, positions, heads = 2, 256, 104, 4
     z, w = torch.randn(images, channels, positions).bfloat16(), torch.randn(heads, channels).bfloat16() / 16
-    z[1, 100, 70] = value
+    z[1, 100, at] = value
     pooled, lse = torch.full((images, heads, channels), torch.nan), torch.full((images, heads), torch.nan)
+    mean = torch.full((images, channels), torch.nan)
     kernels.forward(
-        1, images, channels, positions, heads, 0, layout(z, rows), rows, w, 1, *[None] * 3, pooled, lse, *[None] * 5,
-        None, 0, None, None, None, processors=8,
+        1, images, channels, positions, heads, 0, layout(z, rows), rows, w, 1, *[None] * 3, pooled, lse, None, mean,
+        *[None] * 3, None, 0, None, None, None, processors=8,
     )  # fmt: skip
     expected = torch.einsum("nks,ncs->nkc", torch.einsum("kc,ncs->nks", w.float(), z.float()).softmax(2), z.float())
     assert torch.equal(pooled.isnan(), expected.isnan())
     assert pooled[0].isfinite().all() and lse[0].isfinite().all() and not pooled[1].isfinite().all()
+    torch.testing.assert_close(mean, z.float().mean(2), rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@emulated
+@pytest.mark.parametrize("rows", [SPREAD_LAST, SPREAD_ROWS])
+def test_gates_without_weights_of_scores(kernels, rows):
+    """Where heads count alike the sweep of few images is told of none."""
+    torch.manual_seed(0)
+    images, channels, positions, heads, gated = 2, 256, 104, 4, 3
+    z, w = torch.randn(images, channels, positions).bfloat16(), torch.randn(heads, channels).bfloat16() / 16
+    score_b = torch.randn(heads)
+    pooled, lse, scores, gates, features = (
+        torch.full(sizes, torch.nan, dtype=dtype)
+        for sizes, dtype in [
+            ((images, heads, channels), torch.float32),
+            ((images, heads), torch.float32),
+            ((images, heads), torch.float32),
+            ((images, gated), torch.float32),
+            ((images, gated, channels), torch.bfloat16),
+        ]
+    )
+    kernels.forward(
+        1, images, channels, positions, heads, gated, layout(z, rows), rows, w, 1, None, None, score_b, pooled, lse,
+        None, None, scores, gates, features, None, 0, None, None, None, processors=8,
+    )  # fmt: skip
+    assert torch.equal(scores, score_b.expand(images, heads))
+    expected = score_b[:gated].tanh().softmax(0).expand(images, gated)
+    torch.testing.assert_close(gates, expected, rtol=1e-5, atol=1e-5)
+    eps = torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(features.float(), expected[:, :, None] * pooled[:, :gated], rtol=eps, atol=eps)
+
+
+@pytest.mark.parametrize(
+    ("shape", "view", "taken"),
+    [
+        ((4, 256, 28, 28), lambda z: z, True),
+        ((4, 256, 28, 28), channels_last, True),
+        ((4, 100, 28, 28), lambda z: z, False),  # no whole 8s of channels
+        ((4, 104, 28, 28), lambda z: channels_last(z)[:, :100], False),
+        ((4, 96, 32, 64), lambda z: z[:, :, :, :48], False),  # rows apart
+        ((4, 256, 20, 10), lambda z: z.flatten(2)[:, :, :193], False),  # rows of odd length
+        ((4, 520, 28, 28), lambda z: z, False),
+        ((4, 64, 8, 8), lambda z: z, False),  # 8 KB
+        ((4, 256, 256, 256), lambda z: z, False),  # 32 MB
+        ((4, 256, 14, 14), lambda z: z, False),
+        ((4, 256, 14, 14), channels_last, True),
+    ],
+)
+def test_which_maps_are_spread(shape, view, taken):
+    """Python's rule is of no map that the library would cut alike, or give to another kernel."""
+    hopper = pytest.importorskip("ar_kernels.kernels.hopper", reason="the triton package is not installed")
+    from ar_kernels.kernels.heuristics import Chip
+    from ar_kernels.kernels.tiles import map_strides
+
+    z = view(torch.empty(shape, dtype=torch.bfloat16, device="meta"))
+    strides, chip = map_strides(z.shape, z.stride(), 2), Chip(132, 9, 227 * 1024)
+    assert hopper.spreads_few(strides, z.shape, 4, 2, False, chip) == taken
+    assert not hopper.spreads_few(strides, z.shape, 4, 2, True, chip)
+    assert not hopper.spreads_few(strides, z.shape, 5, 2, False, chip)
+    if hopper._operators() is None:
+        pytest.skip(native.why_not("cuda") or "the native library has no kernels for Hopper")
+    splits = torch.ops.ar_kernels_native.sweep_forward_splits
+    if taken:
+        assert [splits(z.shape, z.stride(), 4, 2, alike) for alike in (False, True)] == [1, 0]
+    if z.dim() == 3:  # Python asks here for NCHW rows of any length, which are to be dense
+        assert [splits(z.shape, z.stride(), 4, 2, alike) for alike in (False, True)] == [0, 0]
 
 
 @emulated

@@ -576,16 +576,18 @@ def attend_forward(
         rows = heads + (mean is not None and not by_products)
         parts = tuple(lse.new_empty(plan.rows, rows, *more) for more in ((), (), (channels,)))
     outputs = (pooled, lse, logits, mean, scores, gates, features)
-    calls: list[Call] = [(plan.sweep, (z, w, b, score_w, score_b, *outputs, *parts))]
+    tensors = (z, w, b, score_w, score_b, *outputs, *parts)
+    calls: list[Call]
     besides: list[Call] = []  # another batch of such maps is not to wait for a compiler
-    if plan.larger is not None:
-        besides.append((plan.larger, calls[0][1]))
-    if plan.native is not None:
-        score_w = hopper.score_weights(score_w, gates, w)
-        own_parts = parts if plan.rows else (None, None, None)
-        calls = [(plan.native, (z, w, b, score_w, score_b, *outputs, *own_parts))]
     if by_products:
         calls, mean = float_products.forward_calls(z, w, b, logits, mean, *parts), None
+    elif plan.larger is not None:
+        calls, besides = [(plan.native, (*tensors[:-3], None, None, None))], [(plan.larger, tensors)]
+    elif plan.native is not None:
+        score_w = hopper.score_weights(score_w, gates, w)
+        calls = [(plan.native, (z, w, b, score_w, score_b, *outputs, *parts))]
+    else:
+        calls = [(plan.sweep, tensors)]
     if plan.merge is not None:
         besides.append((plan.merge, (score_w, score_b, pooled, lse, mean, scores, gates, features, *parts)))
     run(calls + besides if plan.rows else calls, besides)

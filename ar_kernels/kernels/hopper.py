@@ -30,12 +30,13 @@ _library = torch.library.Library(native.NAMESPACE, "IMPL")
 _ALIGNMENT = 16
 """Of addresses that the copy engine takes, in bytes."""
 
-MOST_SPREAD_CHANNELS, FEWEST_SPREAD_BYTES = 512, 48 * 1024
+MOST_SPREAD_CHANNELS, FEWEST_SPREAD_BYTES, MOST_SPREAD_BYTES = 512, 48 * 1024, 16 * 1024**2
 """Of the half-precision images that are spread over clusters of blocks forward, where there are few of them: as many
-channels as that kernel takes (csrc/cuda/attend_forward_spread.cu), and as many bytes as at least two blocks share."""
+channels as that kernel takes (csrc/cuda/attend_forward_spread.cu), as many bytes as at least two blocks share, and about
+as many as were measured: a cluster has sixteen multiprocessors at most, and Triton's splits have them all."""
 
 FEWEST_CHANNELS = 768
-"""Of half-precision channels_last maps that go here, in both directions: a forward sweep here with a backward sweep of
+"""Of half-precision channels_last maps that go here besides, in both directions: a forward sweep here with a backward sweep of
 Triton's takes longer than two of Triton's (64 × 384 × 14² on an H100: 22.6 µs for 21.5)."""
 
 
@@ -77,8 +78,9 @@ def spreads_few(
 ) -> bool:
     """Whether a forward sweep here takes such maps where their images are too few for all of the GPU: Triton would
     split them and merge, or leave most of it idle."""
-    large = math.prod(sizes[1:]) * itemsize >= FEWEST_SPREAD_BYTES and sizes[1] <= MOST_SPREAD_CHANNELS
-    return chip.capability == 9 and itemsize == 2 and z.vector == 8 and heads <= 4 and large and not alike
+    fits = sizes[1] % 8 == 0 and sizes[1] <= MOST_SPREAD_CHANNELS and z.vector == 8 and z.flat
+    fits = fits and FEWEST_SPREAD_BYTES <= math.prod(sizes[1:]) * itemsize <= MOST_SPREAD_BYTES
+    return chip.capability == 9 and itemsize == 2 and heads <= 4 and fits and not alike
 
 
 def forward_sweep(

@@ -21,7 +21,7 @@ namespace {
 constexpr int kTile = 16;             // positions
 constexpr int kMostBlocks = 16;       // of 16 channels, of a warp
 constexpr int kWarps = 8;             // of a block, if so many suffice: each knows the softmax for itself
-constexpr int kFewestChannels = 576;  // of fewer a tile is too short (attend_forward_spread.cu)
+constexpr int kFewestChannels = 576;  // of fewer a tile is too short; attend_forward_spread.cu takes up to 512
 
 // How an image is cut, and where what lies in shared memory.
 struct Cut {

@@ -31,7 +31,8 @@ int forward_splits(const ForwardSweep& a, bool alike);
 // can_sweep_forward is false.
 cudaError_t sweep_forward(const ForwardSweep& a, cudaStream_t stream);
 
-// The same of few images of either layout, each spread over a cluster; nothing is left to merge.
+// The same of images of either layout that are few, each spread over a cluster: nothing is left to merge, but how an
+// image is cut depends on how many there are. Gates without score_w weigh every head alike.
 bool can_sweep_forward_spread(const ForwardSweep& a);
 cudaError_t sweep_forward_spread(const ForwardSweep& a, cudaStream_t stream);
 

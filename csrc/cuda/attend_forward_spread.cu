@@ -23,7 +23,7 @@ namespace {
 constexpr int kStep = 16;               // positions, channels of a matrix product
 constexpr int kMostClusterBlocks = 16;  // of a cluster
 constexpr int kTogether = 8;            // products whose loads are under way together
-constexpr int kLeastBytes = 24 * 1024;  // of a block's share of an image
+constexpr int kLeastBytes = 24 * 1024;  // of a block's share of an image; hopper.py spreads twice as large ones
 constexpr int kGrain = 8;               // channels that a block finishes come in whole kGrains
 
 // How an image is cut, and where what lies in shared memory.
@@ -31,13 +31,13 @@ struct SpreadCut {
   int blocks, positions;  // of a cluster; of a block, whole kSteps: the last one has what is left
   int own_channels;       // that a block finishes, if so many are left for it
   int own_reciprocal;     // of as many kGrains, in 65536ths
-  int boxes;              // channels_last: planes of a tile come one by one, else 1
+  int boxes;              // of a tile in channels_last: 1, or where channels are no whole planes, one of each plane
   int stages;             // a stage has a tile
-  int w;                  // [channels / 16, kHeads, 4] pairs of words: W_H
+  int w;                  // [blocks of channels, kHeads, 4] pairs of words: W_H
   int masks;              // [2, warps, 32] pairs of words: a tile's masks, in turns
   int maxima;             // [warps, kHeads] floats: of a tile's logits
   int totals;             // [warps, kHeads] pairs of floats: d, W_G P
-  int given;              // [blocks, 1 or with the mean's 2, own channels] float4s: P of all heads
+  int given;              // [blocks, 1 or with the mean's 2, own channels] float4s: P of all heads; room for 2
   int given_stats;        // [blocks, kHeads] float4s: m, d, W_G P
   int shares;             // [warps, kMostClusterBlocks, kHeads] floats: what P of a block is multiplied by
   int barriers, bytes;
@@ -45,6 +45,11 @@ struct SpreadCut {
 
 AR_ANYWHERE constexpr int tile_bytes(int channel_blocks, int warps) {
   return channel_blocks * kStep * warps * kStep * 2;
+}
+
+// Channels of a box in NCHW, of which the copy engine takes 256 at most.
+AR_ANYWHERE constexpr int box_rows(int channel_blocks) {
+  return channel_blocks > 16 ? kStep * channel_blocks / 2 : kStep * channel_blocks;
 }
 
 // kBlocks: of 16 channels, the last of which may be zeros. kLast: channels_last, else NCHW.
@@ -75,7 +80,7 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 1)
 
   // A tile has rows of 128 bytes: in channels_last [planes of 64 channels, kTile, 64 channels], else [kTile / 64,
   // 16 kBlocks, 64 positions].
-  constexpr int kRowBytes = 2 * kRow, kBoxRows = kBlocks > 16 ? kStep * kBlocks / 2 : kStep * kBlocks;
+  constexpr int kRowBytes = 2 * kRow, kBoxRows = box_rows(kBlocks);
   if (warp == kWarps) {  // asks for the map
     if (lane == 0) {
 #pragma unroll 1
@@ -124,12 +129,12 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 1)
     uint2 pairs[kItems];
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      const int item = threadIdx.x + i * kThreads, head = item / 4 % kHeads;
+      const int item = threadIdx.x + i * kThreads, of_head = item / 4 % kHeads;
       const int channel = item / (4 * kHeads) * kStep + item % 4 * 2;
-      const auto* from = w + head * a.channels + channel;
+      const auto* from = w + of_head * a.channels + channel;
       pairs[i] = make_uint2(0, 0);
-      if (head < a.heads && channel < a.channels) pairs[i].x = weight_pair<T>(from);
-      if (head < a.heads && channel + 8 < a.channels) pairs[i].y = weight_pair<T>(from + 8);
+      if (of_head < a.heads && channel < a.channels) pairs[i].x = weight_pair<T>(from);
+      if (of_head < a.heads && channel + 8 < a.channels) pairs[i].y = weight_pair<T>(from + 8);
     }
 #pragma unroll
     for (int i = 0; i < kItems; ++i)
@@ -155,24 +160,25 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 1)
   const auto load_score_weights = [&](const auto* w) {
 #pragma unroll
     for (int i = 0; i < 4 * kOwn; ++i) {
-      const int head = 2 * column + i % 2, channel = (warp + i / 4 * kWarps) * kStep + row + i % 4 / 2 * 8;
-      if (head < a.heads && channel < a.channels)
-        score_weights[i / 4][i % 4] = value_of(w[head * a.channels + channel]);
+      const int of_head = 2 * column + i % 2, channel = (warp + i / 4 * kWarps) * kStep + row + i % 4 / 2 * 8;
+      if (of_head < a.heads && channel < a.channels)
+        score_weights[i / 4][i % 4] = value_of(w[of_head * a.channels + channel]);
     }
   };
-  if (a.gated > 0 && a.score_w.kind == Kind::kFloat) load_score_weights(static_cast<const float*>(a.score_w.data));
-  if (a.gated > 0 && a.score_w.kind != Kind::kFloat) load_score_weights(static_cast<const T*>(a.score_w.data));
+  if (a.score_w.data != nullptr && a.score_w.kind == Kind::kFloat)  // without, they weigh every head alike
+    load_score_weights(static_cast<const float*>(a.score_w.data));
+  else if (a.score_w.data != nullptr)
+    load_score_weights(static_cast<const T*>(a.score_w.data));
   const auto all_sync = [] { named_sync(1, kThreads); };  // of all that are left
   all_sync();
 
   // Where a lane's row is of the first 16 by 16 elements that are multiplied, of four matrices: of logits the second
   // and fourth are the next eight positions, the third and fourth the next eight channels; of P the other way round.
   const auto place = [&](int position, int block, int more_positions, int more_channels) {
-    const int chunk = position % kRow / 8 + more_positions;
     return kLast ? block / 4 * kTile * kRowBytes +
                        swizzled(position + 8 * more_positions + lane % 8, block % 4 * 2 + more_channels)
                  : position / kRow * kStep * kBlocks * kRowBytes +
-                       swizzled(kStep * block + 8 * more_channels + lane % 8, chunk);
+                       swizzled(kStep * block + 8 * more_channels + lane % 8, position % kRow / 8 + more_positions);
   };
   const uint32_t of_logits = kept(base + place(kStep * warp, 0, lane / 8 % 2, lane / 16));
   const uint32_t of_pool = kept(base + place(0, warp, lane / 16, lane / 8 % 2));
@@ -281,6 +287,8 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 1)
     }
     d[0] += sums[0], d[1] += sums[1];
 
+    // Not of what another block has, which may be infinite: times 0 it would be NaN.
+    const int groups = (count - tile * kTile + kStep - 1) / kStep;
     float others[4] = {};  // of the only block's every second product, which then does not wait for the one before
     constexpr int kGroups = kOwn < 2 ? kWarps : kOwn < 4 ? 4 : 1;
 #pragma unroll 1
@@ -302,8 +310,9 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 1)
       }
 #pragma unroll
       for (int i = 0; i < kGroups * kOwn; ++i)
-        mma<T>(kOwn == 1 && i % 2 == 1 ? others : pooled[i % kOwn], fragments[i / kOwn][i % kOwn],
-               of_positions[i / kOwn].x, of_positions[i / kOwn].y);
+        if (first + i / kOwn < groups)
+          mma<T>(kOwn == 1 && i % 2 == 1 ? others : pooled[i % kOwn], fragments[i / kOwn][i % kOwn],
+                 of_positions[i / kOwn].x, of_positions[i / kOwn].y);
     }
     if constexpr (kOwn == 1)
 #pragma unroll
@@ -354,11 +363,11 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 1)
       total += __shfl_xor_sync(kAll, total, lanes);
       score += __shfl_xor_sync(kAll, score, lanes);
     }
-    const float low = __shfl_sync(kAll, m[0], of_gate / 2), high = __shfl_sync(kAll, m[1], of_gate / 2);
-    const float4 stats = make_float4(of_gate % 2 == 0 ? low : high, total, score, 0);
+    const float even = __shfl_sync(kAll, m[0], of_gate / 2), odd = __shfl_sync(kAll, m[1], of_gate / 2);
+    const float4 own_stats = make_float4(of_gate % 2 == 0 ? even : odd, total, score, 0);
     for (int to = lane % 8; to < cut.blocks; to += 8)
       if (of_gate < a.heads)
-        store_to_cluster(cluster_address(base + cut.given_stats + 16 * (kHeads * rank + of_gate), to), stats,
+        store_to_cluster(cluster_address(base + cut.given_stats + 16 * (kHeads * rank + of_gate), to), own_stats,
                          cluster_address(everything, to));
   }
 
@@ -373,11 +382,11 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 1)
     if (from < cut.blocks && of_gate < a.heads)
       stats[i] = reinterpret_cast<const float4*>(memory + cut.given_stats)[kHeads * from + of_gate];
   }
-  float most = maximum(stats[0].x, stats[1].x);
+  float largest = maximum(stats[0].x, stats[1].x);
 #pragma unroll
-  for (int lanes = 1; lanes < 8; lanes *= 2) most = maximum(most, __shfl_xor_sync(kAll, most, lanes));
-  const float low = power_of_two((stats[0].x - origin(most)) * kLog2OfE);
-  const float high = power_of_two((stats[1].x - origin(most)) * kLog2OfE);
+  for (int lanes = 1; lanes < 8; lanes *= 2) largest = maximum(largest, __shfl_xor_sync(kAll, largest, lanes));
+  const float low = power_of_two((stats[0].x - origin(largest)) * kLog2OfE);
+  const float high = power_of_two((stats[1].x - origin(largest)) * kLog2OfE);
   float total = low * stats[0].y + high * stats[1].y, score = low * stats[0].z + high * stats[1].z;
 #pragma unroll
   for (int lanes = 1; lanes < 8; lanes *= 2) {
@@ -395,7 +404,7 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 1)
   gates += __shfl_xor_sync(kAll, gates, 16);
   gate = gate == gates ? 1 : __fdividef(gate, gates);  // exactly 1 for the only head, whose score gets no gradient
   if (rank == 0 && warp == 0 && lane % 8 == 0 && of_gate < a.heads) {
-    a.lse[image * a.heads + of_gate] = origin(most) + __logf(total);
+    a.lse[image * a.heads + of_gate] = origin(largest) + __logf(total);
     if (a.gated > 0) a.scores[image * a.heads + of_gate] = score;
     if (of_gate < a.gated) a.gates[image * a.gated + of_gate] = gate;
   }
@@ -404,17 +413,17 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 1)
   for (int k = 0; k < kHeads; ++k) own_gates[k] = __shfl_sync(kAll, gate, 8 * k);
 #pragma unroll 1
   for (int channel = threadIdx.x; channel < own_channels; channel += kThreads) {
-    constexpr int kTogether = 4;
+    constexpr int kAtOnce = 4;  // blocks
     float sums[kHeads] = {}, mean = 0;
 #pragma unroll 1
-    for (int first = 0; first < cut.blocks; first += kTogether) {
+    for (int first = 0; first < cut.blocks; first += kAtOnce) {
 #pragma unroll
-      for (int i = first; i < first + kTogether; ++i) {
-        const int place = cut.given + 16 * (min(i, cut.blocks - 1) * kinds * own_channels + channel);
-        const float4 p = *reinterpret_cast<const float4*>(memory + place);
+      for (int i = first; i < first + kAtOnce; ++i) {
+        const int at = cut.given + 16 * (min(i, cut.blocks - 1) * kinds * own_channels + channel);
+        const float4 p = *reinterpret_cast<const float4*>(memory + at);
         const float4 share = reinterpret_cast<const float4*>(shares)[i];
         sums[0] += share.x * p.x, sums[1] += share.y * p.y, sums[2] += share.z * p.z, sums[3] += share.w * p.w;
-        if (kinds > 1 && i < cut.blocks) mean += *reinterpret_cast<const float*>(memory + place + 16 * own_channels);
+        if (kinds > 1 && i < cut.blocks) mean += *reinterpret_cast<const float*>(memory + at + 16 * own_channels);
       }
     }
     const int to = first_channel + channel;
@@ -480,7 +489,7 @@ cudaError_t sweep(const ForwardSweep& a, cudaStream_t stream) {
     break;
   }
   const uint64_t step = sizeof(T), c = a.channels, s = a.positions, n = a.images;
-  constexpr uint32_t kPlanes = kBlocks / 4, kBoxRows = kBlocks > 16 ? kStep * kBlocks / 2 : kStep * kBlocks;
+  constexpr uint32_t kPlanes = kBlocks / 4, kBoxRows = box_rows(kBlocks);
   CUtensorMap z;
   bool is_encoded;
   if (!kLast)
@@ -521,7 +530,8 @@ bool can_sweep_forward_spread(const ForwardSweep& a) {
     if (w.data != nullptr && w.kind != a.kind && w.kind != Kind::kFloat) return false;
   if (a.heads < 1 || a.heads > kHeads || a.splits > 1) return false;
   if (a.channels < kGrain || a.channels % kGrain != 0 || a.channels > kMostChannels || a.positions < 1) return false;
-  const bool is_rows = a.z.position == 1 && a.z.channel > 0 && a.z.channel % 8 == 0 && a.z.image % 8 == 0;
+  const bool is_rows =
+      a.z.position == 1 && a.positions % 8 == 0 && a.z.channel > 0 && a.z.channel % 8 == 0 && a.z.image % 8 == 0;
   if (!is_channels_last(a.z) && !(is_rows && a.z.image > 0)) return false;
   return a.images >= 1 && a.images < INT32_MAX / (kHeads * kMostChannels);
 }

@@ -101,15 +101,19 @@ struct Forward {
   bool (*can)(const ForwardSweep&);
   cudaError_t (*sweep)(const ForwardSweep&, cudaStream_t);
   int (*splits)(const ForwardSweep&, bool);
+  bool needs_score_w;  // where there are gates
 };
 
+// Where every image is to be cut alike, nothing here takes maps that would be spread.
+int spread_splits(const ForwardSweep&, bool alike) { return alike ? 0 : 1; }
+
 constexpr Forward kForward[] = {
-    {can_sweep_forward_spread, sweep_forward_spread, nullptr},
-    {can_sweep_forward, sweep_forward, forward_splits},
-    {can_sweep_forward_rows, sweep_forward_rows, nullptr},
-    {can_sweep_forward_floats, sweep_forward_floats, forward_floats_splits},
-    {can_sweep_forward_float_images, sweep_forward_float_images, nullptr},
-    {can_sweep_forward_float_rows, sweep_forward_float_rows, forward_float_rows_splits},
+    {can_sweep_forward_spread, sweep_forward_spread, spread_splits, false},
+    {can_sweep_forward, sweep_forward, forward_splits, true},
+    {can_sweep_forward_rows, sweep_forward_rows, nullptr, true},
+    {can_sweep_forward_floats, sweep_forward_floats, forward_floats_splits, true},
+    {can_sweep_forward_float_images, sweep_forward_float_images, nullptr, true},
+    {can_sweep_forward_float_rows, sweep_forward_float_rows, forward_float_rows_splits, true},
 };
 
 struct Backward {
@@ -166,8 +170,8 @@ void fill_forward(const View* arguments, void* stream) {
   check_shape("mean", mean, {images, channels});
   if (gates.has_value()) {
     const int64_t gated = gates.dim() == 2 ? gates.size(1) : 0;
-    STD_TORCH_CHECK(gated <= heads && score_w.has_value() && scores.has_value() && features.has_value(),
-                    "gates [N, K'] must come with score_w, scores and features, and K' at most K = ", heads);
+    STD_TORCH_CHECK(gated <= heads && scores.has_value() && features.has_value(),
+                    "gates [N, K'] must come with scores and features, and K' at most K = ", heads);
     check_shape("scores", scores, {images, heads});
     check_shape("gates", gates, {images, gated});
     check_shape("features", features, {images, gated * channels});
@@ -201,6 +205,8 @@ void fill_forward(const View* arguments, void* stream) {
   const Forward* found = find(kForward, a);
   STD_TORCH_CHECK(found != nullptr && (a.splits <= 1 || found->splits != nullptr), "no sweep takes such a map, got ",
                   shape_of(z));
+  STD_TORCH_CHECK(!gates.has_value() || score_w.has_value() || !found->needs_score_w,
+                  "gates must come with score_w for such a map, got ", shape_of(z));
   check_started("sweep_forward_", found->sweep(a, static_cast<cudaStream_t>(stream)));
 }
 

@@ -1,6 +1,7 @@
 // Numbers as memory has them, and a block's launch: for both kinds of sweeps.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 
 #include "../shares.h"
@@ -38,11 +39,12 @@ cudaError_t prepare() {
   if (error == cudaSuccess && (major != 9 || attributes.ptxVersion < 90)) error = cudaErrorInvalidDeviceFunction;
   if (error == cudaSuccess)
     error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (error == cudaSuccess) error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   // Or two blocks of half of it might not be put on one multiprocessor.
   if (error == cudaSuccess)
     error =
         cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  // Clusters of more than 8 blocks, for whom asks for them.
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error == cudaSuccess) prepared |= bit;
   return error;
 }
@@ -80,7 +82,7 @@ cudaError_t launch_clusters(int blocks, int programs, int threads, int bytes, cu
 
 // How many clusters of so many blocks run at once on the current device, each block with as much shared memory as is
 // there for so many of them on a multiprocessor: all blocks of one are on neighbouring multiprocessors, so some may be
-// left over. Asked once.
+// left over; none, where there are no such clusters. Asked once.
 template <auto kKernel>
 int active_clusters(int blocks, int threads, int per_processor = 1) {
   constexpr int kMostSizes = 17, kMostPerProcessor = 2;  // of clusters, and 0
@@ -89,7 +91,7 @@ int active_clusters(int blocks, int threads, int per_processor = 1) {
   if (blocks == 1 || blocks >= kMostSizes || cudaGetDevice(&device) != cudaSuccess)
     return processors() * per_processor / blocks;
   std::atomic<int>& found = known[device % 64][per_processor - 1][blocks];
-  if (found > 0) return found;
+  if (found != 0) return std::max(found.load(), 0);
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
@@ -101,9 +103,12 @@ int active_clusters(int blocks, int threads, int per_processor = 1) {
   config.numAttrs = 1;
   int clusters = 0;
   if (prepare<kKernel>() != cudaSuccess || cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config) != cudaSuccess ||
-      clusters < 1)
-    return 0;
-  return found = clusters;
+      clusters < 1) {
+    cudaGetLastError();  // or the next launch that asks for an error would be told of this one
+    clusters = -1;
+  }
+  found = clusters;
+  return std::max(clusters, 0);
 }
 
 __device__ __forceinline__ float value_of(__half value) { return __half2float(value); }
