@@ -32,12 +32,12 @@ _ALIGNMENT = 16
 
 MOST_SPREAD_CHANNELS, FEWEST_SPREAD_BYTES, MOST_SPREAD_BYTES = 512, 48 * 1024, 16 * 1024**2
 """Of the half-precision images that are spread over clusters of blocks forward, where there are few of them: as many
-channels as that kernel takes (csrc/cuda/attend_forward_spread.cu), as many bytes as at least two blocks share, and about
-as many as were measured: a cluster has sixteen multiprocessors at most, and Triton's splits have them all."""
+channels as that kernel takes (csrc/cuda/attend_forward_spread.cu), as many bytes as at least two blocks share, and
+about as many as were measured: a cluster has sixteen multiprocessors at most, and Triton's splits have them all."""
 
 FEWEST_CHANNELS = 768
-"""Of half-precision channels_last maps that go here besides, in both directions: a forward sweep here with a backward sweep of
-Triton's takes longer than two of Triton's (64 × 384 × 14² on an H100: 22.6 µs for 21.5)."""
+"""Of half-precision channels_last maps that go here besides, in both directions: a forward sweep here with a backward
+sweep of Triton's takes longer than two of Triton's (64 × 384 × 14² on an H100: 22.6 µs for 21.5)."""
 
 
 @functools.cache
