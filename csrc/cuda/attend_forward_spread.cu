@@ -479,9 +479,10 @@ cudaError_t sweep(const ForwardSweep& a, cudaStream_t stream) {
   // share one; but of more than 8 a cluster would wait for others all the same.
   constexpr int kThreads = 32 * (kWarps + 1);
   const int64_t bytes = int64_t{2} * a.channels * a.positions;
+  const int64_t most = std::min<int64_t>(processors() / a.images, bytes / kLeastBytes);
   SpreadCut cut = spread_cut<kBlocks, kWarps>(a, 1);
   for (int blocks = kMostClusterBlocks; blocks > 1; blocks /= 2) {
-    if (blocks * a.images > processors() || blocks * kLeastBytes > bytes) continue;
+    if (blocks > most) continue;
     const SpreadCut more = spread_cut<kBlocks, kWarps>(a, blocks);
     const int sharing = blocks <= 8 && more.bytes <= shared_bytes(2) ? 2 : 1;
     if (active_clusters<kKernel>(more.blocks, kThreads, sharing) < a.images) continue;
