@@ -605,13 +605,23 @@ def test_which_maps_are_spread(shape, view, taken):
     assert hopper.spreads_few(strides, z.shape, 4, 2, False, chip) == taken
     assert not hopper.spreads_few(strides, z.shape, 4, 2, True, chip)
     assert not hopper.spreads_few(strides, z.shape, 5, 2, False, chip)
+
+
+@pytest.mark.parametrize(
+    ("view", "splits"),
+    [
+        (lambda z: z, [1, 0]),
+        (channels_last, [1, 0]),
+        (lambda z: z.flatten(2)[:, :, :783], [0, 0]),  # rows of odd length are to be dense
+    ],
+)
+def test_the_library_spreads_no_map_that_is_to_be_cut_alike(view, splits):
+    hopper = pytest.importorskip("ar_kernels.kernels.hopper", reason="the triton package is not installed")
     if hopper._operators() is None:
         pytest.skip(native.why_not("cuda") or "the native library has no kernels for Hopper")
-    splits = torch.ops.ar_kernels_native.sweep_forward_splits
-    if taken:
-        assert [splits(z.shape, z.stride(), 4, 2, alike) for alike in (False, True)] == [1, 0]
-    if z.dim() == 3:  # Python asks here for NCHW rows of any length, which are to be dense
-        assert [splits(z.shape, z.stride(), 4, 2, alike) for alike in (False, True)] == [0, 0]
+    z = view(torch.empty(4, 256, 28, 28, dtype=torch.bfloat16, device="meta"))
+    asked = torch.ops.ar_kernels_native.sweep_forward_splits
+    assert [asked(z.shape, z.stride(), 4, 2, alike) for alike in (False, True)] == splits
 
 
 @emulated

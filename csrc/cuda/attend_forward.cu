@@ -52,9 +52,7 @@ __global__ void __launch_bounds__(32 * most_warps(kBlocks), 1)
 #if AR_HOPPER
   constexpr int kPart = kTile * kHeads;  // logits of a tile
   constexpr int kMean = kHeads;          // the column of the mean
-  constexpr float kSlack = 8;            // e^8 is a weight that float16 still has
-  constexpr float kLog2OfE = 1.44269504089f;
-  constexpr int kChains = 4;  // of products that don't wait for each other
+  constexpr int kChains = 4;             // of products that don't wait for each other
   uint8_t* memory = shared_memory();
   memory += -shared_address(memory) & 1023;
   const uint32_t base = kept(shared_address(memory));
@@ -426,9 +424,7 @@ cudaError_t sweep(const ForwardSweep& a, cudaStream_t stream) {
 }  // namespace
 
 bool can_sweep_forward(const ForwardSweep& a) {
-  if (a.kind != Kind::kHalf && a.kind != Kind::kBFloat16) return false;
-  if (a.w.kind != a.kind && a.w.kind != Kind::kFloat) return false;
-  if (a.heads < 1 || a.heads > kHeads || a.images < 1) return false;
+  if (!is_half(a)) return false;
   const Cut cut = forward_cut(a);
   const int splits = std::max(a.splits, 1);
   return is_channels_last(a.z) && cut.stages > 0 && (splits - 1) * tiles_of_split(cut, splits) < cut.tiles &&

@@ -186,11 +186,7 @@ cudaError_t sweep(const ForwardSweep& a, cudaStream_t stream) {
 }  // namespace
 
 bool can_sweep_forward_rows(const ForwardSweep& a) {
-  if (a.kind != Kind::kHalf && a.kind != Kind::kBFloat16) return false;
-  for (const Values& w : {a.w, a.score_w})
-    if (w.data != nullptr && w.kind != a.kind && w.kind != Kind::kFloat) return false;
-  if (a.heads < 1 || a.heads > kHeads || a.images < 1) return false;
-  return is_rows(a.z, a.positions) && forward_cut(a).slots > 0;
+  return is_half(a) && is_rows(a.z, a.positions) && forward_cut(a).slots > 0;
 }
 
 cudaError_t sweep_forward_rows(const ForwardSweep& a, cudaStream_t stream) {

@@ -61,8 +61,6 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 1)
   constexpr int kTile = kStep * kWarps, kOwn = kBlocks / kWarps;  // blocks of P that a warp has: `warp`, + kWarps, ...
   static_assert(kBlocks % kWarps == 0 && kWarps % 4 == 0 && kBlocks % kTogether == 0);
   constexpr int kMean = kHeads;  // the column of the mean
-  constexpr float kSlack = 8;    // e^8 is a weight that float16 still has
-  constexpr float kLog2OfE = 1.44269504089f;
   uint8_t* memory = shared_memory();
   memory += -shared_address(memory) & 1023;
   const uint32_t base = kept(shared_address(memory));
@@ -526,15 +524,12 @@ cudaError_t sweep(const ForwardSweep& a, cudaStream_t stream) {
 
 bool can_sweep_forward_spread(const ForwardSweep& a) {
   constexpr int kMostChannels = 32 * kStep;
-  if (a.kind != Kind::kHalf && a.kind != Kind::kBFloat16) return false;
-  for (const Values& w : {a.w, a.score_w})
-    if (w.data != nullptr && w.kind != a.kind && w.kind != Kind::kFloat) return false;
-  if (a.heads < 1 || a.heads > kHeads || a.splits > 1) return false;
+  if (!is_half(a) || a.splits > 1) return false;
   if (a.channels < kGrain || a.channels % kGrain != 0 || a.channels > kMostChannels || a.positions < 1) return false;
   const bool is_rows =
       a.z.position == 1 && a.positions % 8 == 0 && a.z.channel > 0 && a.z.channel % 8 == 0 && a.z.image % 8 == 0;
   if (!is_channels_last(a.z) && !(is_rows && a.z.image > 0)) return false;
-  return a.images >= 1 && a.images < INT32_MAX / (kHeads * kMostChannels);
+  return a.images < INT32_MAX / (kHeads * kMostChannels);
 }
 
 cudaError_t sweep_forward_spread(const ForwardSweep& a, cudaStream_t stream) {

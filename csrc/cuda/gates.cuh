@@ -7,6 +7,16 @@
 namespace ar_kernels {
 
 constexpr uint32_t kAll = 0xffffffff;  // lanes
+constexpr float kSlack = 8;            // that a maximum may grow before sums are rescaled: float16 still has e^8
+constexpr float kLog2OfE = 1.44269504089f;
+
+// Whether it is of half precision, with weights and heads as the sweeps of such maps take them.
+inline bool is_half(const ForwardSweep& a) {
+  if (a.kind != Kind::kHalf && a.kind != Kind::kBFloat16) return false;
+  for (const Values& w : {a.w, a.score_w})
+    if (w.data != nullptr && w.kind != a.kind && w.kind != Kind::kFloat) return false;
+  return a.heads >= 1 && a.heads <= kHeads && a.images >= 1;
+}
 
 // The largest of a warp's values, or NaN where one is.
 __device__ __forceinline__ float warp_maximum(float value) {
