@@ -74,6 +74,13 @@ def poisoned_memory(monkeypatch):
 
 
 @pytest.fixture
+def no_plans(monkeypatch):
+    """Every call goes through Python: no plan launches, and the node in C++ replays none, behind its back."""
+    monkeypatch.setattr("ar_kernels.plans.wanted", False)
+    monkeypatch.setattr("ar_kernels.node.wanted", False)
+
+
+@pytest.fixture
 def guarded_memory(monkeypatch):
     """Interpreted kernels find NaN on both sides of every tensor's memory: reading it shows, writing it fails."""
     if not importlib.util.find_spec("triton"):

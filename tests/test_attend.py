@@ -71,6 +71,7 @@ def test_error_budget(shape, layout, dtype, fused, device):
         ("grouped_kernel", {"n": 1, "c": 648, "h": 1, "w": 2, "k": 1}, "contiguous"),
     ],
 )
+@pytest.mark.usefixtures("no_plans")
 def test_triton_forward_kernels_of_many_channels(kernel, sizes, layout, device):
     """wide_kernel: each warp has channels of its own. grouped_kernel: eight, two and four channels are one row."""
     attend_forward = pytest.importorskip("ar_kernels.kernels.attend_forward")
@@ -85,24 +86,28 @@ def test_triton_forward_kernels_of_many_channels(kernel, sizes, layout, device):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(attend_forward.Launch, "__call__", spy)
-            patch.setattr("ar_kernels.plans.are_used", lambda *arguments: False)  # a plan launches behind its back
             runs = [layer.run(name, layout=LAYOUTS[layout], backward=False) for name in ("triton", "eager")]
         assert getattr(attend_forward, kernel) in launched
         draws.append((*runs, layer.run("reference", exact=True, backward=False)))
     assert_within_budget(draws, torch.bfloat16)
 
 
+@pytest.fixture
+def float_products(monkeypatch, no_plans):
+    """PyTorch's products take float32 maps of any size, and no sweep of csrc/cuda does."""
+    module = pytest.importorskip("ar_kernels.kernels.float_products")
+    monkeypatch.setattr(module, "SMALL", -1)
+    monkeypatch.setattr(native, "SWEEPS_FLOAT32", False)
+    return module
+
+
 @pytest.mark.usefixtures("guarded_memory")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", [*SHAPES_OF_BUDGET, "long", "ungated, no biases"])
-def test_float32_by_pytorchs_products(shape, layout, monkeypatch, device):
+def test_float32_by_pytorchs_products(shape, layout, float_products, monkeypatch, device):
     """As maps have it that are too large for Triton: no launch of a sweep of its own."""
-    float_products = pytest.importorskip("ar_kernels.kernels.float_products")
     from ar_kernels.kernels import attend_backward, attend_forward, launch
 
-    monkeypatch.setattr(float_products, "SMALL", -1)
-    monkeypatch.setattr(native, "SWEEPS_FLOAT32", False)
-    monkeypatch.setattr("ar_kernels.plans.are_used", lambda *arguments: False)  # of Triton's launches for such maps
     launched, call = set(), launch.Launch.__call__
 
     def spy(one, *tensors):
@@ -126,12 +131,8 @@ def test_float32_by_pytorchs_products(shape, layout, monkeypatch, device):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("sizes", [{}, {"c": 1}, {"c": 1, "k": 1, "n": 1}, {"h": 1, "w": 1}], ids=str)
-def test_triton_takes_pytorchs_products(sizes, layout, monkeypatch, device):
+def test_triton_takes_pytorchs_products(sizes, layout, float_products, monkeypatch, device):
     """As PyTorch makes them, and of what is not needed none; or Triton's, where PyTorch would copy the map."""
-    float_products = pytest.importorskip("ar_kernels.kernels.float_products")
-    monkeypatch.setattr(float_products, "SMALL", -1)
-    monkeypatch.setattr(native, "SWEEPS_FLOAT32", False)
-    monkeypatch.setattr("ar_kernels.plans.are_used", lambda *arguments: False)  # of Triton's launches for such maps
     made, multiply = [], float_products._multiply
     monkeypatch.setattr(float_products, "_multiply", lambda *factors: made.append(multiply(*factors)))
     layer = Layer(**{"n": 2, "c": 24, "h": 5, "w": 7, "k": 5, **sizes}, dtype=torch.float32, device=device)
@@ -152,17 +153,13 @@ def test_triton_takes_pytorchs_products(sizes, layout, monkeypatch, device):
         torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
 
 
-def test_pytorchs_products_that_round(monkeypatch, device):
+def test_pytorchs_products_that_round(float_products, monkeypatch, device):
     """As TF32 rounds factors: what all positions of a map share cancels in dW_H all the same, as in a softmax's own
     backward with such products."""
-    float_products = pytest.importorskip("ar_kernels.kernels.float_products")
 
     def rounded(value):
         return ((value.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).double()
 
-    monkeypatch.setattr(float_products, "SMALL", -1)
-    monkeypatch.setattr(native, "SWEEPS_FLOAT32", False)
-    monkeypatch.setattr("ar_kernels.plans.are_used", lambda *arguments: False)
     monkeypatch.setattr(float_products, "_multiply", lambda a, b, out: out.copy_(rounded(a) @ rounded(b)))
     generator = torch.Generator().manual_seed(0)
     z, w, grad = (torch.randn(shape, generator=generator) for shape in ((2, 64, 16, 16), (5, 64), (2, 5, 64)))
@@ -198,14 +195,9 @@ def test_gradients_that_begin_anywhere(channels, layout, device):
         assert torch.equal(aligned, anywhere)
 
 
-def test_pytorchs_products_where_they_may_be_made(monkeypatch, device):
+def test_pytorchs_products_where_they_may_be_made(float_products, monkeypatch, device):
     """Not in deterministic mode, forward or backward."""
-    float_products = pytest.importorskip("ar_kernels.kernels.float_products")
     made, multiply = [], float_products._multiply
-    monkeypatch.setattr(float_products, "SMALL", -1)
-    monkeypatch.setattr(native, "SWEEPS_FLOAT32", False)
-    monkeypatch.setattr("ar_kernels.plans.are_used", lambda *arguments: False)
-    monkeypatch.setattr("ar_kernels.node.wanted", False)  # it asks torch for the mode
     monkeypatch.setattr(ops, "_rehearse_backward", lambda *arguments: None)  # it makes them of stand-ins
     monkeypatch.setattr(float_products, "_multiply", lambda *factors: made.append(multiply(*factors)))
     z, w = torch.randn(2, 24, 5, 7, device=device, requires_grad=True), torch.randn(5, 24, device=device)
@@ -219,12 +211,8 @@ def test_pytorchs_products_where_they_may_be_made(monkeypatch, device):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # of the interpreter
-def test_pytorchs_products_of_infinite_logits(monkeypatch, device):
+def test_pytorchs_products_of_infinite_logits(float_products, device):
     """An infinite bias, and logits that are all -∞: lse, and where P is NaN, are the reference's."""
-    float_products = pytest.importorskip("ar_kernels.kernels.float_products")
-    monkeypatch.setattr(float_products, "SMALL", -1)
-    monkeypatch.setattr(native, "SWEEPS_FLOAT32", False)
-    monkeypatch.setattr("ar_kernels.plans.are_used", lambda *arguments: False)
     z, w = torch.randn(2, 24, 5, 7, device=device), torch.randn(3, 24, device=device)
     z[1, 3, 2, 2], w[2, 3] = float("inf"), 1
     b = torch.tensor([float("inf"), float("-inf"), 0.5], device=device)
@@ -655,6 +643,7 @@ def test_a_batch_that_needs_no_merge_has_it_compiled(monkeypatch, device):
     ids=str,
 )
 @pytest.mark.parametrize("frozen", [(), ("feature_map",), ("mask_weight", "gate_weight")], ids=str)
+@pytest.mark.usefixtures("no_plans")
 def test_the_backward_is_expected_as_it_comes(sizes, frozen, device, monkeypatch):
     """What a recorded forward expects its backward to launch, and what that launches: kernels, constants and dtypes."""
     pytest.importorskip("triton", reason="the triton package is not installed")
@@ -691,8 +680,6 @@ def test_the_backward_is_expected_as_it_comes(sizes, frozen, device, monkeypatch
 
     monkeypatch.setattr(ops, "_made", expect_backward)
     monkeypatch.setitem(ops._launchers, "layer_backward", watched)
-    monkeypatch.setattr("ar_kernels.node.wanted", False)
-    monkeypatch.setattr("ar_kernels.plans.wanted", False)
     output = ar_kernels.attention_module(
         **tensors, masks=masks, mean=layer.mean, tap=layer.tap, implementation="triton"
     )
