@@ -21,6 +21,10 @@ namespace ar_kernels {
 
 namespace {
 
+// Tiles that a warp asks for at first, and as each of them comes, until all stages are under way: what is asked for at
+// once comes together, the first tile as late as the last.
+constexpr int kEarly = 2;
+
 // How an image is cut among warps, and where what lies in shared memory. A warp has 16 `blocks` channels of a tile of
 // every map: [blocks / 4 planes, tile, 64].
 struct Slices {
@@ -380,8 +384,9 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
     for (int stage = 0; stage < cut.stages; ++stage) barrier_init(barriers + 8 * stage, 1);
     fence_barrier_init();
 #pragma unroll 1
-    for (int stage = 0; stage < cut.stages && begin + stage < end; ++stage) load(later(at, stage), stage);
+    for (int stage = 0; stage < kEarly && begin + stage < end; ++stage) load(later(at, stage), stage);
   }
+  int asked = kEarly;  // stages, by that lane
   __syncwarp();
 
   // The lane's row of 16 positions by 16 channels in a slice: rows of 128 bytes, whose chunks of 16 bytes are swizzled.
@@ -465,6 +470,10 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
 
     const uint32_t z = slices + stage * stage_bytes;
     barrier_wait(barriers + 8 * stage, parity);
+    if (lane == 0)
+#pragma unroll 1
+      for (const int last = min(min(asked + kEarly, cut.stages), end - begin); asked < last; ++asked)
+        load(later(at, asked - (item - begin)), asked);
 
     // l and dA, of this warp's channels.
     float both[kTiles][2][4];  // two chains of products that don't wait for each other

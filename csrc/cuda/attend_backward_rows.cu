@@ -33,35 +33,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     backward_rows_kernel(const __grid_constant__ BackwardSweep a, const __grid_constant__ RowsCut cut) {
 #if AR_HOPPER
   uint8_t* memory = shared_memory();
-  const int rank = static_cast<int>(cluster_rank()), cluster = blockIdx.x / cut.blocks;
-  const int clusters = gridDim.x / cut.blocks;
-  const int begin = first_of(cluster, clusters, a.images), end = first_of(cluster + 1, clusters, a.images);
-  const int first_channel = rank * cut.channels;
-  const Slots slots(cut, memory);
-  const Exchange of_sums(slots, 0);
-  cluster_arrive();
-  if (threadIdx.x >= kWorkers) {
-    cluster_wait();
-    const int64_t skipped = static_cast<int64_t>(first_channel) * a.positions;
-    if (threadIdx.x != kWorkers) return;
-    slots.move(static_cast<const T*>(a.z.data) + begin * a.z.image + skipped, a.z.image * sizeof(T), end - begin,
-               static_cast<T*>(a.dz.data) + begin * a.dz.image + skipped, a.dz.image * sizeof(T));
-    return;
-  }
-
-  const int lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
-  const int positions = a.positions, channels = a.channels;
-  const OwnRows own(slots, positions);
-  // Two buffers of weights, of images in turn.
-  const auto buffer_of = [&](int turn) { return turn % 2 * cut.weight_bytes; };
-  const auto weights_of = [&](int turn) { return reinterpret_cast<uint4*>(memory + cut.weights + buffer_of(turn)); };
-  uint32_t* masks = reinterpret_cast<uint32_t*>(memory + cut.masks);
-  const float* sums = reinterpret_cast<const float*>(memory + cut.sums);  // [2 * kHeads, pitch]
-  // [channels / 16, 32]: what each thread adds up of dW_H, of its two channels and head `column`
-  float2* dw = reinterpret_cast<float2*>(memory + cut.rest);
-  const int head = threadIdx.x % kHeads;               // of this thread, where masks are made
-  constexpr bool kScaled = std::is_same_v<T, __half>;  // bfloat16 needs no scale of its own
-  const auto pairs_of = [&](int image) {               // this block's channels
+  const int rank = static_cast<int>(cluster_rank()), cluster = cluster_of(cut, blockIdx.x);
+  const int clusters = cluster_of(cut, gridDim.x);
+  const int begin = first_of<int>(cluster, clusters, a.images), end = first_of<int>(cluster + 1, clusters, a.images);
+  const int positions = a.positions, channels = a.channels, first_channel = rank * cut.channels;
+  const auto pairs_of = [&](int image) {  // this block's channels
     return static_cast<const T*>(a.pairs) + static_cast<int64_t>(image) * (a.heads + a.mean) * 2 * channels +
            first_channel;
   };
@@ -76,6 +52,29 @@ __global__ void __launch_bounds__(kThreads, 1)
                      ? *reinterpret_cast<const uint32_t*>(pairs_of(image) + i * channels + channel)
                      : 0;
   };
+  if (threadIdx.x < kWorkers) load_weights(begin, own_pair);  // behind the map's loads these would wait long
+  const Slots slots(cut, memory);
+  const Exchange of_sums(slots, 0);
+  cluster_arrive();
+  if (threadIdx.x >= kWorkers) {
+    cluster_wait();
+    const int64_t skipped = static_cast<int64_t>(first_channel) * a.positions;
+    if (threadIdx.x != kWorkers) return;
+    slots.move(static_cast<const T*>(a.z.data) + begin * a.z.image + skipped, a.z.image * sizeof(T), end - begin,
+               static_cast<T*>(a.dz.data) + begin * a.dz.image + skipped, a.dz.image * sizeof(T));
+    return;
+  }
+
+  const int lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
+  const OwnRows own(slots, positions);
+  // Two buffers of weights, of images in turn.
+  const auto buffer_of = [&](int turn) { return turn % 2 * cut.weight_bytes; };
+  const auto weights_of = [&](int turn) { return reinterpret_cast<uint4*>(memory + cut.weights + buffer_of(turn)); };
+  uint32_t* masks = reinterpret_cast<uint32_t*>(memory + cut.masks);
+  // [channels / 16, 32]: what each thread adds up of dW_H, of its two channels and head `column`
+  float2* dw = reinterpret_cast<float2*>(memory + cut.rest);
+  const int head = head_of_warp();                     // where masks are made
+  constexpr bool kScaled = std::is_same_v<T, __half>;  // bfloat16 needs no scale of its own
   const auto store_weights = [&](int image) {
 #pragma unroll 1
     for (int channel = own_pair; channel < cut.channels; channel += 2 * kWorkers) {
@@ -85,18 +84,19 @@ __global__ void __launch_bounds__(kThreads, 1)
       weights[weight_place(cut, channel + 1)] = weight_row(ahead, true);
     }
   };
-  load_weights(begin, own_pair);
   for (int i = threadIdx.x; i < (kFrame + 16 * cut.tiles) * kHeads; i += kWorkers) masks[i] = 0;
-  cluster_wait();  // before it, since behind the other warp's loads of the map these would wait long
+  cluster_wait();
   store_weights(begin);
   workers_sync();
 
   for (int image = begin; image < end; ++image) {
     const int turn = image - begin;
     const bool has_next = image + 1 < end;
-    sum_over_channels<T, 2 * kHeads>(slots, of_sums, turn, positions, buffer_of(turn), [&] {
+    float sums[kTurns][2];  // l without its bias, dA
+    const auto meanwhile = [&] {
       if (has_next) load_weights(image + 1, own_pair);
-    });
+    };
+    sum_over_channels<T, 2 * kHeads>(slots, of_sums, turn, positions, buffer_of(turn), meanwhile, sums);
     float shift = 0, delta = 0;
     if (head < a.heads) {
       shift = a.lse[image * a.heads + head];
@@ -105,23 +105,19 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     const float inverse = kScaled && a.unscale != nullptr ? a.unscale[image] : 1.f;
     const float* others = of_sums.take(turn);
-    workers_sync();
-    for (int entry = threadIdx.x; entry < positions * kHeads; entry += kWorkers) {
-      const int position = entry / kHeads;
-      float mask = 0, gradient = 0;
-      if (head < a.heads) {
-        const int low = 2 * head * cut.pitch + position, high = low + cut.pitch;
-        float logit = sums[low], da = sums[high];
-        if (others != nullptr) {
-          logit += others[2 * head * 4 * cut.quads + position];
-          da += others[(2 * head + 1) * 4 * cut.quads + position];
-        }
-        mask = __expf(logit - shift);
-        gradient = mask * (da - delta);
-        if (a.grad_logits != nullptr)
-          gradient += a.grad_logits[(static_cast<int64_t>(image) * a.heads + head) * positions + position] / inverse;
-      }
-      masks[kFrame * kHeads + entry] = packed<T>(gradient, mask);
+#pragma unroll
+    for (int i = 0; i < kTurns; ++i) {
+      const int position = thread_of_head() + i * kOfHead;
+      if (position >= positions || head >= a.heads) continue;
+      if (others != nullptr)
+#pragma unroll
+        for (int of_pair = 0; of_pair < 2; ++of_pair)
+          sums[i][of_pair] += others[(2 * head + of_pair) * 4 * cut.quads + position];
+      const float mask = __expf(sums[i][0] - shift);
+      float gradient = mask * (sums[i][1] - delta);
+      if (a.grad_logits != nullptr)
+        gradient += a.grad_logits[(static_cast<int64_t>(image) * a.heads + head) * positions + position] / inverse;
+      masks[(kFrame + position) * kHeads + head] = packed<T>(gradient, mask);
     }
     if (has_next) store_weights(image + 1);
     workers_sync();
@@ -138,10 +134,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int chunk = own.last; chunk >= 0; chunk -= cut.teams) {
       const float2 mean = next_mean;
       next_mean = means_of(chunk - cut.teams);
-      const Slots::Chunk z = slots.wait(turn, chunk, true);
+      const uint32_t load = slots.load_of(turn, chunk, true), z = slots.wait(load);
       if (a.dw != nullptr) {
         float products[4];
-        own.sum_over_positions<T>(z.address, products);
+        own.sum_over_positions<T>(z, products);
         float2* to = dw + (chunk * (cut.chunk / 16) + own.unit) * 32 + lane;
         const float2 before = image > begin ? *to : make_float2(0, 0);
         *to = make_float2(before.x + products[0] * inverse, before.y + products[2] * inverse);
@@ -151,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       uint32_t weight[2];
       load_matrix(weight, own.weights + buffer_of(turn) + 16 * chunk * weight_rows(cut));
       const float low = share * mean.x, high = share * mean.y;
-      T* own_rows = reinterpret_cast<T*>(memory + (z.address - slots.base)) +
+      T* own_rows = reinterpret_cast<T*>(memory + (z - slots.base)) +
                     (own.first + cut.classes * row) * positions + 2 * column - own.shift;
 #pragma unroll 2
       for (int tile = 0; tile < own.tiles; ++tile) {
@@ -169,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           gradient[2 * half + 1] = packed<T>(values[2], values[3]);
         }
         if (first >= own.shift && first + 16 - own.shift <= positions) {
-          store_matrix(z.address + own.row + 2 * first, gradient);
+          store_matrix(z + own.row + 2 * first, gradient);
           continue;
         }
 #pragma unroll
@@ -185,14 +181,14 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       }
       fence_proxy_async();
-      slots.release(z, cut.teams);
+      slots.release(load, cut.teams);
     }
   }
 
   if (a.dw == nullptr) return;
   workers_sync();
   // The cluster anew: it has no register all the time.
-  float* shares = a.dw + static_cast<int64_t>(kept(blockIdx.x) / cut.blocks) * a.heads * channels + first_channel;
+  float* shares = a.dw + static_cast<int64_t>(cluster_of(cut, kept(blockIdx.x))) * a.heads * channels + first_channel;
   for (int channel = threadIdx.x; channel < cut.channels; channel += kWorkers) {
     // Its matrix, and its row there.
     const int of_chunk = channel & (cut.chunk - 1), row_class = channel & (cut.classes - 1);

@@ -14,20 +14,42 @@ namespace ar_kernels {
 
 namespace {
 
+constexpr int kParts = kWarps / kHeads;  // of a head's sums: a warp's each
+static_assert(kParts == 4);
+
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     forward_rows_kernel(const __grid_constant__ ForwardSweep a, const __grid_constant__ RowsCut cut) {
 #if AR_HOPPER
   constexpr int kMean = kHeads;  // the column of the mean
+  constexpr int kHeldPairs = 4;  // of channels, a thread: what is of them stays in registers
   uint8_t* memory = shared_memory();
-  const int rank = static_cast<int>(cluster_rank()), cluster = blockIdx.x / cut.blocks;
-  const int clusters = gridDim.x / cut.blocks;
-  const int begin = first_of(cluster, clusters, a.images), end = first_of(cluster + 1, clusters, a.images);
-  const int first_channel = rank * cut.channels;
+  const int rank = static_cast<int>(cluster_rank()), cluster = cluster_of(cut, blockIdx.x);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
+  const int positions = a.positions, channels = a.channels, first_channel = rank * cut.channels;
+  // A head's threads: this one's positions, and its channels, of which each has a pair.
+  const int head = head_of_warp(), own_part = head * kParts + warp / kHeads;
+  const bool is_head = head < a.heads;
+  // Weights first: behind the map's loads they would wait long.
+  const int own_pair = 2 * threadIdx.x, own_channel = 2 * thread_of_head();
+  const bool is_held = cut.channels <= 2 * kOfHead * kHeldPairs;
+  const int64_t own_row = static_cast<int64_t>(head) * channels + first_channel;
+  const bool is_worker = threadIdx.x < kWorkers;
+  uint2 w[kHeads] = {}, score_w[kHeldPairs] = {};
+  float2 values[kHeldPairs] = {};  // P
+  if (is_worker && own_pair < cut.channels) load_pairs(a.w, a.heads, channels, first_channel + own_pair, w);
+  if (a.gated > 0 && is_head && is_worker)
+#pragma unroll
+    for (int i = 0; i < kHeldPairs; ++i)
+      if (own_channel + 2 * kOfHead * i < cut.channels)
+        score_w[i] = raw_pair(a.score_w, own_row + own_channel + 2 * kOfHead * i);
+  const float bias = is_head && a.b.data != nullptr ? value_of(a.b, head) : 0.f;
+  const int clusters = cluster_of(cut, gridDim.x);
+  const int begin = first_of<int>(cluster, clusters, a.images), end = first_of<int>(cluster + 1, clusters, a.images);
   const Slots slots(cut, memory);
   const Exchange of_sums(slots, 0), of_scores(slots, 1);
   cluster_arrive();
-  if (threadIdx.x >= kWorkers) {
+  if (!is_worker) {
     cluster_wait();
     if (threadIdx.x == kWorkers)
       slots.move(static_cast<const T*>(a.z.data) + begin * a.z.image + first_channel * a.positions,
@@ -35,30 +57,26 @@ __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
 
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
-  const int positions = a.positions, channels = a.channels;
   const OwnRows own(slots, positions);
   uint4* weights = reinterpret_cast<uint4*>(memory + cut.weights);
   T* masks = reinterpret_cast<T*>(memory + cut.masks) + kFrame * 8;  // [S, 8], zeros around
-  float* sums = reinterpret_cast<float*>(memory + cut.sums);         // [kHeads, pitch]
-  float* pooled = sums;                                              // or [kHeads + 1, pitch]: P
-  const int pitch = cut.channels + 1;                                // floats
-  float4* scores = reinterpret_cast<float4*>(memory + cut.rest);     // [kWarps]
-  float* totals = reinterpret_cast<float*>(scores + kWarps);         // [kHeads]
-  // A thread's channels: this one and the next, and others behind where a block has more.
-  const int own_pair = 2 * threadIdx.x;
-  const bool is_held = cut.channels <= 2 * kWorkers;  // there are no others: what is of them stays in registers
-  uint2 w[kHeads] = {}, score_w[kHeads] = {};
-  float2 values[kHeads] = {};  // P
-  if (own_pair < cut.channels) load_pairs(a.w, a.heads, channels, first_channel + own_pair, w);
-  if (a.gated > 0 && own_pair < cut.channels)
-    load_pairs(a.score_w, a.heads, channels, first_channel + own_pair, score_w);
+  float* pooled = reinterpret_cast<float*>(memory + cut.sums);       // [kHeads + 1, pitch]: P
+  const int pitch = cut.channels + kGap;                             // floats
+  float4* scores = reinterpret_cast<float4*>(memory + cut.rest);  // [kWarps]
+  float* maxima = reinterpret_cast<float*>(scores + kWarps);      // [kHeads, kParts], and so are totals
+  float* totals = maxima + kWarps;
+  const auto sum_of = [](const float* parts) {
+    const float4 four = *reinterpret_cast<const float4*>(parts);
+    return four.x + four.y + (four.z + four.w);
+  };
+  // Where matrices leave this thread's sums of P: of row k of it and the next, of a channel and a later one.
+  const int k = 2 * column;
+  const uint32_t own_place = kept(k * pitch + own.first + cut.classes * row);
   for (int i = threadIdx.x; i < (kFrame + 16 * cut.tiles) * 8; i += kWorkers) {
     const int position = i / 8 - kFrame;
     masks[i - kFrame * 8] = rounded<T>(i % 8 == kMean && position >= 0 && position < positions ? 1.f : 0.f);
   }
-  const float bias = warp < a.heads && a.b.data != nullptr ? value_of(a.b, warp) : 0.f;
-  cluster_wait();  // before it, since behind the other warp's loads of the map these would wait long
+  cluster_wait();
 #pragma unroll 1
   for (int pair = own_pair; pair < cut.channels; pair += 2 * kWorkers) {
     if (pair != own_pair) load_pairs(a.w, a.heads, channels, first_channel + pair, w);
@@ -70,100 +88,115 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   workers_sync();
 
-  const auto pooled_pair = [&](int64_t image, int k, int pair) {
-    return reinterpret_cast<float2*>(a.pooled + (image * a.heads + k) * channels + first_channel + pair);
+  const auto pooled_pair = [&](int64_t image, int channel) {  // of this head
+    return reinterpret_cast<float2*>(a.pooled + image * a.heads * channels + own_row + channel);
   };
   // Gates and features of an image whose P and scores are there.
   const auto finish = [&](int64_t image) {
     float sums[kHeads], gates[kHeads];
     take_sums(scores, of_scores, static_cast<int>(image) - begin, sums);
     make_gates(a, image, sums, 1, gates);  // both blocks store the same
-#pragma unroll 1
-    for (int pair = own_pair; pair < cut.channels; pair += 2 * kWorkers) {
+    if (head >= a.gated) return;
+    const float gate = gate_of(gates, head);
+    T* features = static_cast<T*>(a.features) + image * a.gated * channels + own_row;
+    const auto store = [&](int channel, float2 value) {
+      *reinterpret_cast<uint32_t*>(features + channel) = packed<T>(gate * value.x, gate * value.y);
+    };
+    if (is_held) {
 #pragma unroll
-      for (int k = 0; k < kHeads; ++k)
-        if (!is_held && k < a.gated) values[k] = *pooled_pair(image, k, pair);  // which this thread has stored
-#pragma unroll
-      for (int k = 0; k < kHeads; ++k)
-        if (k < a.gated)
-          *reinterpret_cast<uint32_t*>(static_cast<T*>(a.features) + (image * a.gated + k) * channels + first_channel +
-                                       pair) = packed<T>(gates[k] * values[k].x, gates[k] * values[k].y);
+      for (int i = 0; i < kHeldPairs; ++i)
+        if (own_channel + 2 * kOfHead * i < cut.channels) store(own_channel + 2 * kOfHead * i, values[i]);
+      return;
     }
+#pragma unroll 1
+    for (int channel = own_channel; channel < cut.channels; channel += 2 * kOfHead)
+      store(channel, *pooled_pair(image, channel));  // which this thread has stored
   };
 
-  for (int64_t image = begin; image < end; ++image) {
+  for (int64_t image = begin;; ++image) {
     const int turn = static_cast<int>(image) - begin;
-    sum_over_channels<T, kHeads>(slots, of_sums, turn, positions, 0, [] {});
-    if (a.gated > 0 && turn > 0) finish(image - 1);  // while the other block's sums are on their way
+    float logits[kTurns][1];
+    if (image < end)
+      sum_over_channels<T, kHeads>(slots, of_sums, turn, positions, 0, [] {}, logits);
+    else
+      workers_sync();
+    // While the other block's sums are on their way.
+    if (a.gated > 0 && turn > 0) finish(image - 1);
+    if (image == end) break;
     const float* others = of_sums.take(turn);
-    workers_sync();
-    if (warp < a.heads) {  // a warp for each head's softmax
-      const int k = warp;
-      float* logits = sums + k * cut.pitch;
-      float most = -INFINITY, total = 0;
-      for (int position = lane; position < positions; position += 32) {
-        float logit = logits[position];
-        if (others != nullptr) logit += others[k * 4 * cut.quads + position];
-        logit += bias;
-        most = maximum(most, logit);
-        logits[position] = logit;
-      }
-      most = warp_maximum(most);
-      const float start = origin(most);
-      for (int position = lane; position < positions; position += 32) {
-        const float logit = logits[position], mask = __expf(logit - start);
-        if (a.logits != nullptr && rank == 0) a.logits[(image * a.heads + k) * positions + position] = logit;
-        masks[position * 8 + k] = rounded<T>(mask);
-        total += mask;
-      }
-      total = warp_sum(total);
-      if (lane == 0) {
-        totals[k] = total;
-        if (rank == 0) a.lse[image * a.heads + k] = start + __logf(total);
-      }
+    float most = -INFINITY, total = 0;
+#pragma unroll
+    for (int i = 0; i < kTurns; ++i) {
+      const int position = thread_of_head() + i * kOfHead;
+      if (others != nullptr && position < positions) logits[i][0] += others[head * 4 * cut.quads + position];
+      logits[i][0] = position < positions ? logits[i][0] + bias : -INFINITY;
+      most = maximum(most, logits[i][0]);
     }
+    most = warp_maximum(most);
+    if (lane == 0) maxima[own_part] = most;
+    workers_sync();
+    const float4 of_parts = *reinterpret_cast<const float4*>(maxima + head * kParts);
+    const float start = origin(maximum(maximum(of_parts.x, of_parts.y), maximum(of_parts.z, of_parts.w)));
+#pragma unroll
+    for (int i = 0; i < kTurns; ++i) {
+      const int position = thread_of_head() + i * kOfHead;
+      if (position >= positions || !is_head) continue;
+      const float mask = __expf(logits[i][0] - start);
+      masks[position * 8 + head] = rounded<T>(mask);
+      total += mask;
+      if (a.logits != nullptr && rank == 0) a.logits[(image * a.heads + head) * positions + position] = logits[i][0];
+    }
+    total = warp_sum(total);
+    if (lane == 0) totals[own_part] = total;
     workers_sync();
 
     // Columns 2 * column and + 1 of P become rows in shared memory; then a thread has channels.
-    const int k = 2 * column;
-    const float low = __fdividef(1, k < a.heads ? totals[k] : positions);
-    const float high = __fdividef(1, k + 1 < a.heads ? totals[k + 1] : 1.f);
-    float score[kHeads] = {};
+    const float low = __fdividef(1, k < a.heads ? sum_of(totals + k * kParts) : positions);
+    const float high = __fdividef(1, k + 1 < a.heads ? sum_of(totals + (k + 1) * kParts) : 1.f);
     for (int chunk = own.last; chunk >= 0; chunk -= cut.teams) {
-      const Slots::Chunk z = slots.wait(turn, chunk, true);
+      const uint32_t load = slots.load_of(turn, chunk, true);
       float pooled_sums[4];
-      own.sum_over_positions<T>(z.address, pooled_sums);
-      slots.release(z, cut.teams);
+      own.sum_over_positions<T>(slots.wait(load), pooled_sums);
+      slots.release(load, cut.teams);
       if (k > kMean) continue;
-      float* to = pooled + k * pitch + chunk * cut.chunk + own.first + cut.classes * row;
+      float* to = pooled + own_place + chunk * cut.chunk;
       to[0] = pooled_sums[0] * low, to[cut.classes * 8] = pooled_sums[2] * low;
       if (k == kMean) continue;
       to[pitch] = pooled_sums[1] * high, to[pitch + cut.classes * 8] = pooled_sums[3] * high;
     }
     workers_sync();
+    if (is_head) {
+      if (rank == 0 && own_part == head * kParts && lane == 0)
+        a.lse[image * a.heads + head] = start + __logf(sum_of(totals + head * kParts));
+      float score = 0;
+      const auto store = [&](int channel, uint2 of_score) {
+        const float2 value = *reinterpret_cast<const float2*>(pooled + head * pitch + channel);
+        *pooled_pair(image, channel) = value;
+        const float2 weight = pair_from<T>(a.score_w, of_score);
+        score += value.x * weight.x + value.y * weight.y;
+        return value;
+      };
+      if (is_held) {
+#pragma unroll
+        for (int i = 0; i < kHeldPairs; ++i)
+          if (own_channel + 2 * kOfHead * i < cut.channels)
+            values[i] = store(own_channel + 2 * kOfHead * i, score_w[i]);
+      } else {
 #pragma unroll 1
-    for (int pair = own_pair; pair < cut.channels; pair += 2 * kWorkers) {
-      if (a.gated > 0 && !is_held) load_pairs(a.score_w, a.heads, channels, first_channel + pair, score_w);
-#pragma unroll
-      for (int k = 0; k < kHeads; ++k) {
-        if (k >= a.heads) continue;
-        const float2 of_score = pair_from<T>(a.score_w, score_w[k]);
-        values[k] = make_float2(pooled[k * pitch + pair], pooled[k * pitch + pair + 1]);
-        *pooled_pair(image, k, pair) = values[k];
-        score[k] += values[k].x * of_score.x + values[k].y * of_score.y;
+        for (int channel = own_channel; channel < cut.channels; channel += 2 * kOfHead)
+          store(channel, a.gated > 0 ? raw_pair(a.score_w, own_row + channel) : make_uint2(0, 0));
       }
-      if (a.mean != nullptr)
+      if (a.gated > 0) score = warp_sum(score);
+      if (a.gated > 0) give_part(score, scores, of_scores, turn);
+    } else if (a.gated > 0) {
+      give_part(0, scores, of_scores, turn);
+    }
+    if (a.mean != nullptr)
+#pragma unroll 1
+      for (int pair = own_pair; pair < cut.channels; pair += 2 * kWorkers)
         *reinterpret_cast<float2*>(a.mean + image * channels + first_channel + pair) =
-            make_float2(pooled[kMean * pitch + pair], pooled[kMean * pitch + pair + 1]);
-    }
-    if (a.gated > 0) {
-#pragma unroll
-      for (int k = 0; k < kHeads; ++k) score[k] = warp_sum(score[k]);
-      give_part(score, scores, of_scores, turn);
-    }
+            *reinterpret_cast<const float2*>(pooled + kMean * pitch + pair);
   }
-  workers_sync();
-  if (a.gated > 0 && end > begin) finish(end - 1);
 #endif  // AR_HOPPER
 }
 
@@ -172,7 +205,7 @@ RowsCut forward_cut(const ForwardSweep& a) {
   needs.columns = kHeads;
   needs.sums_of_channel = (kHeads + 1) * 4;
   needs.buffers = 1;
-  needs.rest = (1 + kWarps) * kHeads * 4;
+  needs.rest = kWarps * (4 + 2) * 4;
   return rows_cut(a.images, a.channels, a.positions, needs);
 }
 

@@ -27,15 +27,25 @@ constexpr int kWarps = 16;             // workers
 constexpr int kWorkers = 32 * kWarps;
 constexpr int kThreads = kWorkers + 32;
 constexpr int kColumnTiles = 2;            // of 16 columns, the most that a warp sums at once
+constexpr int kOfHead = 32 * kWarps / kHeads;  // threads
+constexpr int kTurns = 2;                      // of a thread, to all positions
+constexpr int kMostPositions = kTurns * kOfHead;
 constexpr int kExchanges = 2;              // between the blocks of a cluster, of an image
+constexpr int kGap = 8;                    // floats between rows of channels, which so begin in different banks
 constexpr int kFrame = 8;                  // rows of zeros before the masks' first
 constexpr int kBytesPerNanosecond = 3350;  // of an H100's memory
 constexpr int kLoads = 32;  // barriers and places in the table of slots: twice as many as slots, at least
 
+// Shared memory begins with what its users find without a register: of each load a barrier that it has come and one that
+// all workers are done with it, and its slot's address; two barriers of each exchange.
+constexpr int kLoaded = 0, kUsed = kLoaded + 8 * kLoads, kTable = kUsed + 8 * kLoads, kExchangeBarriers = kTable + 4 * kLoads;
+constexpr int kBeforeSlots = kExchangeBarriers + kExchanges * 2 * 8;
+
 // How an image is cut, and where what lies in shared memory.
 struct RowsCut {
   int classes, class_bits, tiles;  // of rows; its logarithm; of 16 columns, of a row
-  int blocks, channels;            // of a cluster; of a block
+  int blocks;                      // of a cluster
+  int channels;                    // of a block
   int chunk, chunks, chunk_bytes;  // channels of a chunk; chunks of a block
   int slots, slot_bytes;           // a chunk, and as much as its last rows' columns reach beyond it
   int stay;                        // chunks that are still there after the first sweep
@@ -46,9 +56,6 @@ struct RowsCut {
   int quads;                       // of positions
   int given;                       // what the other block gave, of sums and of numbers: exchanges' memory
   int masks;                       // [kFrame + 16 tiles, 8] of 16 bits: zeros before and behind
-  int table;                       // [kLoads] ints: the slot of each load
-  int loaded, used;                // [kLoads] barriers: a load has come, all workers are done with it
-  int exchanges;                   // [kExchanges, 2] barriers
   int rest, bytes;
 };
 
@@ -59,16 +66,18 @@ __host__ __device__ constexpr int weight_rows(const RowsCut& cut) { return cut.c
 // What a kernel wants of it.
 struct RowsNeeds {
   int columns;                // sums at every position that are kept
-  int sums_of_channel;        // bytes of the memory of sums, at least, for each channel and one more
+  int sums_of_channel;        // bytes of the memory of sums, at least, for each channel and the gap
   int buffers;                // of weights
   int rest, rest_of_channel;  // bytes besides
 };
 
 // How many clusters are launched for so many images.
 inline int rows_clusters(const RowsCut& cut, int images) {
-  const int most = processors() / cut.blocks;
-  return images < most ? images : most < 1 ? 1 : most;
+  return std::max(1, std::min(images, processors() / cut.blocks));
 }
+
+// Of one or two blocks; and of how many there are.
+__host__ __device__ constexpr int cluster_of(const RowsCut& cut, int block) { return block >> (cut.blocks - 1); }
 
 // No slots: it does not fit.
 inline RowsCut rows_cut(int images, int channels, int positions, const RowsNeeds& needs) {
@@ -77,7 +86,9 @@ inline RowsCut rows_cut(int images, int channels, int positions, const RowsNeeds
   cut.classes = 1 << cut.class_bits;
   const int shift = cut.classes == 1 ? 0 : 8 - 8 / cut.classes;  // the most
   cut.tiles = (positions + shift + 15) / 16;
-  if (channels < kUnit || channels % kUnit != 0 || cut.tiles > kColumnTiles * kWarps / cut.classes) return cut;
+  if (channels < kUnit || channels % kUnit != 0 || cut.tiles > kColumnTiles * kWarps / cut.classes ||
+      positions > kMostPositions)
+    return cut;
   // Large chunks, of which fewer are waited for; but an even number of them, which two blocks share.
   const int least = cut.classes < 8 ? kUnit / 2 : kUnit;
   cut.chunk = 2 * kUnit;
@@ -91,27 +102,23 @@ inline RowsCut rows_cut(int images, int channels, int positions, const RowsNeeds
   cut.teams = 16 * kWarps / cut.chunk;
   cut.columns = needs.columns;
   cut.quads = (positions + 3) / 4;
-  cut.pitch = 16 * cut.tiles + 4;  // two columns begin 8 banks apart
+  cut.pitch = kFrame + 16 * cut.tiles + 4;  // every other column begins 8 banks before the one before
   int sums = cut.classes * cut.columns * cut.pitch * 4;
-  if (sums < needs.sums_of_channel * (cut.channels + 1)) sums = needs.sums_of_channel * (cut.channels + 1);
-  const int given = cut.blocks == 1 ? 0 : 2 * (cut.columns * 4 * cut.quads + kWarps * kHeads) * 4;
+  if (sums < needs.sums_of_channel * (cut.channels + kGap)) sums = needs.sums_of_channel * (cut.channels + kGap);
+  const int given = cut.blocks == 1 ? 0 : 2 * (cut.columns * 4 * cut.quads + kWarps * 4) * 4;
   int at = 0;
   const auto take = [&](int bytes) {
     at += (bytes + 15) / 16 * 16;
     return at - (bytes + 15) / 16 * 16;
   };
   const auto lay_out = [&](int slots) {
-    at = 0;
+    at = kBeforeSlots;
     take(slots * cut.slot_bytes);
     cut.weight_bytes = cut.chunks * weight_rows(cut) * 16;
     cut.weights = take(needs.buffers * cut.weight_bytes);
     cut.sums = take(sums);
     cut.given = take(given);
     cut.masks = take((kFrame + 16 * cut.tiles) * 16);
-    cut.table = take(kLoads * 4);
-    cut.loaded = take(kLoads * 8);
-    cut.used = take(kLoads * 8);
-    cut.exchanges = take(kExchanges * 2 * 8);
     cut.rest = take(needs.rest + needs.rest_of_channel * cut.channels);
     cut.bytes = at;
   };
@@ -151,80 +158,84 @@ struct Slots {
 
   __device__ Slots(const RowsCut& cut, uint8_t* memory)
       : cut(cut), memory(memory), base(shared_address(memory)), per_image(2 * cut.chunks - cut.stay) {
-    if (threadIdx.x != 0) return;
-    for (int i = 0; i < kLoads; ++i) {
-      barrier_init(loaded(i), 1);
-      barrier_init(used(i), kWarps);
+    const int warp = threadIdx.x / 32;
+    if (threadIdx.x % 32 != 0 || warp >= kWarps) return;
+#pragma unroll
+    for (int i = 0; i < kLoads; i += kWarps) {  // by many warps, since these are slow
+      barrier_init(loaded(warp + i), 1);
+      barrier_init(used(warp + i), kWarps);
     }
     fence_barrier_init();
   }
 
-  __device__ uint32_t loaded(uint32_t load) const { return base + cut.loaded + load % kLoads * 8; }
-  __device__ uint32_t used(uint32_t load) const { return base + cut.used + load % kLoads * 8; }
-  __device__ int& slot_of(uint32_t load) const { return reinterpret_cast<int*>(memory + cut.table)[load % kLoads]; }
+  __device__ uint32_t loaded(uint32_t load) const { return base + kLoaded + load % kLoads * 8; }
+  __device__ uint32_t used(uint32_t load) const { return base + kUsed + load % kLoads * 8; }
+  __device__ uint32_t& address_of(uint32_t load) const {
+    return reinterpret_cast<uint32_t*>(memory + kTable)[load % kLoads];
+  }
 
   // One thread: all of a block's loads, and stores of what became of its chunks, where `to` is not null.
   __device__ void move(const void* map, int64_t image_bytes, int images, void* to, int64_t image_bytes_to) const {
     // Or all clusters would be between sweeps at the same time, and memory would idle.
-    if (images > 1) pause(blockIdx.x / cut.blocks * cut.pause);
+    if (images > 1) pause(cluster_of(cut, blockIdx.x) * cut.pause);
     const int loads = images * per_image, early = cut.chunks - cut.stay;
     int next = 0, of_image = 0;  // the load to ask for, its number in its image
     const uint8_t* from = static_cast<const uint8_t*>(map);
-    const auto fill = [&](int slot) {
+    const auto fill = [&](uint32_t slot) {  // its address
       if (next >= loads) return;
       const int chunk = of_image < cut.chunks ? of_image : per_image - 1 - of_image;
-      slot_of(next) = slot;
+      address_of(next) = slot;
       barrier_arrive_expect(loaded(next), cut.chunk_bytes);
-      bulk_load(base + slot * cut.slot_bytes, from + chunk * cut.chunk_bytes, cut.chunk_bytes, loaded(next),
+      bulk_load(slot, from + chunk * cut.chunk_bytes, cut.chunk_bytes, loaded(next),
                 kEvictNormal);
       ++next;
       if (++of_image < per_image) return;
       of_image = 0;
       from += image_bytes;
     };
-    for (int slot = 0; slot < cut.slots; ++slot) fill(slot);
+    for (int slot = 0; slot < cut.slots; ++slot) fill(base + kBeforeSlots + slot * cut.slot_bytes);
     uint8_t* image_to = static_cast<uint8_t*>(to);
     for (int first = 0; first < loads; first += per_image, image_to += image_bytes_to) {
-      int leaving = -1;  // the slot that a store still reads
+      uint32_t leaving = 0;  // the slot that a store still reads, or none
       for (int i = 0; i < per_image; ++i) {
         const int chunk = i < early ? i : cut.chunks - 1 - (i - early);
         const uint32_t load = first + (i < cut.chunks ? chunk : i);
         barrier_wait(used(load), load / kLoads & 1);
-        const int slot = slot_of(load);
+        const uint32_t slot = address_of(load);
         if (i < early || to == nullptr) {
           fill(slot);
           continue;
         }
-        bulk_store(image_to + chunk * cut.chunk_bytes, base + slot * cut.slot_bytes, cut.chunk_bytes, kEvictNormal);
+        bulk_store(image_to + chunk * cut.chunk_bytes, slot, cut.chunk_bytes, kEvictNormal);
         bulk_commit();
-        if (leaving >= 0) {
+        if (leaving != 0) {
           bulk_wait_read<1>();
           fill(leaving);
         }
         leaving = slot;
       }
-      if (leaving < 0) continue;
+      if (leaving == 0) continue;
       bulk_wait_read<0>();
       fill(leaving);
     }
   }
 
-  // A worker's chunk; image counts from this block's first.
-  struct Chunk {
-    uint32_t load, address;
-  };
-
-  __device__ Chunk wait(int image, int chunk, bool second_sweep) const {
+  // The load of a chunk; image counts from this block's first.
+  __device__ uint32_t load_of(int image, int chunk, bool second_sweep) const {
     const bool again = second_sweep && chunk < cut.chunks - cut.stay;
-    const uint32_t load = image * per_image + (again ? per_image - 1 - chunk : chunk);
+    return image * per_image + (again ? per_image - 1 - chunk : chunk);
+  }
+
+  // A worker's: the address of what has come.
+  __device__ uint32_t wait(uint32_t load) const {
     barrier_wait(loaded(load), load / kLoads & 1);
-    return {load, base + slot_of(load) * cut.slot_bytes};
+    return address_of(load);
   }
 
   // A warp is done with it, for so many of the kWarps that it is awaited from.
-  __device__ void release(const Chunk& chunk, int count) const {
+  __device__ void release(uint32_t load, int count) const {
     __syncwarp();
-    if (static_cast<int>(threadIdx.x % 32) < count) barrier_arrive(used(chunk.load));
+    if (static_cast<int>(threadIdx.x % 32) < count) barrier_arrive(used(load));
   }
 };
 
@@ -246,12 +257,12 @@ struct Exchange {
 
   __device__ bool is_shared() const { return slots.cut.blocks > 1; }
   __device__ int bytes() const { return (number == 0 ? slots.cut.columns * slots.cut.quads : kWarps) * 16; }
-  __device__ uint32_t barrier(int turn) const { return slots.base + slots.cut.exchanges + 16 * number + turn % 2 * 8; }
+  __device__ uint32_t barrier(int turn) const { return slots.base + kExchangeBarriers + 16 * number + turn % 2 * 8; }
 
   // Offset of what is given.
   __device__ int place(int turn) const {
-    const int sums = slots.cut.columns * 4 * slots.cut.quads;
-    return slots.cut.given + (number == 0 ? turn % 2 * sums : 2 * sums + turn % 2 * kWarps * kHeads) * 4;
+    const int of_sums = slots.cut.columns * slots.cut.quads * 16;
+    return slots.cut.given + (number == 0 ? 0 : 2 * of_sums) + turn % 2 * bytes();
   }
 
   // Four floats to the other block, from there on where they belong. turn: the image, from this block's first.
@@ -272,27 +283,29 @@ struct Exchange {
   }
 };
 
-// Sums of a number of each head over all warps of the cluster: each gives its part to `parts`, [kWarps] of this block,
-// and to the other block. They are taken after a barrier of the workers.
-__device__ __forceinline__ void give_part(const float (&sums)[kHeads], float4* parts, const Exchange& exchange,
-                                          int turn) {
+// Warps share the heads: this one's, and which of its threads this one is.
+__device__ __forceinline__ int head_of_warp() { return threadIdx.x / 32 % kHeads; }
+__device__ __forceinline__ int thread_of_head() { return threadIdx.x / 32 / kHeads * 32 + threadIdx.x % 32; }
+
+// The sum of a number of this warp's head over all warps of the cluster that have it: each gives its part to `parts`,
+// [kWarps] of this block, and to the other block. Sums are taken after a barrier of the workers.
+__device__ __forceinline__ void give_part(float sum, float4* parts, const Exchange& exchange, int turn) {
   if (threadIdx.x % 32 != 0) return;
   const int warp = threadIdx.x / 32;
-  parts[warp] = make_float4(sums[0], sums[1], sums[2], sums[3]);
-  exchange.give(turn, warp * kHeads, parts[warp]);
+  parts[warp] = make_float4(sum, 0, 0, 0);
+  exchange.give(turn, warp * 4, parts[warp]);
 }
 
 __device__ __forceinline__ void take_sums(const float4* parts, const Exchange& exchange, int turn,
                                           float (&sums)[kHeads]) {
-  // Half a warp looks at this block's parts, the other half at the other's: of two numbers it is the same sum in both.
   const float4* others = reinterpret_cast<const float4*>(exchange.take(turn));
-  const int lane = threadIdx.x % 32;
-  float4 part = make_float4(0, 0, 0, 0);
-  if (lane < kWarps)
-    part = parts[lane];
-  else if (others != nullptr)
-    part = others[lane - kWarps];
-  sums[0] = warp_sum(part.x), sums[1] = warp_sum(part.y), sums[2] = warp_sum(part.z), sums[3] = warp_sum(part.w);
+  const int warp = threadIdx.x % kWarps;
+  float sum = parts[warp].x;
+  if (others != nullptr) sum += others[warp].x;
+#pragma unroll
+  for (int lanes = kHeads; lanes < kWarps; lanes *= 2) sum += __shfl_xor_sync(kAll, sum, lanes);
+#pragma unroll
+  for (int k = 0; k < kHeads; ++k) sums[k] = __shfl_sync(kAll, sum, k);
 }
 
 // Two adjacent values as memory has them, and what they are: apart, so that several loads are under way at a time.
@@ -328,13 +341,15 @@ __device__ __forceinline__ int weight_place(const RowsCut& cut, int channel) {
   return weight_place(cut, (channel - of_chunk) / cut.chunk, of_chunk);
 }
 
-// The first sweep: sums[i, position] = Σ_c weights[c, i] z[c, position] of this block's channels, given to the other
-// block too. buffer: of weights, as bytes. meanwhile: called when no chunk is waited for any more. After a barrier of
-// the workers since weights were written; one must follow before the sums are read.
+// The first sweep: Σ_c weights[c, i] z[c, position] over this block's channels, given to the other block too. A thread
+// gets the sums of its head's columns, a share of all, at every kOfHead-th position from its own number on. buffer: of
+// weights, as bytes. meanwhile: called when no chunk is waited for any more. After a barrier of the workers since
+// weights were written.
 template <class T, int kColumns, class Meanwhile>
 __device__ __forceinline__ void sum_over_channels(const Slots& slots, const Exchange& exchange, int image,
-                                                  int positions, uint32_t buffer, const Meanwhile& meanwhile) {
-  static_assert(kWarps % kColumns == 0);
+                                                  int positions, uint32_t buffer, const Meanwhile& meanwhile,
+                                                  float (&own)[kTurns][kColumns / kHeads]) {
+  constexpr int kOwn = kColumns / kHeads;
   const RowsCut& cut = slots.cut;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
   const int row_class = warp & (cut.classes - 1), group = warp >> cut.class_bits, groups = kWarps >> cut.class_bits;
@@ -344,14 +359,15 @@ __device__ __forceinline__ void sum_over_channels(const Slots& slots, const Exch
   // Matrices 0 and 1 of a fragment are columns 0 to 7 and 8 to 15 of the first eight channels, 2 and 3 of the others.
   const uint32_t lane_row = cut.classes * (lane % 8 + lane / 16 * 8) + row_class;
   const uint32_t lane_offset =
-      2 * (lane_row * positions - shift_of(row_class, positions)) + lane / 8 % 2 * 16 + 32 * group;
+      kept(2 * (lane_row * positions - shift_of(row_class, positions)) + lane / 8 % 2 * 16 + 32 * group);
   const uint32_t block_bytes = kept(32 * cut.classes * positions), to_second = kept(32 * groups);
   const uint32_t chunk_weights = kept(16 * weight_rows(cut));
   const uint32_t end_of_weights = kept(256 * (cut.chunk / 16 >> cut.class_bits));  // of this class in a chunk
-  uint32_t weights = slots.base + cut.weights + buffer + 16 * (weight_place(cut, 0, row_class) + lane % 16);
-  for (int chunk = 0; chunk < cut.chunks; ++chunk) {
-    const Slots::Chunk z = slots.wait(image, chunk, false);
-    uint32_t fragments = z.address + lane_offset;
+  uint32_t weights = kept(slots.base + cut.weights + buffer + 16 * (weight_place(cut, 0, row_class) + lane % 16));
+  uint32_t load = slots.load_of(image, 0, false);
+  const uint32_t leave = kept(load + cut.chunks - cut.stay), end = kept(load + cut.chunks);  // the others stay
+  for (; load != end; ++load) {
+    uint32_t fragments = slots.wait(load) + lane_offset;
     if (has_one)
       for (uint32_t block = 0; block < end_of_weights; block += 256) {  // of 16 channels
         uint32_t weight[2], fragment[kColumnTiles][4];
@@ -363,14 +379,16 @@ __device__ __forceinline__ void sum_over_channels(const Slots& slots, const Exch
         fragments += block_bytes;
       }
     weights += chunk_weights;
-    if (chunk < cut.chunks - cut.stay) slots.release(z, 1);  // the others stay
+    if (load < leave) slots.release(load, 1);
   }
   meanwhile();
   workers_sync();  // what was where the sums belong is not used any more
   float* sums = reinterpret_cast<float*>(slots.memory + cut.sums);  // [classes, kColumns, pitch]
   const int class_sums = kColumns * cut.pitch;
   if (has_one && 2 * column < kColumns) {
-    float* to = sums + row_class * class_sums + 2 * column * cut.pitch + 16 * group + row;
+    // Each at its position: before the first one and after the last there is room for elements of other rows.
+    float* to = sums + row_class * class_sums + 2 * column * cut.pitch + kFrame + 16 * group + row -
+                shift_of(row_class, positions);
 #pragma unroll
     for (int u = 0; u < kColumnTiles; ++u, to += 16 * groups) {
       if (u == 1 && !has_two) continue;
@@ -379,21 +397,24 @@ __device__ __forceinline__ void sum_over_channels(const Slots& slots, const Exch
     }
   }
   workers_sync();
-  // Of all classes, a position a thread. The result lies where the first class's sum was, which nobody else reads.
-  const int count = 4 * cut.quads, own_column = warp % kColumns;
-  for (int first = warp / kColumns * 32; first < count; first += 32 * (kWarps / kColumns)) {
-    const int position = first + lane, at = own_column * cut.pitch + position;
-    const bool is_one = position < count;
-    float total = 0;
+  const int first_column = head_of_warp() * kOwn, count = 4 * cut.quads;
 #pragma unroll
-    for (int of_class = 0; of_class < 8; ++of_class)
-      if (of_class < cut.classes && is_one) total += sums[of_class * class_sums + at + shift_of(of_class, positions)];
-    if (is_one) sums[at] = total;
-    float next[3];
+  for (int turn = 0; turn < kTurns; ++turn) {
+    const int position = thread_of_head() + turn * kOfHead;
+    if (turn * kOfHead >= positions) continue;
 #pragma unroll
-    for (int i = 0; i < 3; ++i) next[i] = __shfl_down_sync(kAll, total, i + 1);
-    if (is_one && lane % 4 == 0)
-      exchange.give(image, own_column * count + position, make_float4(total, next[0], next[1], next[2]));
+    for (int i = 0; i < kOwn; ++i) {
+      const float* of_class = sums + (first_column + i) * cut.pitch + kFrame + position;
+      float total = 0;
+      if (position < count)
+        for (int others = cut.classes; others > 0; --others, of_class += class_sums) total += *of_class;
+      own[turn][i] = total;
+      float next[3];
+#pragma unroll
+      for (int lanes = 0; lanes < 3; ++lanes) next[lanes] = __shfl_down_sync(kAll, total, lanes + 1);
+      if (position < count && lane % 4 == 0)
+        exchange.give(image, (first_column + i) * count + position, make_float4(total, next[0], next[1], next[2]));
+    }
   }
 }
 
@@ -402,26 +423,29 @@ struct OwnRows {
   int last;                 // chunk of its team
   int unit, first, shift;   // first: channel, in the chunk
   int tiles;                // of 16 columns that its rows touch
+  uint32_t last_tile;       // bytes before it, of a row
   uint32_t begin, ends[2];  // what is of its rows: of a lane's words of the first eight columns, of the last tile
   uint32_t weights;         // address of this lane's row, in the first chunk
-  uint32_t masks;           // of what belongs to column 0
+  uint32_t masks;           // of what belongs to column 0, of lane 0; each lane has the next one
   uint32_t row;             // offset of this lane's row of a matrix, in a chunk
 
   __device__ OwnRows(const Slots& slots, int positions) {
     const RowsCut& cut = slots.cut;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, units = cut.chunk / 16;
-    last = cut.chunks - 1 - ((cut.chunks - 1 - warp / units) & (cut.teams - 1));
-    unit = warp % units;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, units = cut.chunk >> 4;
+    const int team = warp * cut.teams / kWarps;
+    last = cut.chunks - 1 - ((cut.chunks - 1 - team) & (cut.teams - 1));
+    unit = warp & (units - 1);
     const int row_class = unit & (cut.classes - 1);
     first = 16 * (unit - row_class) + row_class;
     shift = shift_of(row_class, positions);
     tiles = (positions + shift + 15) / 16;
-    begin = real_pair(0, positions);
+    last_tile = kept(32 * (tiles - 1));
+    begin = kept(real_pair(0, positions));
 #pragma unroll
-    for (int half = 0; half < 2; ++half) ends[half] = real_pair(16 * (tiles - 1) + 8 * half, positions);
+    for (int half = 0; half < 2; ++half) ends[half] = kept(real_pair(16 * (tiles - 1) + 8 * half, positions));
     weights = slots.base + cut.weights + 16 * (weight_place(cut, 0, first) + lane % 16);
-    masks = slots.base + cut.masks + 16 * (kFrame - shift + lane % 16);
-    row = 2 * ((first + cut.classes * (lane % 16)) * positions - shift) + lane / 16 * 16;
+    masks = kept(slots.base + cut.masks + 16 * (kFrame - shift + lane));
+    row = kept(2 * ((first + cut.classes * (lane % 16)) * positions - shift) + lane / 16 * 16);
   }
 
   // All warps of the team.
@@ -434,25 +458,31 @@ struct OwnRows {
     uint32_t first[4], last[4], first_mask[2], last_mask[2];
     load_matrix(first, z);
     load_matrix_transposed(first_mask, masks);
-    load_matrix(last, z + 32 * (tiles - 1));
-    load_matrix_transposed(last_mask, masks + 256 * (tiles - 1));
+    load_matrix(last, z + last_tile);
+    load_matrix_transposed(last_mask, masks + 8 * last_tile);
     float chains[2][4] = {};  // of products that don't wait for each other
     first[0] &= begin, first[1] &= begin;
 #pragma unroll
     for (int i = 0; i < 4; ++i) last[i] &= ends[i / 2];
     if (tiles > 1) mma<T>(chains[0], first, first_mask[0], first_mask[1]);
     mma<T>(chains[1], last, last_mask[0], last_mask[1]);
-    for (int tile = 1; tile < tiles - 1; tile += 2) {
-      uint32_t fragment[2][4], mask[2][2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (tile + i >= tiles - 1) continue;
-        load_matrix(fragment[i], z + 32 * (tile + i));
-        load_matrix_transposed(mask[i], masks + 256 * (tile + i));
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        if (tile + i < tiles - 1) mma<T>(chains[i], fragment[i], mask[i][0], mask[i][1]);
+    // Short code, since it runs a few times for each image alone.
+    uint32_t fragments = z + 32, mask = masks + 256;
+    int left = tiles - 2;
+#pragma unroll 1
+    for (; left > 1; left -= 2, fragments += 64, mask += 512) {
+      uint32_t fragment[2][4], both[4];
+      load_matrix(fragment[0], fragments);
+      load_matrix(fragment[1], fragments + 32);
+      load_matrix_transposed(both, mask);
+      mma<T>(chains[0], fragment[0], both[0], both[1]);
+      mma<T>(chains[1], fragment[1], both[2], both[3]);
+    }
+    if (left == 1) {
+      uint32_t fragment[4], one[2];
+      load_matrix(fragment, fragments);
+      load_matrix_transposed(one, mask);
+      mma<T>(chains[0], fragment, one[0], one[1]);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) sums[i] = chains[0][i] + chains[1][i];
