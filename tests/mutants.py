@@ -47,6 +47,8 @@ class Mutant(NamedTuple):
 
 KERNELS, PACKAGE, CPU = "ar_kernels/kernels/", "ar_kernels/", "csrc/cpu/"
 SPREAD = "csrc/cuda/attend_forward_spread.cu"
+ROWS = "csrc/cuda/rows.cuh"
+FORWARD_ROWS, BACKWARD_ROWS = (f"csrc/cuda/attend_{name}_rows.cu" for name in ("forward", "backward"))
 FORWARD, BACKWARD, SPATIAL = (f"{KERNELS}{name}.py" for name in ("attend_forward", "attend_backward", "attend3x3"))
 
 HAND_MADE = [
@@ -154,6 +156,18 @@ HAND_MADE = [
     ("spread: a stage filled while it is read", SPREAD, "      barrier_wait(used(stage), parity);\n", ""),
     ("spread: others' barriers not awaited", SPREAD, "  cluster_wait();        // their barriers are there\n", ""),
     ("spread: the last block's share taken for a whole one", SPREAD, "const int there = min(cut.own_channels, a.channels - first);", "const int there = cut.own_channels;"),
+    ("rows: sums of each class where its columns begin", ROWS, "kFrame + 16 * group + row -\n                shift_of(row_class, positions);", "kFrame + 16 * group + row;"),
+    ("rows: the first class's sums alone", ROWS, "for (int others = cut.classes; others > 0;", "for (int others = 1; others > 0;"),
+    ("rows: elements of the row before added up", ROWS, "    first[0] &= begin, first[1] &= begin;\n", ""),
+    ("rows: the tile before the last left out", ROWS, "    if (left == 1) {", "    if (false) {"),
+    ("rows: a slot filled while the second sweep reads it", FORWARD_ROWS, "slots.release(load, cut.teams);", "slots.release(load, kWarps);"),
+    ("rows: logits of this block's channels", FORWARD_ROWS, "if (others != nullptr && position < positions) logits", "if (false) logits"),
+    ("rows: a maximum of a quarter of the positions", FORWARD_ROWS, "origin(maximum(maximum(of_parts.x, of_parts.y), maximum(of_parts.z, of_parts.w)))", "origin(of_parts.x)"),
+    ("rows: lse of a quarter of the positions", FORWARD_ROWS, "start + __logf(sum_of(totals + head * kParts))", "start + __logf(totals[head * kParts])"),
+    ("rows: gates by this block's scores", ROWS, "  if (others != nullptr) sum += others[warp].x;\n", ""),
+    ("rows: dA of this block's channels", BACKWARD_ROWS, "for (int of_pair = 0; of_pair < 2; ++of_pair)", "for (int of_pair = 0; of_pair < 1; ++of_pair)"),
+    ("rows: no direct gradient of logits", BACKWARD_ROWS, "      if (a.grad_logits != nullptr)\n", "      if (false)\n"),
+    ("a rest that no group takes", "csrc/shares.h", "share * group + (group < rest ? group : rest)", "share * group"),
     ("native: splits merged unscaled", f"{CPU}attend_forward.cpp", "theirs = exponential(part.m[k] - origin(largest));", "theirs = 1;"),
 ]  # fmt: skip
 
@@ -199,7 +213,11 @@ OF_OPS = [
     ["tests/test_func.py", "tests/test_compile.py", "tests/test_export.py", "tests/test_attend.py"],
 ]
 TESTS = {
-    SPREAD: [["tests/test_hopper_sweeps.py", "-k", "test_forward or finite or grow"]],
+    **dict.fromkeys((SPREAD, FORWARD_ROWS), [["tests/test_hopper_sweeps.py", "-k", "test_forward or finite or grow"]]),
+    **dict.fromkeys(
+        (ROWS, BACKWARD_ROWS, "csrc/shares.h"),
+        [["tests/test_hopper_sweeps.py", "-k", "test_backward or test_forward or finite or grow"]],
+    ),
     FORWARD: OF_1X1,
     BACKWARD: OF_1X1,
     SPATIAL: OF_3X3,

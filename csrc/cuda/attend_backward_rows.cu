@@ -55,15 +55,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x < kWorkers) load_weights(begin, own_pair);  // behind the map's loads these would wait long
   const Slots slots(cut, memory);
   const Exchange of_sums(slots, 0);
-  cluster_arrive();
   if (threadIdx.x >= kWorkers) {
-    cluster_wait();
     const int64_t skipped = static_cast<int64_t>(first_channel) * a.positions;
-    if (threadIdx.x != kWorkers) return;
     slots.move(static_cast<const T*>(a.z.data) + begin * a.z.image + skipped, a.z.image * sizeof(T), end - begin,
                static_cast<T*>(a.dz.data) + begin * a.dz.image + skipped, a.dz.image * sizeof(T));
     return;
   }
+  cluster_arrive();
 
   const int lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
   const OwnRows own(slots, positions);
@@ -147,8 +145,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       uint32_t weight[2];
       load_matrix(weight, own.weights + buffer_of(turn) + 16 * chunk * weight_rows(cut));
       const float low = share * mean.x, high = share * mean.y;
-      T* own_rows = reinterpret_cast<T*>(memory + (z - slots.base)) +
-                    (own.first + cut.classes * row) * positions + 2 * column - own.shift;
+      T* own_rows = reinterpret_cast<T*>(memory + (z - slots.base)) + (own.first + cut.classes * row) * positions +
+                    2 * column - own.shift;
 #pragma unroll 2
       for (int tile = 0; tile < own.tiles; ++tile) {
         const int first = 16 * tile;

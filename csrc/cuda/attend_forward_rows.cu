@@ -30,11 +30,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   // A head's threads: this one's positions, and its channels, of which each has a pair.
   const int head = head_of_warp(), own_part = head * kParts + warp / kHeads;
   const bool is_head = head < a.heads;
-  // Weights first: behind the map's loads they would wait long.
-  const int own_pair = 2 * threadIdx.x, own_channel = 2 * thread_of_head();
+  const int own_channel = 2 * thread_of_head();
   const bool is_held = cut.channels <= 2 * kOfHead * kHeldPairs;
   const int64_t own_row = static_cast<int64_t>(head) * channels + first_channel;
+  // Weights first: behind the map's loads they would wait long. Of W_H a thread has this channel and the next.
   const bool is_worker = threadIdx.x < kWorkers;
+  const int own_pair = 2 * threadIdx.x;
   uint2 w[kHeads] = {}, score_w[kHeldPairs] = {};
   float2 values[kHeldPairs] = {};  // P
   if (is_worker && own_pair < cut.channels) load_pairs(a.w, a.heads, channels, first_channel + own_pair, w);
@@ -48,22 +49,20 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int begin = first_of<int>(cluster, clusters, a.images), end = first_of<int>(cluster + 1, clusters, a.images);
   const Slots slots(cut, memory);
   const Exchange of_sums(slots, 0), of_scores(slots, 1);
-  cluster_arrive();
   if (!is_worker) {
-    cluster_wait();
-    if (threadIdx.x == kWorkers)
-      slots.move(static_cast<const T*>(a.z.data) + begin * a.z.image + first_channel * a.positions,
-                 a.z.image * sizeof(T), end - begin, nullptr, 0);
+    slots.move(static_cast<const T*>(a.z.data) + begin * a.z.image + first_channel * a.positions, a.z.image * sizeof(T),
+               end - begin, nullptr, 0);
     return;
   }
+  cluster_arrive();
 
   const OwnRows own(slots, positions);
   uint4* weights = reinterpret_cast<uint4*>(memory + cut.weights);
   T* masks = reinterpret_cast<T*>(memory + cut.masks) + kFrame * 8;  // [S, 8], zeros around
   float* pooled = reinterpret_cast<float*>(memory + cut.sums);       // [kHeads + 1, pitch]: P
   const int pitch = cut.channels + kGap;                             // floats
-  float4* scores = reinterpret_cast<float4*>(memory + cut.rest);  // [kWarps]
-  float* maxima = reinterpret_cast<float*>(scores + kWarps);      // [kHeads, kParts], and so are totals
+  float4* scores = reinterpret_cast<float4*>(memory + cut.rest);     // [kWarps]
+  float* maxima = reinterpret_cast<float*>(scores + kWarps);         // [kHeads, kParts], and so are totals
   float* totals = maxima + kWarps;
   const auto sum_of = [](const float* parts) {
     const float4 four = *reinterpret_cast<const float4*>(parts);
@@ -82,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (pair != own_pair) load_pairs(a.w, a.heads, channels, first_channel + pair, w);
     float2 of[kHeads];
 #pragma unroll
-    for (int k = 0; k < kHeads; ++k) of[k] = pair_from<T>(a.w, w[k]);
+    for (int i = 0; i < kHeads; ++i) of[i] = pair_from<T>(a.w, w[i]);
     weights[weight_place(cut, pair)] = make_uint4(packed<T>(of[0].x, of[1].x), packed<T>(of[2].x, of[3].x), 0, 0);
     weights[weight_place(cut, pair + 1)] = make_uint4(packed<T>(of[0].y, of[1].y), packed<T>(of[2].y, of[3].y), 0, 0);
   }
@@ -165,10 +164,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       to[pitch] = pooled_sums[1] * high, to[pitch + cut.classes * 8] = pooled_sums[3] * high;
     }
     workers_sync();
+    float score = 0;
     if (is_head) {
-      if (rank == 0 && own_part == head * kParts && lane == 0)
+      if (rank == 0 && thread_of_head() == 0)
         a.lse[image * a.heads + head] = start + __logf(sum_of(totals + head * kParts));
-      float score = 0;
       const auto store = [&](int channel, uint2 of_score) {
         const float2 value = *reinterpret_cast<const float2*>(pooled + head * pitch + channel);
         *pooled_pair(image, channel) = value;
@@ -186,11 +185,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int channel = own_channel; channel < cut.channels; channel += 2 * kOfHead)
           store(channel, a.gated > 0 ? raw_pair(a.score_w, own_row + channel) : make_uint2(0, 0));
       }
-      if (a.gated > 0) score = warp_sum(score);
-      if (a.gated > 0) give_part(score, scores, of_scores, turn);
-    } else if (a.gated > 0) {
-      give_part(0, scores, of_scores, turn);
     }
+    if (a.gated > 0) give_part(warp_sum(score), scores, of_scores, turn);
     if (a.mean != nullptr)
 #pragma unroll 1
       for (int pair = own_pair; pair < cut.channels; pair += 2 * kWorkers)

@@ -14,6 +14,8 @@
 // elements of other rows: of no use to products that keep columns apart, to be left out of those that add them up.
 #pragma once
 
+#include <algorithm>
+
 #include "gates.cuh"
 #include "primitives.cuh"
 #include "sweep.h"
@@ -26,7 +28,7 @@ constexpr int kChunkMost = 32 * 1024;  // bytes, unless the least chunk has more
 constexpr int kWarps = 16;             // workers
 constexpr int kWorkers = 32 * kWarps;
 constexpr int kThreads = kWorkers + 32;
-constexpr int kColumnTiles = 2;            // of 16 columns, the most that a warp sums at once
+constexpr int kColumnTiles = 2;                // of 16 columns, the most that a warp sums at once
 constexpr int kOfHead = 32 * kWarps / kHeads;  // threads
 constexpr int kTurns = 2;                      // of a thread, to all positions
 constexpr int kMostPositions = kTurns * kOfHead;
@@ -36,9 +38,10 @@ constexpr int kFrame = 8;                  // rows of zeros before the masks' fi
 constexpr int kBytesPerNanosecond = 3350;  // of an H100's memory
 constexpr int kLoads = 32;  // barriers and places in the table of slots: twice as many as slots, at least
 
-// Shared memory begins with what its users find without a register: of each load a barrier that it has come and one that
-// all workers are done with it, and its slot's address; two barriers of each exchange.
-constexpr int kLoaded = 0, kUsed = kLoaded + 8 * kLoads, kTable = kUsed + 8 * kLoads, kExchangeBarriers = kTable + 4 * kLoads;
+// Shared memory begins with what its users find without a register: of each load a barrier that it has come and one
+// that all workers are done with it, and its slot's address; two barriers of each exchange.
+constexpr int kLoaded = 0, kUsed = kLoaded + 8 * kLoads, kTable = kUsed + 8 * kLoads,
+              kExchangeBarriers = kTable + 4 * kLoads;
 constexpr int kBeforeSlots = kExchangeBarriers + kExchanges * 2 * 8;
 
 // How an image is cut, and where what lies in shared memory.
@@ -158,12 +161,11 @@ struct Slots {
 
   __device__ Slots(const RowsCut& cut, uint8_t* memory)
       : cut(cut), memory(memory), base(shared_address(memory)), per_image(2 * cut.chunks - cut.stay) {
-    const int warp = threadIdx.x / 32;
-    if (threadIdx.x % 32 != 0 || warp >= kWarps) return;
+    if (threadIdx.x != kWorkers) return;  // whoever needs them first
 #pragma unroll
-    for (int i = 0; i < kLoads; i += kWarps) {  // by many warps, since these are slow
-      barrier_init(loaded(warp + i), 1);
-      barrier_init(used(warp + i), kWarps);
+    for (int i = 0; i < kLoads; ++i) {
+      barrier_init(loaded(i), 1);
+      barrier_init(used(i), kWarps);
     }
     fence_barrier_init();
   }
@@ -174,8 +176,10 @@ struct Slots {
     return reinterpret_cast<uint32_t*>(memory + kTable)[load % kLoads];
   }
 
-  // One thread: all of a block's loads, and stores of what became of its chunks, where `to` is not null.
+  // The last warp: all of a block's loads, and stores of what became of its chunks, where `to` is not null. It meets
+  // the others at the barrier of the cluster when the first loads are on their way.
   __device__ void move(const void* map, int64_t image_bytes, int images, void* to, int64_t image_bytes_to) const {
+    const bool moves = threadIdx.x == kWorkers;
     // Or all clusters would be between sweeps at the same time, and memory would idle.
     if (images > 1) pause(cluster_of(cut, blockIdx.x) * cut.pause);
     const int loads = images * per_image, early = cut.chunks - cut.stay;
@@ -186,14 +190,17 @@ struct Slots {
       const int chunk = of_image < cut.chunks ? of_image : per_image - 1 - of_image;
       address_of(next) = slot;
       barrier_arrive_expect(loaded(next), cut.chunk_bytes);
-      bulk_load(slot, from + chunk * cut.chunk_bytes, cut.chunk_bytes, loaded(next),
-                kEvictNormal);
+      bulk_load(slot, from + chunk * cut.chunk_bytes, cut.chunk_bytes, loaded(next), kEvictNormal);
       ++next;
       if (++of_image < per_image) return;
       of_image = 0;
       from += image_bytes;
     };
-    for (int slot = 0; slot < cut.slots; ++slot) fill(base + kBeforeSlots + slot * cut.slot_bytes);
+    for (int slot = 0; moves && slot < cut.slots; ++slot) fill(base + kBeforeSlots + slot * cut.slot_bytes);
+    __syncwarp();
+    cluster_arrive();
+    cluster_wait();
+    if (!moves) return;
     uint8_t* image_to = static_cast<uint8_t*>(to);
     for (int first = 0; first < loads; first += per_image, image_to += image_bytes_to) {
       uint32_t leaving = 0;  // the slot that a store still reads, or none
