@@ -75,9 +75,17 @@ def poisoned_memory(monkeypatch):
 
 @pytest.fixture
 def no_plans(monkeypatch):
-    """Every call goes through Python: no plan launches, and the node in C++ replays none, behind its back."""
+    """Every call goes through Python: no plan launches behind its back, nor does csrc/node by one that it knows."""
+    from ar_kernels import node
+
+    module = node.module()
     monkeypatch.setattr("ar_kernels.plans.wanted", False)
     monkeypatch.setattr("ar_kernels.node.wanted", False)
+    if module is not None:
+        module.use_plans(False)
+    yield
+    if module is not None:
+        module.use_plans(True)
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ __device__ __forceinline__ void make_gates(const ForwardSweep& a, int64_t image,
   }
 #pragma unroll
   for (int k = 0; k < kHeads; ++k) {
-    gates[k] = __fdividef(gates[k], total);
+    gates[k] /= total;
     if (threadIdx.x == 0 && k < a.gated) a.gates[image * a.gated + k] = gates[k];
   }
 }
