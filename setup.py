@@ -136,7 +136,7 @@ class BuildNative(build_ext):
         sanitize = os.environ.get("AR_KERNELS_SANITIZE")
         strict = os.environ.get("AR_KERNELS_STRICT") == "1"
         include = ["-isystem", str(torch / "include"), f"-DTORCH_TARGET_VERSION={TORCH_VERSION}", "-std=c++17"]
-        level = "-O1" if sanitize else "-O3"
+        level = "-O1" if sanitize else "-O2"
         own = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
         own += [f'-DAR_SOURCES="{number_of_sources()}"', *(["-Werror"] if strict else [])]
         if sanitize:
@@ -149,14 +149,14 @@ class BuildNative(build_ext):
                 define = [f"-DAR_TARGET={target}"] if target else []
                 cpu.append([compiler, *include, level, *own, *define, *flags, "-c", str(source), "-o", str(output)])
 
-        nodes = node_commands(compiler, torch, own, objects)
+        of_the_node = node_command(compiler, torch, own, objects)
 
         # All at once, the CUDA sources first: the largest of them take longest.
         archs = os.environ.get("AR_KERNELS_CUDA_ARCHS", CUDA_ARCHS).replace(";", " ").split()
         cuda, why_not = cuda_commands(archs, include, objects, strict) if archs else ([], None)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             of_cuda, of_node, of_cpu = (
-                [pool.submit(run, command) for command in commands] for commands in (cuda, nodes, cpu)
+                [pool.submit(run, command) for command in commands] for commands in (cuda, [of_the_node], cpu)
             )
         for result in of_cpu:
             result.result()
@@ -186,7 +186,7 @@ class BuildNative(build_ext):
             for result in of_node:
                 result.result()
             libraries = ["-ltorch_python", "-ltorch", "-ltorch_cpu", "-lc10"]
-            run([compiler, *linked(nodes, node, torch, libraries), *sanitizer])
+            run([compiler, *linked([of_the_node], node, torch, libraries), *sanitizer])
             built += f"; node for torch {version_of(torch)}"
         except subprocess.CalledProcessError as error:
             if MODE == "1":
@@ -201,13 +201,12 @@ def forget_nodes(folder: Path) -> None:
         path.unlink()
 
 
-def node_commands(compiler: str, torch: Path, own: list[str], objects: Path) -> list[list[str]]:
+def node_command(compiler: str, torch: Path, own: list[str], objects: Path) -> list[str]:
     """How autograd's node is compiled: torch 2.14's headers need C++20, and at -O3 GCC 13 sees faults in 2.11's."""
     include = ["-isystem", str(torch / "include"), "-isystem", sysconfig.get_path("include"), "-std=c++20"]
-    return [
-        [compiler, *include, "-O2", *own, "-c", str(source), "-o", str(objects / f"{source.stem}-node.o")]
-        for source in sorted((CSRC / "node").glob("*.cpp"))
-    ]
+    unit = objects / "node.cpp"  # one for all sources: torch's headers are most of each one's time
+    unit.write_text("".join(f'#include "{source.resolve()}"\n' for source in sorted((CSRC / "node").glob("*.cpp"))))
+    return [compiler, *include, "-O2", *own, "-c", str(unit), "-o", str(objects / "node.o")]
 
 
 def linked(commands: list[list[str]], library: Path, torch: Path, libraries: list[str]) -> list[str]:
