@@ -114,6 +114,7 @@ class Results:
     def _alone(self) -> Iterator[None]:
         """No other process writes the file meanwhile."""
         assert self.path is not None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path.with_name(f".{self.path.name}.lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield

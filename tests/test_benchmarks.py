@@ -1,5 +1,6 @@
 """What the benchmarks stand on: what is measured, what a row may say, what is done again, and the verdicts."""
 
+import itertools
 import json
 import platform
 import shutil
@@ -24,6 +25,7 @@ from benchmarks import (
     floors,
     host,
     numerics,
+    pooling,
     results,
     rivals,
     step,
@@ -350,7 +352,7 @@ def test_bars():
 
 
 def test_bars_of_a_file(tmp_path, capsys):
-    results = Results(tmp_path / "a.json")
+    results = Results(tmp_path / "new" / "a.json")
     for row in rows_of(LARGE, 11, 34, [("matmul", 200.0)]):
         results.add(row)
     assert main.main(["bars", str(results.path)]) == 0
@@ -573,6 +575,16 @@ def test_the_3x3_layer_beside_its_rivals(layout):
     }
     assert all(row["correct"] for row in results.rows), "checked against float64, gradients too"
     assert all(row["times_ours"] > 0 for row in rivals)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_attend_beside_average_pooling(layout):
+    results = Results(None)
+    pooling.measure_shard(cases.Shard(Case(3, 12, 5, 7), "float32", layout), "cpu", results)
+    names = [(row["implementation"], row["direction"]) for row in results.rows]
+    assert sorted(names) == sorted(itertools.product(("adaptive_avg_pool2d", "ours"), ("forward", "forward_backward")))
+    assert all(row["correct"] and row["read_us"] > 0 for row in results.rows), "checked against float64, gradients too"
+    assert all(row["over_pooling"] > 0 for row in results.rows if row["implementation"] == "ours")
 
 
 # ---------------------------------------------------------------------------------------------- numerics
