@@ -161,7 +161,7 @@ struct Slots {
 
   __device__ Slots(const RowsCut& cut, uint8_t* memory)
       : cut(cut), memory(memory), base(shared_address(memory)), per_image(2 * cut.chunks - cut.stay) {
-    if (threadIdx.x != kWorkers) return;  // whoever needs them first
+    if (threadIdx.x != kWorkers) return;  // which needs them first
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       barrier_init(loaded(i), 1);
