@@ -149,14 +149,14 @@ class BuildNative(build_ext):
                 define = [f"-DAR_TARGET={target}"] if target else []
                 cpu.append([compiler, *include, level, *own, *define, *flags, "-c", str(source), "-o", str(output)])
 
-        of_the_node = node_command(compiler, torch, own, objects)
+        compile_node = node_command(compiler, torch, own, objects)
 
         # All at once, the CUDA sources first: the largest of them take longest.
         archs = os.environ.get("AR_KERNELS_CUDA_ARCHS", CUDA_ARCHS).replace(";", " ").split()
         cuda, why_not = cuda_commands(archs, include, objects, strict) if archs else ([], None)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             of_cuda, of_node, of_cpu = (
-                [pool.submit(run, command) for command in commands] for commands in (cuda, [of_the_node], cpu)
+                [pool.submit(run, command) for command in commands] for commands in (cuda, [compile_node], cpu)
             )
         for result in of_cpu:
             result.result()
@@ -186,7 +186,7 @@ class BuildNative(build_ext):
             for result in of_node:
                 result.result()
             libraries = ["-ltorch_python", "-ltorch", "-ltorch_cpu", "-lc10"]
-            run([compiler, *linked([of_the_node], node, torch, libraries), *sanitizer])
+            run([compiler, *linked([compile_node], node, torch, libraries), *sanitizer])
             built += f"; node for torch {version_of(torch)}"
         except subprocess.CalledProcessError as error:
             if MODE == "1":
@@ -202,10 +202,11 @@ def forget_nodes(folder: Path) -> None:
 
 
 def node_command(compiler: str, torch: Path, own: list[str], objects: Path) -> list[str]:
-    """How autograd's node is compiled: torch 2.14's headers need C++20, and at -O3 GCC 13 sees faults in 2.11's."""
+    """How autograd's node is compiled: torch 2.14's headers need C++20."""
     include = ["-isystem", str(torch / "include"), "-isystem", sysconfig.get_path("include"), "-std=c++20"]
     unit = objects / "node.cpp"  # one for all sources: torch's headers are most of each one's time
-    unit.write_text("".join(f'#include "{source.resolve()}"\n' for source in sorted((CSRC / "node").glob("*.cpp"))))
+    includes = [f'#include "{source.resolve()}"\n' for source in sorted((CSRC / "node").glob("*.cpp"))]
+    unit.write_text("".join(includes), encoding="utf-8")
     return [compiler, *include, "-O2", *own, "-c", str(unit), "-o", str(objects / "node.o")]
 
 

@@ -50,10 +50,10 @@ def measure_shard(shard: Shard, device: str, results: Results) -> None:
             elif pooling.get(row["direction"]) and "p50_us" in row:
                 row["over_pooling"] = round(row["p50_us"] / pooling[row["direction"]], 3)
             results.add(row)
-            told = ("p50_us", "read_us", "copy_us", "over_pooling", "correct", "failed")
+            told = ("p50_us", "read_us", "copy_us", "over_pooling", "correct", "out_of_memory", "failed")
             figures = ", ".join(f"{name} {row[name]}" for name in told if row.get(name) is not None)
-            print(f"{shard} {row['implementation']} {row['direction']}: {figures or 'out of memory'}", flush=True)
-    del problem, ours
+            print(f"{shard} {row['implementation']} {row['direction']}: {figures}", flush=True)
+    del problem, ours, contender
     free()
 
 

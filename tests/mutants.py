@@ -157,7 +157,7 @@ HAND_MADE = [
     ("spread: others' barriers not awaited", SPREAD, "  cluster_wait();        // their barriers are there\n", ""),
     ("spread: the last block's share taken for a whole one", SPREAD, "const int there = min(cut.own_channels, a.channels - first);", "const int there = cut.own_channels;"),
     ("rows: sums of each class where its columns begin", ROWS, "kFrame + 16 * group + row -\n                shift_of(row_class, positions);", "kFrame + 16 * group + row;"),
-    ("rows: the first class's sums alone", ROWS, "for (int others = cut.classes; others > 0;", "for (int others = 1; others > 0;"),
+    ("rows: the first class's sums alone", ROWS, "each < cut.classes; ++each, of_class", "each < 1; ++each, of_class"),
     ("rows: elements of the row before added up", ROWS, "    first[0] &= begin, first[1] &= begin;\n", ""),
     ("rows: the tile before the last left out", ROWS, "    if (left == 1) {", "    if (false) {"),
     ("rows: a slot filled while the second sweep reads it", FORWARD_ROWS, "slots.release(load, cut.teams);", "slots.release(load, kWarps);"),

@@ -24,6 +24,8 @@ namespace {
 // Tiles that a warp asks for at first, and as each of them comes, until all stages are under way: what is asked for at
 // once comes together, the first tile as late as the last.
 constexpr int kEarly = 2;
+static_assert(kEarly <= 2 &&
+              kMostStages <= 3 * kEarly);  // two stages are there; before the third tile all are asked for
 
 // How an image is cut among warps, and where what lies in shared memory. A warp has 16 `blocks` channels of a tile of
 // every map: [blocks / 4 planes, tile, 64].
@@ -472,7 +474,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
     barrier_wait(barriers + 8 * stage, parity);
     if (lane == 0)
 #pragma unroll 1
-      for (const int last = min(min(asked + kEarly, cut.stages), end - begin); asked < last; ++asked)
+      for (const int until = min(min(asked + kEarly, cut.stages), end - begin); asked < until; ++asked)
         load(later(at, asked - (item - begin)), asked);
 
     // l and dA, of this warp's channels.

@@ -39,11 +39,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   uint2 w[kHeads] = {}, score_w[kHeldPairs] = {};
   float2 values[kHeldPairs] = {};  // P
   if (is_worker && own_pair < cut.channels) load_pairs(a.w, a.heads, channels, first_channel + own_pair, w);
-  if (a.gated > 0 && is_head && is_worker)
+  const auto for_held = [&](const auto& visit) {
 #pragma unroll
     for (int i = 0; i < kHeldPairs; ++i)
-      if (own_channel + 2 * kOfHead * i < cut.channels)
-        score_w[i] = raw_pair(a.score_w, own_row + own_channel + 2 * kOfHead * i);
+      if (own_channel + 2 * kOfHead * i < cut.channels) visit(i, own_channel + 2 * kOfHead * i);
+  };
+  if (a.gated > 0 && is_held && is_head && is_worker)
+    for_held([&](int i, int channel) { score_w[i] = raw_pair(a.score_w, own_row + channel); });
   const float bias = is_head && a.b.data != nullptr ? value_of(a.b, head) : 0.f;
   const int clusters = cluster_of(cut, gridDim.x);
   const int begin = first_of<int>(cluster, clusters, a.images), end = first_of<int>(cluster + 1, clusters, a.images);
@@ -61,9 +63,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   T* masks = reinterpret_cast<T*>(memory + cut.masks) + kFrame * 8;  // [S, 8], zeros around
   float* pooled = reinterpret_cast<float*>(memory + cut.sums);       // [kHeads + 1, pitch]: P
   const int pitch = cut.channels + kGap;                             // floats
-  float4* scores = reinterpret_cast<float4*>(memory + cut.rest);     // [kWarps]
-  float* maxima = reinterpret_cast<float*>(scores + kWarps);         // [kHeads, kParts], and so are totals
+  float* maxima = reinterpret_cast<float*>(memory + cut.rest);       // [kHeads, kParts], and so are totals
   float* totals = maxima + kWarps;
+  float* scores = totals + kWarps;  // [kWarps]
   const auto sum_of = [](const float* parts) {
     const float4 four = *reinterpret_cast<const float4*>(parts);
     return four.x + four.y + (four.z + four.w);
@@ -102,9 +104,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       *reinterpret_cast<uint32_t*>(features + channel) = packed<T>(gate * value.x, gate * value.y);
     };
     if (is_held) {
-#pragma unroll
-      for (int i = 0; i < kHeldPairs; ++i)
-        if (own_channel + 2 * kOfHead * i < cut.channels) store(own_channel + 2 * kOfHead * i, values[i]);
+      for_held([&](int i, int channel) { store(channel, values[i]); });
       return;
     }
 #pragma unroll 1
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   for (int64_t image = begin;; ++image) {
     const int turn = static_cast<int>(image) - begin;
-    float logits[kTurns][1];
+    float logits[kTurns][1];  // a head has one column
     if (image < end)
       sum_over_channels<T, kHeads>(slots, of_sums, turn, positions, 0, [] {}, logits);
     else
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (is_head) {
       if (rank == 0 && thread_of_head() == 0)
         a.lse[image * a.heads + head] = start + __logf(sum_of(totals + head * kParts));
-      const auto store = [&](int channel, uint2 of_score) {
+      const auto take = [&](int channel, uint2 of_score) {
         const float2 value = *reinterpret_cast<const float2*>(pooled + head * pitch + channel);
         *pooled_pair(image, channel) = value;
         const float2 weight = pair_from<T>(a.score_w, of_score);
@@ -176,14 +176,11 @@ __global__ void __launch_bounds__(kThreads, 1)
         return value;
       };
       if (is_held) {
-#pragma unroll
-        for (int i = 0; i < kHeldPairs; ++i)
-          if (own_channel + 2 * kOfHead * i < cut.channels)
-            values[i] = store(own_channel + 2 * kOfHead * i, score_w[i]);
+        for_held([&](int i, int channel) { values[i] = take(channel, score_w[i]); });
       } else {
 #pragma unroll 1
         for (int channel = own_channel; channel < cut.channels; channel += 2 * kOfHead)
-          store(channel, a.gated > 0 ? raw_pair(a.score_w, own_row + channel) : make_uint2(0, 0));
+          take(channel, a.gated > 0 ? raw_pair(a.score_w, own_row + channel) : make_uint2(0, 0));
       }
     }
     if (a.gated > 0) give_part(warp_sum(score), scores, of_scores, turn);
@@ -201,7 +198,7 @@ RowsCut forward_cut(const ForwardSweep& a) {
   needs.columns = kHeads;
   needs.sums_of_channel = (kHeads + 1) * 4;
   needs.buffers = 1;
-  needs.rest = kWarps * (4 + 2) * 4;
+  needs.rest = 3 * kWarps * 4;  // maxima, totals, scores
   return rows_cut(a.images, a.channels, a.positions, needs);
 }
 

@@ -33,10 +33,10 @@ constexpr int kOfHead = 32 * kWarps / kHeads;  // threads
 constexpr int kTurns = 2;                      // of a thread, to all positions
 constexpr int kMostPositions = kTurns * kOfHead;
 constexpr int kExchanges = 2;              // between the blocks of a cluster, of an image
-constexpr int kGap = 8;                    // floats between rows of channels, which so begin in different banks
+constexpr int kGap = 8;                    // floats between rows of channels
 constexpr int kFrame = 8;                  // rows of zeros before the masks' first
 constexpr int kBytesPerNanosecond = 3350;  // of an H100's memory
-constexpr int kLoads = 32;  // barriers and places in the table of slots: twice as many as slots, at least
+constexpr int kLoads = 32;                 // that are told apart: twice as many as slots, at least
 
 // Shared memory begins with what its users find without a register: of each load a barrier that it has come and one
 // that all workers are done with it, and its slot's address; two barriers of each exchange.
@@ -65,6 +65,11 @@ struct RowsCut {
 // Of weights, of a chunk: with a gap after each class but the last, so that matrices of a class and rows of adjacent
 // channels touch all banks.
 __host__ __device__ constexpr int weight_rows(const RowsCut& cut) { return cut.chunk + cut.classes - 1; }
+
+// Of an exchange, what a block gives: sums of all columns at all positions, or a number of each warp (Exchange).
+__host__ __device__ constexpr int exchange_bytes(const RowsCut& cut, int number) {
+  return 16 * (number == 0 ? cut.columns * cut.quads : kWarps);
+}
 
 // What a kernel wants of it.
 struct RowsNeeds {
@@ -108,7 +113,7 @@ inline RowsCut rows_cut(int images, int channels, int positions, const RowsNeeds
   cut.pitch = kFrame + 16 * cut.tiles + 4;  // every other column begins 8 banks before the one before
   int sums = cut.classes * cut.columns * cut.pitch * 4;
   if (sums < needs.sums_of_channel * (cut.channels + kGap)) sums = needs.sums_of_channel * (cut.channels + kGap);
-  const int given = cut.blocks == 1 ? 0 : 2 * (cut.columns * 4 * cut.quads + kWarps * 4) * 4;
+  const int given = cut.blocks == 1 ? 0 : 2 * (exchange_bytes(cut, 0) + exchange_bytes(cut, 1));
   int at = 0;
   const auto take = [&](int bytes) {
     at += (bytes + 15) / 16 * 16;
@@ -151,8 +156,8 @@ __device__ __forceinline__ void workers_sync() { named_sync(1, kWorkers); }
 // The slots, and what comes into them.
 //
 // An image's loads are its chunks in order, then, backwards, those that the second sweep must read again. A slot is
-// filled again as soon as what it held was used the last time: in order, but that the last `slots` chunks of the first
-// sweep, which stay for the second, go in reverse.
+// filled again as soon as what it held was used the last time: in order, but that the last chunks of the first sweep,
+// which stay for the second, go in reverse.
 struct Slots {
   const RowsCut& cut;
   uint8_t* memory;
@@ -263,13 +268,12 @@ struct Exchange {
   }
 
   __device__ bool is_shared() const { return slots.cut.blocks > 1; }
-  __device__ int bytes() const { return (number == 0 ? slots.cut.columns * slots.cut.quads : kWarps) * 16; }
+  __device__ int bytes() const { return exchange_bytes(slots.cut, number); }
   __device__ uint32_t barrier(int turn) const { return slots.base + kExchangeBarriers + 16 * number + turn % 2 * 8; }
 
   // Offset of what is given.
   __device__ int place(int turn) const {
-    const int of_sums = slots.cut.columns * slots.cut.quads * 16;
-    return slots.cut.given + (number == 0 ? 0 : 2 * of_sums) + turn % 2 * bytes();
+    return slots.cut.given + (number == 0 ? 0 : 2 * exchange_bytes(slots.cut, 0)) + turn % 2 * bytes();
   }
 
   // Four floats to the other block, from there on where they belong. turn: the image, from this block's first.
@@ -296,18 +300,18 @@ __device__ __forceinline__ int thread_of_head() { return threadIdx.x / 32 / kHea
 
 // The sum of a number of this warp's head over all warps of the cluster that have it: each gives its part to `parts`,
 // [kWarps] of this block, and to the other block. Sums are taken after a barrier of the workers.
-__device__ __forceinline__ void give_part(float sum, float4* parts, const Exchange& exchange, int turn) {
+__device__ __forceinline__ void give_part(float sum, float* parts, const Exchange& exchange, int turn) {
   if (threadIdx.x % 32 != 0) return;
   const int warp = threadIdx.x / 32;
-  parts[warp] = make_float4(sum, 0, 0, 0);
-  exchange.give(turn, warp * 4, parts[warp]);
+  parts[warp] = sum;
+  exchange.give(turn, warp * 4, make_float4(sum, 0, 0, 0));
 }
 
-__device__ __forceinline__ void take_sums(const float4* parts, const Exchange& exchange, int turn,
+__device__ __forceinline__ void take_sums(const float* parts, const Exchange& exchange, int turn,
                                           float (&sums)[kHeads]) {
   const float4* others = reinterpret_cast<const float4*>(exchange.take(turn));
   const int warp = threadIdx.x % kWarps;
-  float sum = parts[warp].x;
+  float sum = parts[warp];
   if (others != nullptr) sum += others[warp].x;
 #pragma unroll
   for (int lanes = kHeads; lanes < kWarps; lanes *= 2) sum += __shfl_xor_sync(kAll, sum, lanes);
@@ -348,14 +352,14 @@ __device__ __forceinline__ int weight_place(const RowsCut& cut, int channel) {
   return weight_place(cut, (channel - of_chunk) / cut.chunk, of_chunk);
 }
 
-// The first sweep: Σ_c weights[c, i] z[c, position] over this block's channels, given to the other block too. A thread
-// gets the sums of its head's columns, a share of all, at every kOfHead-th position from its own number on. buffer: of
-// weights, as bytes. meanwhile: called when no chunk is waited for any more. After a barrier of the workers since
-// weights were written.
+// The first sweep: Σ_c weights[c, i] z[c, position] over this block's channels, given to the other block too. Columns i
+// are shared by the heads: a thread gets the sums of its head's columns at every kOfHead-th position from its own
+// number on, in of_head; what is there of positions beyond the map has no meaning. buffer: of weights, as bytes.
+// meanwhile: called when no chunk is waited for any more. After a barrier of the workers since weights were written.
 template <class T, int kColumns, class Meanwhile>
 __device__ __forceinline__ void sum_over_channels(const Slots& slots, const Exchange& exchange, int image,
                                                   int positions, uint32_t buffer, const Meanwhile& meanwhile,
-                                                  float (&own)[kTurns][kColumns / kHeads]) {
+                                                  float (&of_head)[kTurns][kColumns / kHeads]) {
   constexpr int kOwn = kColumns / kHeads;
   const RowsCut& cut = slots.cut;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
@@ -414,8 +418,8 @@ __device__ __forceinline__ void sum_over_channels(const Slots& slots, const Exch
       const float* of_class = sums + (first_column + i) * cut.pitch + kFrame + position;
       float total = 0;
       if (position < count)
-        for (int others = cut.classes; others > 0; --others, of_class += class_sums) total += *of_class;
-      own[turn][i] = total;
+        for (int each = 0; each < cut.classes; ++each, of_class += class_sums) total += *of_class;
+      of_head[turn][i] = total;
       float next[3];
 #pragma unroll
       for (int lanes = 0; lanes < 3; ++lanes) next[lanes] = __shfl_down_sync(kAll, total, lanes + 1);
