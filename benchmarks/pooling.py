@@ -1,22 +1,18 @@
 """attend beside global average pooling, whose place it takes in a network. python -m benchmarks.pooling (GPU)
 
-Rows of each case in both layouts: PyTorch's adaptive_avg_pool2d to one position, the read and the write that every
-network with a last feature map has anyway, and `attend` with four heads, all of a case in one process on the same maps,
-correctness first; device times of forward, and of forward and backward, by CUDA-graph replay over maps that are not in
-L2. Beside them the floors of the same bytes, a read and a copy; pooling's backward reads no map, so its floor is less.
+Rows of each case in both layouts, bfloat16: PyTorch's adaptive_avg_pool2d to one position, with which networks end, and
+`attend` with four heads, all of a case in one process on the same maps, correctness first; device times of forward, and
+of forward and backward, by CUDA-graph replay over maps that are not in L2. Beside them the floors of the same bytes, a
+read and a copy; pooling's backward reads no map, so its floor is less.
 """
 
-import argparse
-from pathlib import Path
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cases import CASES, DTYPES, Shard, select
+from .cases import Shard
 from .floors import floors
-from .results import Results, path_of
-from .suite import DIRECTIONS, Contender, Problem, measure_contender, our_contenders
+from .results import Results
+from .suite import DIRECTIONS, Contender, Problem, measure_cases, measure_contender, our_contenders
 from .timing import free
 
 
@@ -57,22 +53,5 @@ def measure_shard(shard: Shard, device: str, results: Results) -> None:
     free()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", default=[], help="as python -m benchmarks run takes it")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
-    parser.add_argument("--out", type=Path, default=None, help="folder of the JSON file (default: benchmarks/results)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no CUDA GPU here; --device cpu tries the script on small --only cases")
-    shards = [Shard(case, arguments.dtype, layout) for layout in ("channels_last", "contiguous") for case in CASES]
-    path = path_of("pooling", arguments.out)
-    results = Results(path, fresh=True)
-    for shard in select(shards, arguments.only):
-        measure_shard(shard, arguments.device, results)
-    print(path)
-
-
 if __name__ == "__main__":
-    main()
+    measure_cases("pooling", __doc__, measure_shard)

@@ -13,12 +13,14 @@ correct         or, instead of times: out_of_memory, failed (why), skipped (why;
 error           the largest of error / allowed over the result and the gradients
 """
 
+import argparse
 import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,9 +28,9 @@ from torch import Tensor
 import ar_kernels
 from ar_kernels import reference
 
-from .cases import BASELINES, DTYPES, LAYOUTS, Shard
+from .cases import BASELINES, CASES, DTYPES, LAYOUTS, Shard, select
 from .floors import floors
-from .results import Results
+from .results import Results, path_of
 from .rivals import RIVALS, Rival, Weights
 from .timing import CACHED_BYTES, free, keep_memory, measure, measure_beside, rotation, touch_memory
 
@@ -470,3 +472,23 @@ def run(
         if plan.missing(shard, results):
             left.append(shard)
     return left
+
+
+# ---------------------------------------------------------------------------------------------- beside the suite
+
+
+def measure_cases(name: str, description: str | None, measure: Callable[[Shard, str, Results], None]) -> None:
+    """A script's command line: measure(shard, device, results) of every case in bfloat16 and both layouts, or of what
+    --only names, into results/<name>-<device>.json, begun anew."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", default=[], help="as python -m benchmarks run takes it")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the JSON file (default: benchmarks/results)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA GPU here; --device cpu tries the script on small --only cases")
+    path = path_of(name, arguments.out)
+    results = Results(path, fresh=True)
+    for shard in select([Shard(case, "bfloat16", layout) for layout in LAYOUTS for case in CASES], arguments.only):
+        measure(shard, arguments.device, results)
+    print(path)

@@ -6,19 +6,16 @@ memory's bar allows: |dZ| + 0.3 |Z| + 3 × the pooled features of nine taps in f
 weights' gradients.
 """
 
-import argparse
 from functools import partial
-from pathlib import Path
 
-import torch
 from torch import Tensor
 
 import ar_kernels
 
-from .cases import CASES, Shard, select
-from .results import Results, path_of
+from .cases import Shard
+from .results import Results
 from .rivals import RIVALS_3X3
-from .suite import Contender, Problem, measure_contender, rival_contender
+from .suite import Contender, Problem, measure_cases, measure_contender, rival_contender
 from .timing import free
 
 OFFICIAL_BARS = {(128, 160, 32): 12.0, (256, 256, 56): 100.0, (256, 2048, 7): 15.0}
@@ -70,21 +67,5 @@ def measure_shard(shard: Shard, device: str, results: Results) -> None:
         free()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", default=[], help="as python -m benchmarks run takes it")
-    parser.add_argument("--out", type=Path, default=None, help="folder of the JSON file (default: benchmarks/results)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no CUDA GPU here; --device cpu tries the script on small --only cases")
-    shards = [Shard(case, "bfloat16", layout) for layout in ("channels_last", "contiguous") for case in CASES]
-    path = path_of("taps", arguments.out)
-    results = Results(path, fresh=True)
-    for shard in select(shards, arguments.only):
-        measure_shard(shard, arguments.device, results)
-    print(path)
-
-
 if __name__ == "__main__":
-    main()
+    measure_cases("taps", __doc__, measure_shard)

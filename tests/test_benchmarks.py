@@ -587,6 +587,23 @@ def test_attend_beside_average_pooling(layout):
     assert all(row["over_pooling"] > 0 for row in results.rows if row["implementation"] == "ours")
 
 
+def test_a_script_beside_the_suite_measures_the_cases_that_are_named(tmp_path, monkeypatch, capsys):
+    def measured(shard, device, found):
+        names = {"operation": device, "direction": "forward", "implementation": "ours"}
+        found.add(shard.fields() | names)
+
+    words = ["script", "--device", "cpu", "--only", "64x384,nchw", "--only", "8x512", "--out", str(tmp_path / "new")]
+    monkeypatch.setattr(sys, "argv", words)
+    suite.measure_cases("some", "what it does", measured)
+    (path,) = (tmp_path / "new").glob("some-*.json")
+    assert capsys.readouterr().out == f"{path}\n"
+    rows = results.load(path)["rows"]
+    assert [(row["C"], row["layout"]) for row in rows] == [
+        (512, "channels_last"), (384, "contiguous"), (512, "contiguous")
+    ]  # fmt: skip
+    assert all(row["dtype"] == "bfloat16" and row["operation"] == "cpu" for row in rows)
+
+
 # ---------------------------------------------------------------------------------------------- numerics
 
 

@@ -24,8 +24,8 @@ namespace {
 // Tiles that a warp asks for at first, and as each of them comes, until all stages are under way: what is asked for at
 // once comes together, the first tile as late as the last.
 constexpr int kEarly = 2;
-static_assert(kEarly <= 2 &&
-              kMostStages <= 3 * kEarly);  // two stages are there; before the third tile all are asked for
+// Two stages are there at least; and before a stage is free again all have been asked for.
+static_assert(kEarly <= 2 && kMostStages <= 3 * kEarly);
 
 // How an image is cut among warps, and where what lies in shared memory. A warp has 16 `blocks` channels of a tile of
 // every map: [blocks / 4 planes, tile, 64].
